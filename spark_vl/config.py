@@ -1,0 +1,357 @@
+"""Every setting of a run: nested dataclasses, read from YAML with command-line overrides by jsonargparse.
+
+`spark-vl train --config run.yaml --optimizer.lr 1e-6`: unknown keys, wrong types and values out of range fail here, before
+anything is loaded, with the path of the field. The defaults are those of the released SPARK-VL-7B run (arXiv 2509.22624)
+unless a docstring says otherwise; docstrings become the help of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from spark_vl.records import KINDS, Kind
+
+DEFAULT_REASONING_SUFFIX = (
+    "\nWork through this step by step, then write only your final answer inside \\boxed{}."
+)
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and how it is held."""
+
+    path: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Hub id, or folder of a Hugging Face checkpoint with its processor."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub id."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    min_pixels: PositiveInt = 3136
+    """Smaller images are enlarged to this many pixels."""
+    max_pixels: PositiveInt = 1048576
+    """Larger images are reduced to this many pixels: the main knob of memory and time."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """`flex` skips masked blocks of packed groups (CUDA); `sdpa` computes them and works everywhere."""
+    gradient_checkpointing: bool = True
+
+
+@dataclass
+class PromptConfig:
+    """How prompts are worded."""
+
+    system: str | None = None
+    """System prompt of every prompt; none when null."""
+    reasoning_suffix: str = DEFAULT_REASONING_SUFFIX
+    """Appended to each problem."""
+    templates: list[str] = field(default_factory=list)
+    """YAML files with templates; one that bears the name of a shipped template replaces it."""
+    builtin_templates: bool = True
+    """Whether the shipped templates are used beside those of `templates`."""
+
+
+@dataclass
+class DataConfig:
+    """Which problems."""
+
+    recipes: list[str] = field(default_factory=list)
+    """Names of shipped recipes (`spark-vl recipes`) or paths of recipe files."""
+    prompts_per_step: PositiveInt = 64
+    """Problems in a step, over all processes."""
+    max_prompt_tokens: PositiveInt = 8192
+    """Records whose prompt is longer are quarantined."""
+    max_quarantined_fraction: ClosedUnitInterval = 0.05
+    """The run stops when more than this share of the rows seen cannot be used."""
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are sampled."""
+
+    engine: Literal["transformers"] = "transformers"
+    n: PositiveInt = 8
+    """Completions for each prompt: the group size G."""
+    temperature: PositiveFloat = 1.0
+    top_p: ClosedUnitInterval = 1.0
+    max_new_tokens: PositiveInt = 768
+    rows_at_once: PositiveInt = 256
+    """Completions decoded together on one process: bounds the memory of the key-value cache."""
+
+
+@dataclass
+class VerifierConfig:
+    """How completions are scored."""
+
+    workers: PositiveInt = 2
+    """Worker processes that run the verifiers which can hang (math, a user's own)."""
+    timeout_s: PositiveFloat = 10.0
+    """Seconds after which the verification of one completion is killed and scores 0."""
+
+
+@dataclass
+class RecycleConfig:
+    """How verified rollouts become judge and reflection prompts (§3 of the paper)."""
+
+    schedule: Literal["merged", "sequential", "off"] = "merged"
+    """`sequential`: update on problems, sample the recycled prompts with the updated policy, update again (the released code).
+    `merged`: this step's problems and the prompts recycled in the last one share one generation and one update.
+    `off`: plain reinforcement learning with verifiable rewards."""
+    max_judge: NonNegativeInt = 32
+    """Judge prompts (pointwise and pairwise) a step, over all processes."""
+    max_reflection: NonNegativeInt = 32
+    """Reflection prompts a step, over all processes."""
+    pairwise_share: ClosedUnitInterval = 0.7
+    """Share of groups with right and wrong rollouts that give a pairwise prompt; the rest give a pointwise one."""
+    judge_sees: Literal["answer", "cot", "mixed"] = "answer"
+    """What a judge is shown: final answers (the released code), whole completions, or either with equal chance."""
+    reflection_cot_share: ClosedUnitInterval = 0.5
+    """Share of reflections that quote the whole completion; the rest quote the final answer only."""
+    correct_reflection_share: ClosedUnitInterval = 0.25
+    """Share of reflections that quote a right answer, so that 'change it' is not always right (the released code: 0)."""
+    judge_reflections: bool = False
+    """Whether the groups of reflection prompts are recycled too, into pointwise prompts."""
+    balance_labels: bool = True
+    """Whether pointwise prompts with the label 'right' and 'wrong' are kept equally frequent (the released code: no)."""
+    recycle_truncated: bool = False
+    """Whether completions cut off by the length limit count as evidence (the released code: yes)."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the update maximises."""
+
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
+    beta: NonNegativeFloat = 0.001
+    """Coefficient of the KL penalty (k3 estimator, in the loss). 0: no reference policy is loaded."""
+    clip_low: PositiveFloat = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above 1 + clip_high (DAPO: 0.28)."""
+    entropy_bonus: NonNegativeFloat = 0.0
+    """Coefficient of the mean token entropy, which is maximised. Fights a judge that always says the same."""
+    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
+    """Weight of each kind of prompt in the loss."""
+    refill_rounds: dict[str, int] = field(default_factory=dict)
+    """Dynamic sampling: for each kind of prompt, how often groups without variance are replaced by fresh ones before the
+    update, e.g. {problem: 2, pointwise: 1}. Empty: never."""
+
+
+@dataclass
+class OptimizerConfig:
+    """How the weights move."""
+
+    lr: PositiveFloat = 5e-7
+    """Peak learning rate (AdamW)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    warmup_updates: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up, over the optimizer updates of the run."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer updates on one batch of rollouts, each on its own part. Above 1 the later ones are slightly off-policy
+    and the ratio clipping matters."""
+    tokens_per_pack: PositiveInt = 16384
+    """Prompt and completion tokens in one forward pass: bounds the memory of the update."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation before, during and after training."""
+
+    recipes: list[str] = field(default_factory=list)
+    """Recipes to evaluate on; none: no evaluation."""
+    split: str = "test"
+    problems: PositiveInt = 200
+    """Problems of each recipe, drawn with a fixed seed, the same at every evaluation."""
+    samples: PositiveInt = 4
+    """Completions a prompt, at the rollout temperature, for the sampled figures."""
+    reflection_rounds: PositiveInt = 1
+    """Test-time reflection: how often an answer that the model judges wrong may be revised."""
+    every: NonNegativeInt = 0
+    """Evaluate every this many steps; 0: only before and after the run."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept to resume from."""
+
+    every: NonNegativeInt = 50
+    """Save every this many steps and at the end; 0: only at the end."""
+    keep: PositiveInt = 2
+    """How many checkpoints are kept."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is written while it runs; `metrics.jsonl` always is."""
+
+    trackers: list[str] = field(default_factory=list)
+    """Trackers of Accelerate: tensorboard, wandb, trackio, ..."""
+    rollouts_every: NonNegativeInt = 10
+    """Write the rollouts of every this many steps to `rollouts.jsonl`; 0: never."""
+
+
+@dataclass
+class TrainConfig:
+    """A training run."""
+
+    output_dir: str = "runs/spark"
+    """Folder of the run: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, model/, summary.json."""
+    seed: int = 0
+    steps: PositiveInt | None = None
+    """Training steps; null: as many as `epochs` gives."""
+    epochs: PositiveFloat = 2.0
+    """Passes over the problems, when `steps` is null."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    recycle: RecycleConfig = field(default_factory=RecycleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class EvalConfig:
+    """An evaluation of a checkpoint."""
+
+    output: str = "runs/eval"
+    """Folder for `results.json` and `samples.jsonl`."""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+class ConfigError(ValueError):
+    """A setting that no run can use; the message starts with the path of the field."""
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Check what types alone cannot: one field against another, and names against what exists.
+
+    Raises:
+        ConfigError: naming the field, what was found and what is allowed.
+    """
+    if not config.data.recipes:
+        raise ConfigError("data.recipes: is empty; name at least one recipe (`spark-vl recipes` lists them)")
+    _check_kind_table("objective.weights", config.objective.weights, 0.0)
+    _check_kind_table("objective.refill_rounds", config.objective.refill_rounds, 0)
+    if missing := [k for k in KINDS if k not in config.objective.weights]:
+        raise ConfigError(f"objective.weights: lacks {', '.join(missing)}; all of {', '.join(KINDS)} are needed")
+    _check_pixels(config.model)
+    if config.rollout.n < 2:
+        raise ConfigError("rollout.n: is 1; a group needs at least 2 completions to compare")
+    if config.optimizer.updates_per_batch > config.data.prompts_per_step:
+        raise ConfigError(
+            f"optimizer.updates_per_batch: is {config.optimizer.updates_per_batch}, more than "
+            f"data.prompts_per_step ({config.data.prompts_per_step}): some updates would have no group"
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if config.optimizer.tokens_per_pack < longest:
+        raise ConfigError(
+            f"optimizer.tokens_per_pack: is {config.optimizer.tokens_per_pack}, less than the longest prompt with one "
+            f"completion ({longest} = data.max_prompt_tokens + rollout.max_new_tokens)"
+        )
+
+
+def check_eval_config(config: EvalConfig) -> None:
+    """As `check_train_config`."""
+    if not config.evaluation.recipes:
+        raise ConfigError("evaluation.recipes: is empty; name at least one recipe (`spark-vl recipes` lists them)")
+    _check_pixels(config.model)
+
+
+def _check_pixels(model: ModelConfig) -> None:
+    if model.min_pixels > model.max_pixels:
+        raise ConfigError(
+            f"model.min_pixels: is {model.min_pixels}, above model.max_pixels ({model.max_pixels})"
+        )
+
+
+def _check_kind_table(path: str, table: dict[str, Any], least: float) -> None:
+    for kind, value in table.items():
+        if kind not in KINDS:
+            raise ConfigError(f"{path}: {kind!r} is no kind of prompt; allowed are {', '.join(KINDS)}")
+        if value < least:
+            raise ConfigError(f"{path}.{kind}: is {value}, below {least}")
+
+
+def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
+    """Give `parser` a `--config FILE` and one option for each field of `config_class`."""
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(config_class, nested_key=None, as_group=True)
+
+
+def instantiate(parser: ArgumentParser, parsed: Namespace, config_class: type) -> Any:
+    """`parsed` as an instance of `config_class`."""
+    values = parser.instantiate_classes(parsed)
+    return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
+
+
+def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
+    """Read a `TrainConfig` from command-line arguments such as `["--config", "run.yaml", "--seed", "1"]`.
+
+    Raises:
+        SystemExit: with the path of the field in the message, for anything that is wrong.
+    """
+    parser = ArgumentParser()
+    add_config_arguments(parser, TrainConfig)
+    config = instantiate(parser, parser.parse_args(arguments), TrainConfig)
+    try:
+        check_train_config(config)
+    except ConfigError as error:
+        parser.error(str(error))
+    return config
+
+
+def save_config(config: TrainConfig | EvalConfig, path: Path) -> None:
+    """Write `config`, all defaults resolved, as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    return int(value) if isinstance(value, int) else float(value)
+
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "EvaluationConfig",
+    "Kind",
+    "LoggingConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PromptConfig",
+    "RecycleConfig",
+    "RolloutConfig",
+    "TrainConfig",
+    "VerifierConfig",
+    "add_config_arguments",
+    "check_eval_config",
+    "check_train_config",
+    "instantiate",
+    "parse_train_config",
+    "save_config",
+]
