@@ -1,8 +1,8 @@
 """Every setting of a run: nested dataclasses, read from YAML with command-line overrides by jsonargparse.
 
-`spark-vl train --config run.yaml --optimizer.lr 1e-6`: unknown keys, wrong types and values out of range fail here, before
-anything is loaded, with the path of the field. The defaults are those of the released SPARK-VL-7B run (arXiv 2509.22624)
-unless a docstring says otherwise; docstrings become the help of the command line.
+`spark-vl train --config run.yaml --optimizer.lr 1e-6`: unknown keys, wrong types and values out of range fail here,
+before anything is loaded, with the path of the field. The defaults are those of the released SPARK-VL-7B run (arXiv
+2509.22624) unless a docstring says otherwise; docstrings become the help of the command line.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from spark_vl.records import KINDS, Kind
 
-DEFAULT_REASONING_SUFFIX = (
-    "\nWork through this step by step, then write only your final answer inside \\boxed{}."
-)
+DEFAULT_REASONING_SUFFIX = "\nWork through this step by step, then write only your final answer inside \\boxed{}."
 
 
 @dataclass
@@ -98,7 +96,8 @@ class RecycleConfig:
     """How verified rollouts become judge and reflection prompts (§3 of the paper)."""
 
     schedule: Literal["merged", "sequential", "off"] = "merged"
-    """`sequential`: update on problems, sample the recycled prompts with the updated policy, update again (the released code).
+    """`sequential`: update on problems, sample the recycled prompts with the updated policy, update again (the
+    released code).
     `merged`: this step's problems and the prompts recycled in the last one share one generation and one update.
     `off`: plain reinforcement learning with verifiable rewards."""
     max_judge: NonNegativeInt = 32
@@ -112,11 +111,13 @@ class RecycleConfig:
     reflection_cot_share: ClosedUnitInterval = 0.5
     """Share of reflections that quote the whole completion; the rest quote the final answer only."""
     correct_reflection_share: ClosedUnitInterval = 0.25
-    """Share of reflections that quote a right answer, so that 'change it' is not always right (the released code: 0)."""
+    """Share of reflections that quote a right answer, so that 'change it' is not always right (the released code: 0).
+    """
     judge_reflections: bool = False
     """Whether the groups of reflection prompts are recycled too, into pointwise prompts."""
     balance_labels: bool = True
-    """Whether pointwise prompts with the label 'right' and 'wrong' are kept equally frequent (the released code: no)."""
+    """Whether pointwise prompts whose label is 'right' and 'wrong' are kept equally frequent (the released code: no).
+    """
     recycle_truncated: bool = False
     """Whether completions cut off by the length limit count as evidence (the released code: yes)."""
 
@@ -137,8 +138,8 @@ class ObjectiveConfig:
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
     """Weight of each kind of prompt in the loss."""
     refill_rounds: dict[str, int] = field(default_factory=dict)
-    """Dynamic sampling: for each kind of prompt, how often groups without variance are replaced by fresh ones before the
-    update, e.g. {problem: 2, pointwise: 1}. Empty: never."""
+    """Dynamic sampling: for each kind of prompt, how often groups without variance are replaced by fresh ones before
+    the update, e.g. {problem: 2, pointwise: 1}. Empty: never."""
 
 
 @dataclass
@@ -276,9 +277,7 @@ def check_eval_config(config: EvalConfig) -> None:
 
 def _check_pixels(model: ModelConfig) -> None:
     if model.min_pixels > model.max_pixels:
-        raise ConfigError(
-            f"model.min_pixels: is {model.min_pixels}, above model.max_pixels ({model.max_pixels})"
-        )
+        raise ConfigError(f"model.min_pixels: is {model.min_pixels}, above model.max_pixels ({model.max_pixels})")
 
 
 def _check_kind_table(path: str, table: dict[str, Any], least: float) -> None:

@@ -199,9 +199,7 @@ def record_from_json(data: dict[str, Any]) -> PromptRecord:
     return PromptRecord(
         **{
             **data,
-            "messages": tuple(
-                Message(m["role"], _content_from_json(m["content"])) for m in data["messages"]
-            ),
+            "messages": tuple(Message(m["role"], _content_from_json(m["content"])) for m in data["messages"]),
             "question": _content_from_json(data["question"]),
             "choices": tuple(data["choices"]),
             "origin": None if origin is None else Origin(**{**origin, "rollouts": tuple(origin["rollouts"])}),

@@ -1,7 +1,7 @@
 """Processors turn a `PromptRecord` into a model's inputs. The only place that knows a model family.
 
-A step decodes, resizes and tokenises nothing twice: a processor is called once for each unique prompt, and the rollout engine and the
-policy update share its result.
+A step decodes, resizes and tokenises nothing twice: a processor is called once for each unique prompt, and the
+rollout engine and the policy update share its result.
 """
 
 from spark_vl.processors.base import ProcessedImage, ProcessedPrompt, Processor

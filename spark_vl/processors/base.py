@@ -20,6 +20,8 @@ class ProcessedImage:
     """[P, D] float32: P patches of D values."""
     grid_thw: torch.Tensor
     """[3] int64: patches along time (1), height and width; T·H·W = P."""
+    tokens: int
+    """Features that the vision tower makes of it, and so image tokens in the prompt."""
 
 
 @dataclass(frozen=True, eq=False)

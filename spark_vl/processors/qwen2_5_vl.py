@@ -27,9 +27,7 @@ def load_processor(config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProc
     """
     hf_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
     if hf_config.model_type != "qwen2_5_vl":
-        raise ValueError(
-            f"model.path: {config.path} holds a {hf_config.model_type!r} model; allowed is 'qwen2_5_vl'"
-        )
+        raise ValueError(f"model.path: {config.path} holds a {hf_config.model_type!r} model; allowed is 'qwen2_5_vl'")
     return QwenVLProcessor(
         AutoProcessor.from_pretrained(config.path, revision=config.revision),
         hf_config,
@@ -47,7 +45,8 @@ class QwenVLProcessor:
         processor: the Hugging Face processor.
         config: the model's configuration.
         generation_config: names the stop tokens.
-        min_pixels, max_pixels: images are resized, ratio kept, to sides that are multiples of 28 and an area in between.
+        min_pixels, max_pixels: images are resized, ratio kept, to sides that are multiples of 28 and an area in
+            between.
         max_prompt_tokens: longer prompts are refused.
     """
 
@@ -76,9 +75,8 @@ class QwenVLProcessor:
         self._patch, self._merge = image_processor.patch_size, image_processor.merge_size
         self._images: dict[ImageRef, ProcessedImage] = {}
         width = 3 * image_processor.temporal_patch_size * self._patch**2
-        self.dummy_image = ProcessedImage(
-            torch.zeros(4 * self._merge**2, width), torch.tensor([1, 2 * self._merge, 2 * self._merge])
-        )
+        side = 2 * self._merge
+        self.dummy_image = ProcessedImage(torch.zeros(side**2, width), torch.tensor([1, side, side]), tokens=4)
 
     def process(self, record: PromptRecord) -> ProcessedPrompt:
         """See `Processor.process`."""
@@ -86,27 +84,24 @@ class QwenVLProcessor:
         chat = self.hf.apply_chat_template(
             [_chat_message(m) for m in record.messages], tokenize=False, add_generation_prompt=True
         )
-        # The chat template writes one image token for each image; the vision tower gives one feature for each merged patch.
+        # The chat template writes one image token for each image; the vision tower gives one feature for each merged
+        # patch.
         pieces = chat.split(self.hf.image_token)
         if len(pieces) != len(images) + 1:
-            raise BadRecordError(
-                record.id, f"the chat holds {len(pieces) - 1} image tokens for {len(images)} images"
-            )
-        features = [int(image.grid_thw.prod()) // self._merge**2 for image in images]
+            raise BadRecordError(record.id, f"the chat holds {len(pieces) - 1} image tokens for {len(images)} images")
         text = pieces[0] + "".join(
-            self.hf.image_token * n + piece for n, piece in zip(features, pieces[1:], strict=True)
+            self.hf.image_token * image.tokens + piece for image, piece in zip(images, pieces[1:], strict=True)
         )
         ids = self.hf.tokenizer(text, return_tensors="pt")["input_ids"][0]
         is_image = ids == self.image_token_id
-        if int(is_image.sum()) != sum(features):
-            raise BadRecordError(
-                record.id, f"{int(is_image.sum())} image tokens for {sum(features)} image features"
-            )
+        features = sum(image.tokens for image in images)
+        if int(is_image.sum()) != features:
+            raise BadRecordError(record.id, f"{int(is_image.sum())} image tokens for {features} image features")
         if len(ids) > self.max_prompt_tokens:
             raise BadRecordError(
                 record.id,
-                f"the prompt has {len(ids)} tokens, {sum(features)} of them of images; at most {self.max_prompt_tokens} are allowed "
-                "(data.max_prompt_tokens, model.max_pixels)",
+                f"the prompt has {len(ids)} tokens, {features} of them of images; at most {self.max_prompt_tokens} are "
+                "allowed (data.max_prompt_tokens, model.max_pixels)",
             )
         positions, _ = self._positions.get_rope_index(
             ids[None],
@@ -139,7 +134,10 @@ class QwenVLProcessor:
             )
             # No second resize: the processor's own pixel budget need not be ours.
             inputs = self.hf.image_processor(images=[resized], do_resize=False, return_tensors="pt")
-            self._images[ref] = ProcessedImage(inputs["pixel_values"], inputs["image_grid_thw"][0])
+            grid_thw = inputs["image_grid_thw"][0]
+            self._images[ref] = ProcessedImage(
+                inputs["pixel_values"], grid_thw, tokens=int(grid_thw.prod()) // self._merge**2
+            )
         return self._images[ref]
 
 
@@ -147,7 +145,6 @@ def _chat_message(message: Any) -> dict[str, Any]:
     return {
         "role": message.role,
         "content": [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-            for part in message.content
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.content
         ],
     }

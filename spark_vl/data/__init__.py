@@ -1,0 +1,1 @@
+"""Recipes, safe image loading, sampling and quarantine."""

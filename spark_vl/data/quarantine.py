@@ -1,0 +1,75 @@
+"""Rows that could not be used: listed with the reason, counted, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from spark_vl.records import BadRecordError
+
+_FEWEST_SEEN = 20
+"""Rows before whose end no share is judged."""
+
+
+class TooManyBadRowsError(RuntimeError):
+    """So many rows cannot be used that something other than a few rows must be wrong."""
+
+
+class Quarantine:
+    """Takes bad rows in.
+
+    Args:
+        path: JSONL file of `{"id", "reason"}`, written by one process; a resumed run goes on with it.
+        max_fraction: the largest share of bad rows among those seen, in [0, 1], that is put up with.
+    """
+
+    def __init__(self, path: Path | str, max_fraction: float) -> None:
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"max_fraction is {max_fraction}; 0 to 1 are allowed")
+        self.path, self.max_fraction = Path(path), max_fraction
+        self.rows_seen = 0
+        """Rows drawn by this process since it started, good and bad."""
+        self.rows_bad = 0
+        """Those of them that were bad; a row that is drawn again counts again."""
+        self._listed = _ids(self.path)
+
+    def seen(self, n: int) -> None:
+        """`n` more rows were drawn, good or bad.
+
+        Raises:
+            TooManyBadRowsError: see `max_fraction`.
+        """
+        self.rows_seen += n
+        self._check("")
+
+    def add(self, error: BadRecordError) -> None:
+        """A row, which `seen` counts too, was bad. Each id is listed once.
+
+        Raises:
+            TooManyBadRowsError: see `max_fraction`.
+        """
+        self.rows_bad += 1
+        if error.record_id not in self._listed:
+            self._listed.add(error.record_id)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"id": error.record_id, "reason": error.reason}) + "\n")
+        self._check(f"; the last one: {error}")
+
+    def _check(self, example: str) -> None:
+        if self.rows_seen >= _FEWEST_SEEN and self.rows_bad > self.max_fraction * self.rows_seen:
+            raise TooManyBadRowsError(
+                f"{self.rows_bad} of {self.rows_seen} rows cannot be used, more than the share of "
+                f"{self.max_fraction:g} that is allowed; {self.path} lists them with reasons{example}"
+            )
+
+
+def _ids(path: Path) -> set[str]:
+    """The ids in the file. A last line that a killed process left unfinished is cut off."""
+    if not path.exists():
+        return set()
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        path.write_bytes(whole)
+    return {json.loads(line)["id"] for line in whole.splitlines()}

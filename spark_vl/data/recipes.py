@@ -1,0 +1,222 @@
+"""Recipes: one YAML file says where a dataset is, which column is what, and which verifier scores it.
+
+    name: geometry3k
+    description: Plane geometry with diagrams
+    license: MIT
+    source: {hub: {id: hiyouga/geometry3k}}       # or jsonl, parquet, folder: a path; or factory: module:function
+    splits: {train: train, test: test}            # ours → the split's name at the source, or its file or folder
+    columns: {question: problem, answer: answer, images: images}
+    verifier: math                                # or one for each split: {train: math, test: choice}
+
+A file that starts from another recipe names it as its `base` and holds only what differs, for example where the images
+of ViRL39K were unpacked: `{base: virl39k, media_root: /data/ViRL39K}`. Paths are relative to the recipe file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from spark_vl.data.sources import Source, SourceKind
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column is what. Those named here must be in every row; the cells of the optional ones may be null."""
+
+    question: str
+    """Text, in which the image placeholder stands where an image belongs; without placeholders, images go first."""
+    answer: str
+    r"""Text; where it holds a `\boxed{}`, the content of the last one is the gold answer."""
+    images: str | None = None
+    """One image or a list: encoded bytes, `{"bytes", "path"}`, or a path relative to the media root."""
+    choices: str | None = None
+    """List of options. Where it is not empty, they are shown after the question (unless it shows them already), the
+    answer may be the letter or the text of the right one, and the verifier is `choice`."""
+    id: str | None = None
+    """Text or integer, unique in its split; without it, rows are numbered."""
+    verifier: str | None = None
+    """Name of the row's verifier; null: the recipe's."""
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The names of all columns that are read, each once."""
+        return tuple(dict.fromkeys(name for name in vars(self).values() if name is not None))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A dataset, and how its rows become problems."""
+
+    name: str
+    description: str
+    license: str
+    """Licence of the data, as its card names it; judgments that are recycled from it carry it on."""
+    source: Source
+    splits: Mapping[str, str]
+    """train, validation or test → the split at the source (see `sources.open_rows`)."""
+    columns: Columns
+    verifier: str | Mapping[str, str]
+    """Name of the verifier of every row, or one for each split. `math` gives way to `choice` in rows whose answer is one
+    capital letter and whose question letters its options."""
+    media_root: str | None = None
+    """Folder that image paths are relative to and cannot leave. None: that of a local source; no paths for others."""
+    image_placeholder: str = "<image>"
+    """What stands in a question where an image belongs."""
+
+    def verifier_of(self, split: str) -> str:
+        """The verifier of the rows of `split` that name none."""
+        return self.verifier if isinstance(self.verifier, str) else self.verifier[split]
+
+
+def recipes() -> list[str]:
+    """The names of the shipped recipes, sorted."""
+    folder = resources.files("spark_vl.data_recipes")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path, **overrides: Any) -> Recipe:
+    """The shipped recipe of that name, or the one in that YAML file.
+
+    Args:
+        overrides: fields that replace those of the file, in the form that they have in YAML, for instance to read a
+            local copy: `load_recipe("geometry3k", source={"parquet": "data"}, splits={"train": "train-*.parquet"})`.
+            Paths are relative to the working directory.
+
+    Raises:
+        ValueError: naming the file, the field, what was found and what is allowed.
+    """
+    raw, where = _read(str(name_or_path), ())
+    return _recipe(raw | _absolute(overrides, Path.cwd()), where)
+
+
+def _read(name_or_path: str, derived: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """The fields of a recipe, its base's included, and its file for messages; `derived`: the files that start from it."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        where, folder = str(path), path.resolve().parent
+        if not path.is_file():
+            raise ValueError(f"{where}: there is no such recipe file")
+        text = path.read_text(encoding="utf-8")
+    elif name_or_path in recipes():
+        where, folder = f"{name_or_path}.yaml", Path.cwd()
+        text = resources.files("spark_vl.data_recipes").joinpath(where).read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"no recipe {name_or_path!r}; allowed: {', '.join(recipes())}, or the path of a file that ends in .yaml"
+        )
+    if where in derived:
+        raise ValueError(f"{where}: base: is a base of itself ({' → '.join([*derived, where])})")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: found {_shown(raw)}; allowed: a mapping of fields")
+    raw = _absolute(raw, folder)
+    if "base" not in raw:
+        return raw, where
+    base = _text(where, "base", raw.pop("base"))
+    if (beside := folder / base).suffix in (".yaml", ".yml"):
+        base = str(beside)
+    return _read(base, (*derived, where))[0] | raw, where
+
+
+def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`raw` with its paths made absolute, relative ones from `folder`."""
+    raw = dict(raw)
+    if isinstance(raw.get("media_root"), str):
+        raw["media_root"] = str(folder / Path(raw["media_root"]).expanduser())
+    if isinstance(raw.get("source"), dict):
+        raw["source"] = {
+            kind: str(folder / Path(value).expanduser())
+            if kind in ("jsonl", "parquet", "folder") and isinstance(value, str)
+            else value
+            for kind, value in raw["source"].items()
+        }
+    return raw
+
+
+def _recipe(raw: dict[str, Any], where: str) -> Recipe:
+    _check_fields(where, "", raw, Recipe)
+    name = _text(where, "name", raw["name"])
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"{where}: name: found {name!r}; allowed: letters, digits, '.', '_' and '-'")
+    splits = _mapping(where, "splits", raw["splits"])
+    if not splits or set(splits) - set(SPLITS):
+        raise ValueError(f"{where}: splits: found {_shown(splits)}; allowed: one or more of {', '.join(SPLITS)}")
+    verifier = raw["verifier"]
+    if isinstance(verifier, dict):
+        verifier = _mapping(where, "verifier", verifier)
+        if set(splits) - set(verifier):
+            raise ValueError(
+                f"{where}: verifier: found {_shown(verifier)}; allowed: a name, or one for each of {', '.join(splits)}"
+            )
+    columns = _mapping(where, "columns", raw["columns"])
+    _check_fields(where, "columns.", columns, Columns)
+    optional = {
+        key: _text(where, key, raw[key]) for key in ("media_root", "image_placeholder") if raw.get(key) is not None
+    }
+    return Recipe(
+        name=name,
+        description=_text(where, "description", raw["description"]),
+        license=_text(where, "license", raw["license"]),
+        source=_source(where, raw["source"]),
+        splits=splits,
+        columns=Columns(**columns),
+        verifier=verifier if isinstance(verifier, dict) else _text(where, "verifier", verifier),
+        **optional,
+    )
+
+
+def _source(where: str, raw: Any) -> Source:
+    kinds = get_args(SourceKind)
+    if not isinstance(raw, dict) or len(raw) != 1 or not set(raw) <= set(kinds):
+        raise ValueError(f"{where}: source: found {_shown(raw)}; allowed: one of {', '.join(kinds)}")
+    [(kind, value)] = raw.items()
+    if kind == "hub":
+        value = _mapping(where, "source.hub", value)
+        if "id" not in value or set(value) - {"id", "config", "revision"}:
+            raise ValueError(
+                f"{where}: source.hub: found {_shown(value)}; allowed: id, and optionally config, revision"
+            )
+        return Source(kind, value["id"], value.get("config"), value.get("revision"))
+    location = _text(where, f"source.{kind}", value)
+    if kind == "factory" and not re.fullmatch(r"[\w.]+:\w+", location):
+        raise ValueError(f"{where}: source.factory: found {location!r}; allowed: module:function")
+    return Source(kind, location)
+
+
+def _check_fields(where: str, prefix: str, raw: dict[str, Any], cls: type) -> None:
+    """Neither unknown nor missing keys."""
+    known = [field.name for field in fields(cls)]
+    if unknown := [key for key in raw if key not in known]:
+        raise ValueError(f"{where}: {prefix}{unknown[0]}: is no field; allowed: {', '.join(known)}")
+    for field in fields(cls):
+        if field.default is MISSING and field.name not in raw:
+            raise ValueError(f"{where}: {prefix}{field.name}: is missing")
+
+
+def _mapping(where: str, field: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {field}: found {_shown(value)}; allowed: a mapping")
+    return {str(key): _text(where, f"{field}.{key}", item) for key, item in value.items()}
+
+
+def _text(where: str, field: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {field}: found {_shown(value)}; allowed: text that is not empty")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,124 @@
+"""Where the rows of a recipe are: on the Hub, in files, or made by a function. Rows are read when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import datasets
+
+Row = Mapping[str, Any]
+SourceKind = Literal["hub", "jsonl", "parquet", "folder", "factory"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from."""
+
+    kind: SourceKind
+    location: str
+    """`hub`: id of a dataset, or a local copy of its repository. `jsonl`, `parquet`: the folder of the files. `folder`:
+    the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`, called with
+    `split=`, which returns a sequence of rows; one that cannot be made raises ValueError."""
+    config: str | None = None
+    """`hub`: name of the dataset's configuration."""
+    revision: str | None = None
+    """`hub`: commit, tag or branch."""
+
+
+def open_rows(source: Source, split: str, columns: Sequence[str]) -> tuple[Sequence[Row], Path | None]:
+    """The rows of `split`, and the folder that their image paths are relative to (None: they have no such folder).
+
+    Args:
+        split: `hub`, `factory`: the source's name of the split. `jsonl`: its file. `parquet`: its file, or a pattern
+            such as `data/train-*.parquet`. `folder`: its folder.
+        columns: the columns that are read; the others of a `hub` or `parquet` source are left alone.
+
+    Raises:
+        ValueError: the file, split, column or function is not there.
+    """
+    match source.kind:
+        case "factory":
+            return _call_factory(source.location, split), None
+        case "jsonl":
+            return _JsonLines(_files(source.location, split)[0]), Path(source.location)
+        case "folder":
+            folder = Path(source.location, split)
+            return _JsonLines(_files(folder, "metadata.jsonl")[0]), folder
+        case "parquet":
+            import datasets  # slow to import
+
+            files = [str(file) for file in _files(source.location, split)]
+            return _ArrowRows(datasets.Dataset.from_parquet(files), columns), Path(source.location)
+        case "hub":
+            import datasets
+
+            rows = datasets.load_dataset(source.location, source.config, split=split, revision=source.revision)
+            return _ArrowRows(rows, columns), None
+
+
+def _files(folder: str | Path, pattern: str) -> list[Path]:
+    files = sorted(file for file in Path(folder).glob(pattern) if file.is_file())
+    if not files:
+        raise ValueError(f"no file {pattern!r} in {str(folder)!r}")
+    return files
+
+
+def _call_factory(location: str, split: str) -> Sequence[Row]:
+    module, _, function = location.partition(":")
+    return getattr(importlib.import_module(module), function)(split=split)
+
+
+class _ArrowRows(Sequence[Row]):
+    """A memory-mapped table. Rows come as they are stored: images are neither decoded nor looked up on disk."""
+
+    def __init__(self, table: datasets.Dataset, columns: Sequence[str]) -> None:
+        if missing := set(columns) - set(table.column_names):
+            raise ValueError(f"no column {', '.join(sorted(missing))}; the columns are {', '.join(table.column_names)}")
+        self._table = table.select_columns(list(columns)).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._table[index].to_pylist()[0]
+
+
+class _JsonLines(Sequence[Row]):
+    """One JSON object a line; only the offsets of the lines are held in memory."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._offsets = array("q")
+        with file.open("rb") as lines:
+            offset = 0
+            for line in lines:
+                if line.strip():
+                    self._offsets.append(offset)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> Row:
+        """The row.
+
+        Raises:
+            ValueError: the line is not a JSON object.
+        """
+        with self._file.open("rb") as lines:
+            lines.seek(self._offsets[index])
+            line = lines.readline()
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the line is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"the line is a JSON {type(row).__name__}; an object is allowed")
+        return row

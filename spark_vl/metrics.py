@@ -1,0 +1,223 @@
+"""What a run writes down: metrics, trackers, rollouts, and the progress that a person watches."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from spark_vl.records import JUDGMENTS, KINDS, RolloutGroup, plain_text
+
+
+class Means:
+    """Named means that add up over packs, phases and processes. Each is kept as a sum and a weight."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, name: str, total: float, weight: float = 1.0) -> None:
+        """Add `total`, the sum of `weight` observations."""
+        self._sums[name][0] += total
+        self._sums[name][1] += weight
+
+    def update(self, other: Means) -> None:
+        """Add all observations of `other`."""
+        for name, (total, weight) in other._sums.items():
+            self.add(name, total, weight)
+
+    def over_processes(self) -> Means:
+        """The observations of all processes. A collective call."""
+        merged = Means()
+        for sums in gather_object([dict(self._sums)]):
+            for name, (total, weight) in sums.items():
+                merged.add(name, total, weight)
+        return merged
+
+    def result(self) -> dict[str, float]:
+        """The means; a name without observations is left out."""
+        return {name: total / weight for name, (total, weight) in sorted(self._sums.items()) if weight}
+
+
+def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
+    """Diagnostics of verified groups, per kind of prompt, as `kind/name`.
+
+    reward, length (tokens), entropy (nats per token: the mean of -log p of what was sampled), and the shares of
+    completions that are truncated, unparsable, failed (the verifier timed out or raised), and of groups without
+    variance, which have no gradient. For judgments also the balanced accuracy (mean of the accuracies for either
+    label; 0.5 is a coin) and the share of the first label.
+    """
+    means = Means()
+    for group in groups:
+        kind = group.record.kind
+        means.add(f"{kind}/zero_variance", group.zero_variance)
+        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
+            means.add(f"{kind}/reward", verdict.score)
+            means.add(f"{kind}/length", len(rollout.token_ids))
+            means.add(f"{kind}/entropy", -sum(rollout.logprobs), len(rollout.logprobs))
+            means.add(f"{kind}/truncated", rollout.finish == "length")
+            means.add(f"{kind}/unparsable", verdict.status == "unparsable")
+            means.add(f"{kind}/failed", verdict.status in ("timeout", "error"))
+            if kind in JUDGMENTS:
+                means.add(f"{kind}/accuracy_{group.record.gold}", verdict.score)
+                means.add(f"{kind}/share_{group.record.choices[0]}", verdict.parsed == group.record.choices[0])
+    return means
+
+
+def add_balanced_accuracy(metrics: dict[str, float]) -> None:
+    """Add `kind/balanced_accuracy` to `metrics`, from the accuracies for each label that were seen."""
+    for kind in JUDGMENTS:
+        by_label = [value for name, value in metrics.items() if name.startswith(f"{kind}/accuracy_")]
+        if by_label:
+            metrics[f"{kind}/balanced_accuracy"] = sum(by_label) / len(by_label)
+
+
+class Timer:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what runs inside as `phase`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def reset(self) -> dict[str, float]:
+        """The seconds so far as `time/phase`, starting anew."""
+        seconds = {f"time/{phase}": value for phase, value in self.seconds.items()}
+        self.seconds.clear()
+        return seconds
+
+
+class RunLog:
+    """The files of a run, its trackers and its progress bar. Only the main process writes.
+
+    Args:
+        accelerator: its trackers are written to.
+        folder: of the run; `metrics.jsonl`, `evaluations.jsonl` and `rollouts.jsonl` are written there.
+        steps: of the whole run.
+        start: step from which the run goes on; later lines, of an interrupted run, are dropped.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, *, steps: int, start: int) -> None:
+        self.accelerator = accelerator
+        self.folder = folder
+        self.console = Console(quiet=not accelerator.is_main_process, highlight=False)
+        self._progress: Progress | None = None
+        self._steps, self._start = steps, start
+        if accelerator.is_main_process:
+            for name in ("metrics", "evaluations", "rollouts"):
+                _drop_lines_after(self._path(name), start)
+
+    def __enter__(self) -> RunLog:
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[rewards]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("training", total=self._steps, completed=self._start, rewards="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def phase(self, name: str, done: int | None = None, total: int | None = None) -> None:
+        """Show what the step is doing."""
+        if self._progress:
+            count = "" if total is None else f" {done}/{total}"
+            self._progress.update(self._task, description=f"{name}{count}")
+
+    def counting(self, name: str, total: int) -> Callable[[int], None]:
+        """A callable that hears of finished items and shows `name done/total`."""
+        done = 0
+        self.phase(name, 0, total)
+
+        def advance(finished: int) -> None:
+            nonlocal done
+            done += finished
+            self.phase(name, done, total)
+
+        return advance
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a finished step."""
+        self._append("metrics", {"step": step, **metrics})
+        self.accelerator.log(dict(metrics), step=step)
+        rewards = "  ".join(f"{kind} {metrics[f'{kind}/reward']:.2f}" for kind in KINDS if f"{kind}/reward" in metrics)
+        if self._progress:
+            self._progress.update(self._task, completed=step, rewards=f"reward: {rewards}")
+        else:
+            self.console.print(f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s")
+
+    def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
+        """Record an evaluation: name -> estimate with `value`."""
+        self._append("evaluations", {"step": step, "results": results})
+        self.accelerator.log({f"eval/{name}": result["value"] for name, result in results.items()}, step=step)
+        figures = "  ".join(f"{name} {result['value']:.2f}" for name, result in results.items())
+        self.console.print(f"evaluation after {step} steps: {figures}")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All evaluations of the run so far, oldest first."""
+        return [json.loads(line) for line in self._path("evaluations").read_text().splitlines()]
+
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Write the groups of a step, one a line, with the text of the prompt and all completions."""
+        for group in groups:
+            record = group.record
+            self._append(
+                "rollouts",
+                {
+                    "step": step,
+                    "id": record.id,
+                    "kind": record.kind,
+                    "prompt": "\n".join(plain_text(m.content) for m in record.messages),
+                    "gold": record.gold,
+                    "origin": None if record.origin is None else asdict(record.origin),
+                    "completions": [
+                        {"text": r.text, "finish": r.finish, **asdict(v)}
+                        for r, v in zip(group.rollouts, group.verdicts, strict=True)
+                    ],
+                },
+            )
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self._path(name).open("a") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a last line that was cut off in the writing."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except json.JSONDecodeError:
+            break  # only the last line can be incomplete, and the step that wrote it is run again
+        kept.append(line + "\n")
+    path.write_text("".join(kept))

@@ -1,0 +1,1 @@
+"""The policy: loading, group packing, log-probabilities, losses."""

@@ -1,0 +1,205 @@
+"""The policy update: verified groups → packs → gradients → optimizer steps.
+
+Shapes: R completions of the step on this process, N completion tokens of a pack.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LRScheduler
+
+from spark_vl.advantages import group_advantages
+from spark_vl.config import ObjectiveConfig, OptimizerConfig
+from spark_vl.policy.losses import StepTotals, policy_loss
+from spark_vl.policy.packing import Pack, PackItem, pack_items
+from spark_vl.policy.policy import Policy
+from spark_vl.processors import ProcessedPrompt, Processor
+from spark_vl.records import RolloutGroup
+
+Sums = dict[str, tuple[float, float]]
+"""Named sums with the number of observations in them."""
+
+
+class Updater:
+    """Moves the policy's weights.
+
+    Args:
+        accelerator: wraps `policy` and `optimizer`, which it has prepared.
+        policy: as prepared, so maybe wrapped.
+        reference: the frozen policy of the KL penalty; None where `objective.beta` is 0.
+        processor: knows the image token and the dummy image of a pack without images.
+        max_new_tokens: normaliser of Dr. GRPO.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        policy: torch.nn.Module,
+        reference: Policy | None,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        processor: Processor,
+        objective: ObjectiveConfig,
+        settings: OptimizerConfig,
+        *,
+        max_new_tokens: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.policy = policy
+        self.reference = reference
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.processor = processor
+        self.objective = objective
+        self.settings = settings
+        self.max_new_tokens = max_new_tokens
+
+    def update(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt], *, seed: str) -> Sums:
+        """Take `updates_per_batch` optimizer steps on verified `groups`, each on its own part of them.
+
+        Args:
+            groups: of this process. None of them may be empty of rollouts.
+            prompts: the processed prompt of each group, by record id.
+            seed: fixes which groups make up which part.
+        """
+        groups = list(groups)
+        random.Random(seed).shuffle(groups)
+        parts = [groups[i :: self.settings.updates_per_batch] for i in range(self.settings.updates_per_batch)]
+        batches = [self._pack(part, prompts) for part in parts if part]
+        # The first update is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
+        old = [None if i == 0 else self._scores(self.policy, batch) for i, batch in enumerate(batches)]
+        sums: Sums = {}
+        for batch, old_logprobs in zip(batches, old, strict=True):
+            for name, (total, weight) in self._optimizer_step(batch, old_logprobs).items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + weight)
+        return sums
+
+    def _pack(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt]) -> _Batch:
+        """Lay `groups` out in packs, with the advantages of their completions."""
+        no_gradient_without_variance = self.objective.beta == 0 and self.objective.entropy_bonus == 0
+        items, advantages, weights, kinds, engine_logprobs = [], [], [], [], []
+        for group in groups:
+            rows = range(len(advantages), len(advantages) + len(group.rollouts))
+            advantages += group_advantages(group.rewards, normalise=self.objective.loss != "dr_grpo")
+            weights += [self.objective.weights[group.record.kind]] * len(rows)
+            kinds += [group.record.kind] * len(rows)
+            engine_logprobs += [rollout.logprobs for rollout in group.rollouts]
+            if not (no_gradient_without_variance and group.zero_variance):
+                completions = [rollout.token_ids for rollout in group.rollouts]
+                items.append(PackItem(prompts[group.record.id], completions, rows))
+        packs = pack_items(
+            items,
+            tokens_per_pack=self.settings.tokens_per_pack,
+            dummy_image=self.processor.dummy_image,
+            image_token_id=self.processor.image_token_id,
+        )
+        return _Batch(packs, torch.tensor(advantages), torch.tensor(weights), kinds, engine_logprobs)
+
+    def _optimizer_step(self, batch: _Batch, old_logprobs: list[torch.Tensor] | None) -> Sums:
+        device = self.accelerator.device
+        advantages, weights = batch.advantages.to(device), batch.weights.to(device)
+        completions, tokens = self.accelerator.reduce(
+            torch.tensor([len(batch.kinds), sum(map(len, batch.engine_logprobs))], device=device)
+        ).tolist()
+        totals = StepTotals(completions, tokens, self.max_new_tokens)
+        # Every process makes the same number of passes: a process that has fewer packs repeats its last, at weight 0.
+        n_packs = int(self.accelerator.gather(torch.tensor([len(batch.packs)], device=device)).max())
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for i in range(n_packs):
+            padding = i >= len(batch.packs)
+            pack = batch.packs[-1 if padding else i].to(device)
+            reference = None if self.reference is None else self._score(self.reference, pack)
+            with nullcontext() if i == n_packs - 1 else self.accelerator.no_sync(self.policy):
+                scores = self.policy(pack)
+                loss, row_sums = policy_loss(
+                    self.objective.loss,
+                    scores.logprobs,
+                    advantages,
+                    pack.row_N,
+                    torch.zeros_like(weights) if padding else weights,
+                    totals,
+                    clip_low=self.objective.clip_low,
+                    clip_high=self.objective.clip_high,
+                    old_logprobs=None if old_logprobs is None else old_logprobs[i],
+                    ref_logprobs=reference,
+                    beta=self.objective.beta,
+                    entropies=scores.entropy,
+                    entropy_bonus=self.objective.entropy_bonus,
+                )
+                # Gradients are averaged over processes; the loss is a part of a sum.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            if not padding:
+                self._collect(sums, batch, pack, loss, row_sums, scores.logprobs, first=old_logprobs is None)
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
+        sums["update/grad_norm"] = [float(norm), 1.0]
+        sums["update/lr"] = [self.scheduler.get_last_lr()[0], 1.0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return {name: (total, weight) for name, (total, weight) in sums.items()}
+
+    def _collect(
+        self,
+        sums: dict[str, list[float]],
+        batch: _Batch,
+        pack: Pack,
+        loss: torch.Tensor,
+        row_sums: Mapping[str, torch.Tensor],
+        logprobs: torch.Tensor,
+        *,
+        first: bool,
+    ) -> None:
+        sums["update/loss"][0] += float(loss)
+        sums["update/loss"][1] = 1.0
+        lengths = row_sums["tokens"].tolist()
+        for name, values in row_sums.items():
+            if name == "tokens":
+                continue
+            for kind, value, length in zip(batch.kinds, values.tolist(), lengths, strict=True):
+                for key in (f"update/{name}", f"{kind}/{name}") if name in ("kl", "entropy") else (f"update/{name}",):
+                    sums[key][0] += value
+                    sums[key][1] += length
+        if first:  # the policy has not moved since the engine sampled, so both should say the same
+            gap = logprobs.detach() - batch.engine_logprobs_of(pack)
+            for name, values in (("gap", gap.abs()), ("ratio", gap.exp())):
+                sums[f"engine/{name}"][0] += float(values.sum())
+                sums[f"engine/{name}"][1] += len(gap)
+
+    def _scores(self, policy: torch.nn.Module, batch: _Batch) -> list[torch.Tensor]:
+        return [self._score(policy, pack.to(self.accelerator.device)) for pack in batch.packs]
+
+    @staticmethod
+    @torch.no_grad()
+    def _score(policy: torch.nn.Module, pack: Pack) -> torch.Tensor:
+        return policy(pack).logprobs
+
+
+class _Batch:
+    """What one optimizer step is made of, on this process."""
+
+    def __init__(
+        self,
+        packs: list[Pack],
+        advantages: torch.Tensor,
+        weights: torch.Tensor,
+        kinds: list[str],
+        engine_logprobs: list[tuple[float, ...]],
+    ) -> None:
+        self.packs = packs
+        self.advantages = advantages  # [R]
+        self.weights = weights  # [R]
+        self.kinds = kinds  # [R]
+        self.engine_logprobs = engine_logprobs  # [R], ragged
+
+    def engine_logprobs_of(self, pack: Pack) -> torch.Tensor:
+        """[N] what the rollout engine said of the tokens of `pack`."""
+        rows = torch.unique_consecutive(pack.row_N).tolist()
+        flat = [value for row in rows for value in self.engine_logprobs[row]]
+        return torch.tensor(flat, device=pack.row_N.device)

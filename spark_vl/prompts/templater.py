@@ -1,0 +1,320 @@
+"""Words prompts and reads the replies to them: a template is wording and reply parser in one object.
+
+What a prompt quotes (questions, answers) comes from datasets and models and is not trusted: it is put in literally,
+in one pass, so that a slot inside a quotation stays text, and `neutralise` takes the effect from special tokens in it.
+Images stand where the question has them, in any number.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files as package_files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from spark_vl.answers import last_boxed, match_label
+from spark_vl.config import DEFAULT_REASONING_SUFFIX as REASONING_SUFFIX
+from spark_vl.records import Content, Message
+
+_SLOTS = {
+    "pointwise": ("{question}", "{answer}"),
+    "pairwise": ("{question}", "{answer_a}", "{answer_b}"),
+    "reflection": ("{question}", "{answer}"),
+}
+_OPTION_SLOTS = ("{option_a}", "{option_b}")
+_SLOT = re.compile(r"(\{(?:question|answer|answer_a|answer_b|option_a|option_b)\})")
+# A word in braces is a misspelt slot, unless it is the argument of a command, as in `\text{cm}` or `\frac{ab}{cd}`.
+_UNKNOWN_SLOT = re.compile(r"(?<![\w}])\{[a-z_]{2,}\}")
+
+
+def neutralise(text: str) -> str:
+    """`text` with a zero-width space between each `<` and a bar after it, so that no part of it is a special token.
+
+    Every special token of Qwen is spelled `<|...|>`, some of other families with a full-width bar. That no bar follows
+    a `<` rules out nested and overlapping ones too. Idempotent.
+    """
+    return re.sub("<(?=[|｜])", "<\u200b", text)
+
+
+@dataclass(frozen=True)
+class Template:
+    """One way to ask for a judgment or a reflection, and how to read the reply.
+
+    Raises:
+        ValueError: a field is not as described here. Names the template, the field, what was found and what is allowed.
+    """
+
+    name: str
+    """Unique, such as `pointwise/yes_no_03`."""
+    kind: Literal["pointwise", "pairwise", "reflection"]
+    text: str
+    r"""The wording, with each of these slots once and no other: `{question}`; `{answer}`, in pairs `{answer_a}` and
+    `{answer_b}`; `{option_a}` and `{option_b}` if there are `options`. Other braces stand for themselves. A judgment
+    asks for each of its labels as `\boxed{label}`, a reflection for its answer in `\boxed{}`."""
+    labels: tuple[str, str] | None = None
+    """Pointwise: ("Yes", "No"), for a correct and an incorrect answer, or ("A", "B"), for the `options`. Pairwise:
+    ("A", "B"), for the answers. Reflection: None."""
+    options: tuple[str, str] | None = None
+    """Pointwise A/B only: what is said of a correct and of an incorrect answer. Which is A is drawn for each prompt."""
+    shows: Literal["answer", "cot"] | None = None
+    """Reflection only: whether the final answer is quoted or the whole chain of thought."""
+    claim: Literal["check", "wrong"] | None = None
+    """Reflection only: "check this answer", or "this answer is wrong", which is never shown with a correct one."""
+
+    def __post_init__(self) -> None:
+        reflection, options, text = self.kind == "reflection", self.options, str(self.text)
+        labels = None if reflection else ("Yes", "No") if self.kind == "pointwise" and options is None else ("A", "B")
+        slots = _SLOTS.get(str(self.kind), ()) + (() if options is None else _OPTION_SLOTS)
+        found = _SLOT.findall(text)
+        found += [slot for slot in _UNKNOWN_SLOT.findall(text) if slot not in found]
+        asked = ["\\boxed{"] if reflection else [f"\\boxed{{{label}}}" for label in labels]
+        shows, claim = (("answer", "cot"), ("check", "wrong")) if reflection else ((None,), (None,))
+        for field, value, ok, allowed in (
+            ("name", self.name, isinstance(self.name, str) and self.name.strip(), "a text that is not empty"),
+            ("kind", self.kind, self.kind in tuple(_SLOTS), _either(_SLOTS)),
+            ("options", options, options is None or self.kind == "pointwise", f"none in a {self.kind} template"),
+            ("options", options, options is None or _two_texts(options), "two different texts"),
+            ("labels", self.labels, self.labels == labels, f"{list(labels)}, in quotes" if labels else "none"),
+            ("shows", self.shows, self.shows in shows, f"{_either(shows)} in a {self.kind} template"),
+            ("claim", self.claim, self.claim in claim, f"{_either(claim)} in a {self.kind} template"),
+            ("text", self.text, isinstance(self.text, str), "a text"),
+            ("text", found, Counter(found) == Counter(slots), f"the slots {', '.join(slots)}, each once"),
+            ("text", "\\box{", "\\box{" not in text, "\\boxed{, the only box that replies are read from"),
+            ("text", text, all(box in text for box in asked), f"a text that asks for {' and '.join(asked)}"),
+        ):
+            if not ok:
+                raise ValueError(f"template {self.name!r}: {field}: found {value!r}; allowed: {allowed}")
+
+    def parse(self, reply: str) -> str | None:
+        """The label in the last box of `reply`, for a reflection the answer in it; None if there is none."""
+        return last_boxed(reply) if self.labels is None else match_label(reply, self.labels)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt made from a template."""
+
+    messages: tuple[Message, ...]
+    gold: str | None
+    """The right label, with options and answers standing where they do; None for a reflection."""
+    labels: tuple[str, ...]
+    """The labels of a judgment, for `PromptRecord.choices`; () for a reflection."""
+    template: str
+    """Name of the template."""
+
+
+class Templater:
+    """Words problems, judgments and reflections.
+
+    Args:
+        templates: at least one pointwise, one pairwise and, for each `shows`, one reflection that claims "check".
+        system_prompt: opens every prompt; none when None.
+        reasoning_suffix: appended to every problem as it is.
+
+    Raises:
+        ValueError: two templates have the same name, or one that is needed is missing.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[Template],
+        *,
+        system_prompt: str | None = None,
+        reasoning_suffix: str = REASONING_SUFFIX,
+    ) -> None:
+        if repeated := _repeated(templates):
+            raise ValueError(f"templates: more than one is named {', '.join(repeated)}; names are unique")
+        self.templates: Mapping[str, Template] = {template.name: template for template in templates}
+        """By name, to parse replies to what was rendered."""
+        self._system = () if system_prompt is None else (Message("system", (system_prompt,)),)
+        self._suffix = reasoning_suffix
+        pointwise = [t for t in templates if t.kind == "pointwise"]
+        reflection = [t for t in templates if t.kind == "reflection"]
+        # The templates to draw from: by what is asked, in families that are equally likely.
+        self._families = {
+            "pointwise": ([t for t in pointwise if t.options is None], [t for t in pointwise if t.options]),
+            "pairwise": ([t for t in templates if t.kind == "pairwise"],),
+        }
+        for shows in ("answer", "cot"):
+            shown = [t for t in reflection if t.shows == shows]
+            self._families[f"reflection that shows: {shows}"] = (shown,)
+            self._families[f"reflection that shows: {shows}, claim: check"] = (
+                [t for t in shown if t.claim == "check"],
+            )
+        for purpose, families in self._families.items():
+            if not any(families):
+                raise ValueError(f"templates: there is no {purpose}; at least one is needed")
+
+    @classmethod
+    def load(
+        cls,
+        files: Sequence[Path | str] = (),
+        *,
+        builtin: bool = True,
+        system_prompt: str | None = None,
+        reasoning_suffix: str = REASONING_SUFFIX,
+    ) -> Templater:
+        """The templates of YAML `files`, beside the shipped ones if `builtin`.
+
+        A file is a list of mappings with the fields of `Template`. A template replaces one of the same name that was
+        shipped or read from an earlier file.
+
+        Raises:
+            ValueError: a template is not as it should be. Names file, template and field.
+        """
+        shipped = package_files("spark_vl.prompts.templates").iterdir() if builtin else ()
+        shipped = sorted((file for file in shipped if file.name.endswith(".yaml")), key=lambda file: file.name)
+        templates = {t.name: t for file in (*shipped, *map(Path, files)) for t in _read(file)}
+        return cls(list(templates.values()), system_prompt=system_prompt, reasoning_suffix=reasoning_suffix)
+
+    def problem(self, question: Content) -> tuple[Message, ...]:
+        """The prompt that asks `question`."""
+        return self._messages((*question, self._suffix))
+
+    def pointwise(
+        self,
+        question: Content,
+        answer: str,
+        *,
+        correct: bool,
+        rng: random.Random,
+        template: str | None = None,
+        correct_first: bool | None = None,
+    ) -> Rendered:
+        """Asks whether `answer`, a final answer or a chain of thought, is right. Yes/No and A/B are equally likely.
+
+        Args:
+            correct: whether it is. Changes `gold` alone; where it is not known, give True, and `gold` is the label that
+                calls the answer correct.
+            template: name of the template; drawn when None.
+            correct_first: in A/B templates, whether A is the option that calls the answer correct; drawn when None.
+        """
+        chosen = self._choose("pointwise", template, rng)
+        first, second = chosen.labels
+        if chosen.options is None:
+            return self._render(chosen, question, first if correct else second, {"{answer}": answer})
+        says_correct, says_incorrect = chosen.options
+        correct_first = rng.random() < 0.5 if correct_first is None else correct_first
+        option_a, option_b = (says_correct, says_incorrect) if correct_first else (says_incorrect, says_correct)
+        slots = {"{answer}": answer, "{option_a}": option_a, "{option_b}": option_b}
+        return self._render(chosen, question, first if correct == correct_first else second, slots)
+
+    def pairwise(
+        self,
+        question: Content,
+        *,
+        correct: str,
+        wrong: str,
+        rng: random.Random,
+        template: str | None = None,
+        correct_first: bool | None = None,
+    ) -> Rendered:
+        """Asks which of two answers is right. To ask in both orders, fix `template` and give both `correct_first`.
+
+        Args:
+            correct: the right answer; where it is not known, `gold` is the label of the answer given here.
+            template: name of the template; drawn when None.
+            correct_first: whether `correct` is answer A; drawn when None.
+        """
+        chosen = self._choose("pairwise", template, rng)
+        correct_first = rng.random() < 0.5 if correct_first is None else correct_first
+        answer_a, answer_b = (correct, wrong) if correct_first else (wrong, correct)
+        slots = {"{answer_a}": answer_a, "{answer_b}": answer_b}
+        return self._render(chosen, question, chosen.labels[0 if correct_first else 1], slots)
+
+    def reflection(
+        self,
+        question: Content,
+        answer: str,
+        *,
+        correct: bool,
+        shows: Literal["answer", "cot"],
+        rng: random.Random,
+        template: str | None = None,
+    ) -> Rendered:
+        """Asks for the right answer, given an earlier one.
+
+        Args:
+            answer: a final answer or a whole chain of thought, as `shows` says.
+            correct: whether it is right; if so, the prompt never claims that it is wrong.
+            template: name of the template; drawn when None.
+        """
+        purpose = f"reflection that shows: {shows}" + (", claim: check" if correct else "")
+        return self._render(self._choose(purpose, template, rng), question, None, {"{answer}": answer})
+
+    def _choose(self, purpose: str, name: str | None, rng: random.Random) -> Template:
+        families = [family for family in self._families[purpose] if family]
+        if name is None:
+            return rng.choice(rng.choice(families))
+        allowed = {template.name: template for family in families for template in family}
+        if name not in allowed:
+            raise ValueError(f"template: found {name!r}; allowed is a {purpose}: {', '.join(allowed)}")
+        return allowed[name]
+
+    def _render(self, template: Template, question: Content, gold: str | None, slots: Mapping[str, str]) -> Rendered:
+        values: dict[str, Content] = {"{question}": question, **{slot: (text,) for slot, text in slots.items()}}
+        parts = (part for piece in _SLOT.split(template.text) for part in values.get(piece, (piece,)))
+        return Rendered(self._messages(parts), gold, template.labels or (), template.name)
+
+    def _messages(self, parts: Iterable[Any]) -> tuple[Message, ...]:
+        """The system prompt and a user's turn: adjacent texts are merged, then neutralised, so that no seam matters."""
+        content: list[Any] = []
+        for part in parts:
+            if content and isinstance(part, str) and isinstance(content[-1], str):
+                content[-1] += part
+            elif part != "":
+                content.append(part)
+        merged = tuple(neutralise(part) if isinstance(part, str) else part for part in content)
+        return (*self._system, Message("user", merged))
+
+
+def _read(file: Path | Traversable) -> list[Template]:
+    """The templates of one YAML file."""
+    try:
+        rows = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: is not valid YAML: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{file}: found {type(rows).__name__}; allowed: a list of templates, not empty")
+    allowed = [field.name for field in fields(Template)]
+    templates = []
+    for number, row in enumerate(rows, 1):
+        where = f"{file}: entry {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: found {row!r}; allowed: a mapping with {', '.join(allowed)}")
+        if unknown := [str(key) for key in row if key not in allowed]:
+            raise ValueError(
+                f"{where}: template {row.get('name')!r}: found {', '.join(unknown)}; allowed: {', '.join(allowed)}"
+            )
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        try:
+            templates.append(Template(**{"name": None, "kind": None, "text": None, **values}))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if repeated := _repeated(templates):
+        raise ValueError(f"{file}: name: more than one template is named {', '.join(repeated)}; names are unique")
+    return templates
+
+
+def _repeated(templates: Sequence[Template]) -> list[str]:
+    return [name for name, count in Counter(template.name for template in templates).items() if count > 1]
+
+
+def _either(values: Iterable[str | None]) -> str:
+    return " or ".join("none" if value is None else value for value in values)
+
+
+def _two_texts(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(text, str) and text.strip() for text in value)
+        and value[0] != value[1]
+    )

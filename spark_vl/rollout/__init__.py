@@ -1,0 +1,6 @@
+"""Rollout engines: sample groups of completions from the policy."""
+
+from spark_vl.rollout.engine import RolloutEngine, Sampling
+from spark_vl.rollout.transformers_engine import TransformersEngine
+
+__all__ = ["RolloutEngine", "Sampling", "TransformersEngine"]

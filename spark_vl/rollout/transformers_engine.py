@@ -1,0 +1,198 @@
+"""Rollouts in the training process, on any platform.
+
+Each unique image goes once through the vision tower, each prompt once through the language model; the key-value cache
+is then expanded to the G completions, and finished rows leave it.
+
+Shapes: B prompts, S tokens of the longest, R = B·G rows being decoded, V words, H hidden values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import DynamicCache
+
+from spark_vl.policy.head import sampling_logits
+from spark_vl.policy.policy import Policy
+from spark_vl.processors import ProcessedImage, ProcessedPrompt, Processor
+from spark_vl.records import Rollout, RolloutGroup
+from spark_vl.rollout.engine import Sampling
+
+
+class TransformersEngine:
+    """`RolloutEngine` on the policy's own modules: it needs no copy of the weights.
+
+    Args:
+        policy: sampled from.
+        processor: names the stop and pad tokens, and decodes.
+        rows_at_once: completions decoded together; bounds the key-value cache.
+    """
+
+    def __init__(self, policy: Policy, processor: Processor, *, rows_at_once: int) -> None:
+        self.policy = policy
+        self.processor = processor
+        self.rows_at_once = rows_at_once
+
+    def sync_weights(self, policy: Policy) -> None:
+        """See `RolloutEngine.sync_weights`."""
+        self.policy = policy
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`; there is nothing to give back."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[ProcessedPrompt],
+        n: int,
+        sampling: Sampling,
+        progress: Callable[[int], None] = lambda finished: None,
+    ) -> list[RolloutGroup]:
+        """See `RolloutEngine.generate`."""
+        generator = torch.Generator(self.policy.suppressed.device).manual_seed(sampling.seed)
+        was_training = self.policy.training
+        self.policy.eval()  # gradient checkpointing would forbid the cache
+        self.policy.use_attention("sdpa")
+        try:
+            # Prompts of similar length decode together, so that little is padded.
+            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+            prompts_at_once = max(1, self.rows_at_once // n)
+            groups: dict[int, RolloutGroup] = {}
+            for start in range(0, len(order), prompts_at_once):
+                chosen = order[start : start + prompts_at_once]
+                batch = [prompts[i] for i in chosen]
+                groups.update(zip(chosen, self._generate_batch(batch, n, sampling, generator, progress), strict=True))
+        finally:
+            self.policy.use_attention(self.policy.attention)
+            self.policy.train(was_training)
+        return [groups[i] for i in range(len(prompts))]
+
+    def _generate_batch(
+        self,
+        prompts: Sequence[ProcessedPrompt],
+        n: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+        progress: Callable[[int], None],
+    ) -> list[RolloutGroup]:
+        device = self.policy.suppressed.device
+        rows = len(prompts) * n
+        hidden_BH, cache, mask_BS = self._prefill(prompts)
+        hidden_RH = hidden_BH.repeat_interleave(n, dim=0)
+        mask_RS = mask_BS.repeat_interleave(n, dim=0)
+        cache.batch_repeat_interleave(n)
+        position_R = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(n)
+        alive_R = torch.arange(rows, device=device)  # which completion each row of the cache is
+        stop = torch.tensor(self.processor.stop_token_ids, device=device)
+
+        tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(rows, sampling.max_new_tokens, device=device)
+        lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
+        finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        for step in range(sampling.max_new_tokens):
+            token_R, logprob_R = self._sample(self.policy.model.lm_head(hidden_RH), sampling, generator)
+            tokens[alive_R, step] = token_R
+            logprobs[alive_R, step] = logprob_R.to(logprobs.dtype)
+            ends_R = torch.isin(token_R, stop)
+            if ends_R.any():
+                lengths[alive_R[ends_R]] = step + 1
+                finished[alive_R[ends_R]] = True
+                progress(int(ends_R.sum()))
+                keep = (~ends_R).nonzero()[:, 0]
+                alive_R, token_R = alive_R[keep], token_R[keep]
+                mask_RS, position_R = mask_RS[keep], position_R[keep]
+                cache.batch_select_indices(keep)
+            if len(alive_R) == 0 or step + 1 == sampling.max_new_tokens:
+                break
+            mask_RS = torch.cat([mask_RS, mask_RS.new_ones(len(mask_RS), 1)], dim=1)
+            hidden_RH = self.policy.model.model.language_model(
+                inputs_embeds=self.policy.model.get_input_embeddings()(token_R[:, None]),
+                position_ids=position_R[None, :, None].expand(3, -1, 1),
+                attention_mask=mask_RS,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            position_R = position_R + 1
+        progress(len(alive_R))
+
+        def rollout(row: int) -> Rollout:
+            length = int(lengths[row])
+            ids = tuple(tokens[row, :length].tolist())
+            return Rollout(
+                token_ids=ids,
+                logprobs=tuple(logprobs[row, :length].tolist()),
+                text=self.processor.decode(ids),
+                finish="stop" if finished[row] else "length",
+            )
+
+        tokens, logprobs, lengths, finished = tokens.cpu(), logprobs.cpu(), lengths.cpu(), finished.cpu()
+        return [
+            RolloutGroup(prompt.record, tuple(rollout(b * n + g) for g in range(n))) for b, prompt in enumerate(prompts)
+        ]
+
+    def _prefill(self, prompts: Sequence[ProcessedPrompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+        """Run the prompts, padded on the left, once: last hidden states [B, H], cache, mask [B, S]."""
+        device = self.policy.suppressed.device
+        longest = max(len(p.input_ids) for p in prompts)
+        ids_BS = torch.full((len(prompts), longest), self.processor.pad_token_id)
+        mask_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
+        positions_3BS = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            ids_BS[b, longest - len(prompt.input_ids) :] = prompt.input_ids
+            mask_BS[b, longest - len(prompt.input_ids) :] = 1
+            positions_3BS[:, b, longest - len(prompt.input_ids) :] = prompt.position_ids
+        ids_BS, mask_BS, positions_3BS = ids_BS.to(device), mask_BS.to(device), positions_3BS.to(device)
+
+        embeds_BSH = self.policy.model.get_input_embeddings()(ids_BS)
+        features = self._encode_images(prompts)
+        if features is not None:
+            is_image = (ids_BS == self.processor.image_token_id) & mask_BS.bool()
+            embeds_BSH = embeds_BSH.masked_scatter(is_image[..., None], features.to(embeds_BSH.dtype))
+        cache = DynamicCache(config=self.policy.model.config.text_config)
+        output = self.policy.model.model.language_model(
+            inputs_embeds=embeds_BSH,
+            position_ids=positions_3BS,
+            attention_mask=mask_BS,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1], cache, mask_BS
+
+    def _encode_images(self, prompts: Sequence[ProcessedPrompt]) -> torch.Tensor | None:
+        """Features of all images in order, [total tokens, H]; each unique image goes through the vision tower once."""
+        unique: dict[ProcessedImage, int] = {}
+        for image in (image for p in prompts for image in p.images):
+            unique.setdefault(image, len(unique))
+        if not unique:
+            return None
+        device = self.policy.suppressed.device
+        features = self.policy.model.model.get_image_features(
+            torch.cat([image.pixel_values for image in unique]).to(device),
+            torch.stack([image.grid_thw for image in unique]).to(device),
+            return_dict=True,
+        ).pooler_output
+        return torch.cat([features[unique[image]] for p in prompts for image in p.images])
+
+    def _sample(
+        self, logits_RV: torch.Tensor, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token for each row, and its log-probability."""
+        logp_RV = torch.log_softmax(
+            sampling_logits(logits_RV, sampling.temperature or 1.0, self.policy.suppressed), dim=-1
+        )
+        if sampling.temperature == 0:
+            token_R = logp_RV.argmax(-1)
+        else:
+            probs_RV = logp_RV.exp()
+            if sampling.top_p < 1:
+                probs_RV = nucleus(probs_RV, sampling.top_p)
+            token_R = torch.multinomial(probs_RV, 1, generator=generator)[:, 0]
+        return token_R, logp_RV.gather(-1, token_R[:, None])[:, 0]
+
+
+def nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """[R, V] `probs`, 0 outside the smallest set of words that holds `top_p` of each row (not renormalised)."""
+    ordered, index = probs.sort(dim=-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the most probable word always stays
+    return torch.zeros_like(probs).scatter(-1, index, ordered)

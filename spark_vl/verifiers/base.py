@@ -1,0 +1,107 @@
+"""What a verifier is, and how one is found by its name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
+
+from spark_vl.answers import last_boxed
+from spark_vl.records import BadRecordError, PromptRecord, Verdict
+
+
+class Verifier(Protocol):
+    """Scores one completion. Raises `BadRecordError` if the record's own gold means nothing to it."""
+
+    def __call__(self, completion: str, record: PromptRecord) -> Verdict: ...
+
+
+VERIFIERS: dict[str, str] = {
+    "math": "spark_vl.verifiers.math:verify_math",
+    "choice": "spark_vl.verifiers.choice:verify_choice",
+    "number": "spark_vl.verifiers.number:verify_number",
+    "judgment": "spark_vl.verifiers.judgment:verify_judgment",
+}
+"""Where each registered name is: `module:function`, imported on first use."""
+
+
+@cache
+def get_verifier(name: str) -> Verifier:
+    """The verifier called `name`: a key of `VERIFIERS`, or any `module:function` that can be imported.
+
+    Raises:
+        ValueError: `name` is neither; an exception raised *by* the user's module on import comes through as it is.
+    """
+    module_name, colon, function_name = VERIFIERS.get(name, name).partition(":")
+    if not (module_name and colon and function_name):
+        raise ValueError(f"unknown verifier {name!r}; allowed: {', '.join(sorted(VERIFIERS))}, or 'module:function'")
+    try:
+        verifier = vars(importlib.import_module(module_name))[function_name]
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        raise ValueError(f"verifier {name!r}: there is no module {error.name!r} on sys.path") from None
+    except KeyError:
+        raise ValueError(f"verifier {name!r}: module {module_name!r} has no {function_name!r}") from None
+    if not callable(verifier):
+        raise ValueError(f"verifier {name!r}: {function_name!r} is not callable but {verifier!r}")
+    return verifier
+
+
+def run_verifier(completion: str, record: PromptRecord) -> Verdict:
+    """The verdict of the record's verifier, in this process and without a deadline.
+
+    An exception (a bug in the verifier, a bad gold, a verdict that is none) becomes status `error`, score 0.
+    """
+    try:
+        verdict = get_verifier(record.verifier)(completion, record)
+        if not (isinstance(verdict, Verdict) and 0 <= verdict.score <= 1):
+            raise TypeError(
+                f"verifier {record.verifier!r} returned {verdict!r:.200}, not a Verdict with score in [0, 1]"
+            )
+        return verdict
+    except Exception as error:
+        return Verdict(0.0, None, "error", f"{type(error).__name__}: {error}"[:500])
+
+
+def verify(kind: str, completion: str, gold: str, *, choices: Sequence[str] = ()) -> Verdict:
+    r"""Scores one completion in this process, with no deadline: `verify("number", r"\boxed{5}", "5.0").score == 1`.
+
+    Args:
+        kind: name of the verifier.
+        completion: the model's whole reply.
+        gold: the right answer.
+        choices: options of a choice question in order, or the labels of a judgment.
+
+    Raises:
+        ValueError: unknown verifier.
+        BadRecordError: `gold` means nothing to the verifier.
+    """
+    record = PromptRecord(
+        id="verify",
+        kind="problem",
+        messages=(),
+        question=(),
+        gold=gold,
+        verifier=kind,
+        recipe="",
+        choices=tuple(choices),
+    )
+    return get_verifier(kind)(completion, record)
+
+
+def boxed_gold(record: PromptRecord) -> str:
+    r"""The shortest right completion: the record's gold in `\boxed{}`, as it is if it holds a box already."""
+    return record.gold if last_boxed(record.gold) is not None else rf"\boxed{{{record.gold}}}"
+
+
+def check_gold(record: PromptRecord) -> None:
+    """Raises `BadRecordError` unless the record's verifier gives the record's own gold full marks.
+
+    In this process, with no deadline: for golds from an untrusted source run `boxed_gold` through a `VerifierPool`.
+    """
+    verdict = get_verifier(record.verifier)(boxed_gold(record), record)
+    if verdict.score != 1:
+        reason = f"the {record.verifier} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
+        raise BadRecordError(record.id, f"{reason} ({verdict.status}{verdict.detail and ': ' + verdict.detail})")

@@ -1,0 +1,75 @@
+"""What the tests share: the tiny model with random weights, and records to feed it."""
+
+from __future__ import annotations
+
+import io
+import os
+
+# Before torch is imported: two processes of a test must not fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spark_vl.demo.tiny import random_tiny
+from spark_vl.policy.policy import Policy
+from spark_vl.processors import QwenVLProcessor
+from spark_vl.records import ImageRef, Message, PromptRecord
+
+torch.set_num_threads(1)
+
+
+def make_image(seed: int, size: tuple[int, int] = (56, 56)) -> ImageRef:
+    """A PNG of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return ImageRef(data=buffer.getvalue())
+
+
+def make_record(name: str, *content: str | ImageRef, gold: str = "5", kind: str = "problem", **fields) -> PromptRecord:
+    """A record that shows `content`."""
+    return PromptRecord(
+        id=name,
+        kind=kind,
+        messages=(Message("user", tuple(content)),),
+        question=tuple(content),
+        gold=gold,
+        verifier=fields.pop("verifier", "number"),
+        recipe="test",
+        **fields,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, Hugging Face processor) with random float32 weights. Do not change the weights: use `make_policy`."""
+    return random_tiny(seed=0)
+
+
+@pytest.fixture(scope="session")
+def processor(tiny) -> QwenVLProcessor:
+    model, hf_processor = tiny
+    return QwenVLProcessor(
+        hf_processor,
+        model.config,
+        model.generation_config,
+        min_pixels=28 * 28,
+        max_pixels=224 * 224,
+        max_prompt_tokens=4096,
+    )
+
+
+@pytest.fixture
+def make_policy(processor):
+    """A fresh policy: `make_policy(dtype=…, attention=…, temperature=…)`."""
+
+    def make(dtype=torch.float32, *, attention="sdpa", temperature=1.0, suppress=True, seed=0) -> Policy:
+        model, _ = random_tiny(seed=seed, dtype=dtype)
+        suppressed = processor.suppressed_token_ids if suppress else ()
+        return Policy(model, attention=attention, temperature=temperature, suppressed_token_ids=suppressed)
+
+    return make
