@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spark_vl.records import JUDGMENTS, KINDS, RolloutGroup, plain_text
+from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, plain_text
 
 
 class Means:
@@ -53,8 +53,8 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
 
     reward, length (tokens), entropy (nats per token: the mean of -log p of what was sampled), and the shares of
     completions that are truncated, unparsable, failed (the verifier timed out or raised), and of groups without
-    variance, which have no gradient. For judgments also the balanced accuracy (mean of the accuracies for either
-    label; 0.5 is a coin) and the share of the first label.
+    variance, which have no gradient. For judgments also the accuracy for either
+    label, and how often the judge says `correct` or `A`.
     """
     means = Means()
     for group in groups:
@@ -68,13 +68,25 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
             means.add(f"{kind}/unparsable", verdict.status == "unparsable")
             means.add(f"{kind}/failed", verdict.status in ("timeout", "error"))
             if kind in JUDGMENTS:
-                means.add(f"{kind}/accuracy_{group.record.gold}", verdict.score)
-                means.add(f"{kind}/share_{group.record.choices[0]}", verdict.parsed == group.record.choices[0])
+                truth = _truth(group.record)
+                means.add(f"{kind}/accuracy_{truth}", verdict.score)
+                if kind == "pointwise":
+                    says_first = verdict.parsed is not None and (verdict.score == 1) == (truth == "correct")
+                    means.add("pointwise/says_correct", says_first)
+                else:
+                    means.add("pairwise/says_A", verdict.parsed == "A")
     return means
 
 
+def _truth(judgment: PromptRecord) -> str:
+    """What a judgment should say, in words that do not depend on the template's labels."""
+    if judgment.kind == "pointwise":
+        return "correct" if judgment.origin.quoted_correct else "incorrect"
+    return judgment.gold
+
+
 def add_balanced_accuracy(metrics: dict[str, float]) -> None:
-    """Add `kind/balanced_accuracy` to `metrics`, from the accuracies for each label that were seen."""
+    """Add `kind/balanced_accuracy` to `metrics`, the mean of its accuracies for either label: 0.5 is a coin."""
     for kind in JUDGMENTS:
         by_label = [value for name, value in metrics.items() if name.startswith(f"{kind}/accuracy_")]
         if by_label:

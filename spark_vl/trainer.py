@@ -24,7 +24,10 @@ from transformers import get_scheduler
 
 from spark_vl.checkpoint import export_model, find_checkpoint, load_checkpoint, save_checkpoint
 from spark_vl.config import ConfigError, TrainConfig, save_config
-from spark_vl.data import PromptSampler, Quarantine, load_recipe, open_recipe
+from spark_vl.data.problems import open_recipe
+from spark_vl.data.quarantine import Quarantine
+from spark_vl.data.recipes import load_recipe
+from spark_vl.data.sampler import PromptSampler
 from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
 from spark_vl.policy.policy import load_policy
 from spark_vl.policy.update import Updater
@@ -33,7 +36,8 @@ from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup, record_from_json, record_to_json
 from spark_vl.recycle import recycle
 from spark_vl.rollout import RolloutEngine, Sampling, TransformersEngine
-from spark_vl.verifiers import VerifierPool, verify_groups
+from spark_vl.verifiers.groups import verify_groups
+from spark_vl.verifiers.pool import VerifierPool
 
 Evaluate = Callable[[RolloutEngine, Processor, VerifierPool], Mapping[str, Any]]
 """Held-out evaluation of the current policy: name → estimate (`value`, `low`, `high`, `n`)."""
@@ -53,7 +57,7 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
-            log_with=config.logging.trackers,
+            log_with=config.logging.trackers or None,
             project_dir=self.folder,
         )
         set_seed(config.seed)
@@ -115,7 +119,9 @@ class Trainer:
             max_new_tokens=config.rollout.max_new_tokens,
         )
         self.verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s)
-        self.quarantine = Quarantine(self.folder / "quarantine.jsonl", config.data.max_quarantined_fraction)
+        rank = self.accelerator.process_index
+        name = f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"
+        self.quarantine = Quarantine(self.folder / name, config.data.max_quarantined_fraction)
         self.timer = Timer()
         self.step = 0
         self.waiting: list[PromptRecord] = []  # recycled prompts for the next generation phase
@@ -179,7 +185,7 @@ class Trainer:
         self.processor.forget_images()
         metrics = means.over_processes().result()
         add_balanced_accuracy(metrics)
-        metrics |= {"data/epoch": self.sampler.epoch, "data/quarantined": self.quarantine.count}
+        metrics |= {"data/epoch": self.sampler.epoch, "data/quarantined": self.quarantine.rows_bad}
         return metrics | self.timer.reset()
 
     def _learn_from(self, prompts: Sequence[ProcessedPrompt], means: Means) -> list[RolloutGroup]:

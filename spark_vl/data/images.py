@@ -64,8 +64,8 @@ def image_path(ref: ImageRef) -> Path:
 def load_image(ref: ImageRef) -> Image.Image:
     """The pixels of `ref`: mode RGB, upright, [width, height] as displayed, without metadata.
 
-    EXIF orientation is applied, alpha (also of palettes and colour keys) is composited over white, 16-bit grey is scaled
-    to 8 bits, everything else is converted to RGB. Colour profiles are ignored.
+    EXIF orientation is applied, alpha (also of palettes and colour keys) is composited over white, 16-bit grey is
+    scaled to 8 bits, everything else is converted to RGB. Colour profiles are ignored.
 
     Raises:
         ImageError: the file cannot be reached (`image_path`), is not one whole single image in one of `FORMATS`, or is

@@ -34,8 +34,8 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
     problems = ProblemSet(recipe, split, templater, rows, root)
     if recipe.source.kind == "hub" and root is None and problems.has_image_paths:
         raise ValueError(
-            f"recipe {recipe.name}: media_root: is missing; the column {recipe.columns.images!r} holds paths: unpack the "
-            f"images and name their folder, e.g. in a recipe file with base: {recipe.name}"
+            f"recipe {recipe.name}: media_root: is missing, and the column {recipe.columns.images!r} holds paths; "
+            f"unpack the images and name their folder, for instance in a recipe file with base: {recipe.name}"
         )
     return problems
 
@@ -112,13 +112,15 @@ class ProblemSet:
         return [] if column is None else [self._image(item) for item in _list(_cell(row, column))]
 
     def _image(self, item: Any) -> ImageRef:
-        data, path = (item.get("bytes"), item.get("path")) if isinstance(item, dict) else (item, None)
-        if isinstance(data, str) and not isinstance(item, dict):
-            data, path = None, data
-        if isinstance(data, bytes):
-            return ImageRef(data=data)
-        if data is not None or not isinstance(path, str):
-            raise ValueError(f"an image is {_kind(item)}; bytes, a path, or a mapping of bytes and path are allowed")
+        match item:
+            case bytes(data) | {"bytes": bytes(data)}:
+                return ImageRef(data=data)
+            case str(path) | {"bytes": None, "path": str(path)}:
+                pass
+            case _:
+                raise ValueError(
+                    f"an image is {_kind(item)}; bytes, a path, or a mapping of bytes and path are allowed"
+                )
         if self._root is None:
             raise ValueError(
                 f"an image is the path {path!r}, but the recipe has no media_root that paths are relative to"

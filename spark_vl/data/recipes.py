@@ -65,8 +65,8 @@ class Recipe:
     """train, validation or test → the split at the source (see `sources.open_rows`)."""
     columns: Columns
     verifier: str | Mapping[str, str]
-    """Name of the verifier of every row, or one for each split. `math` gives way to `choice` in rows whose answer is one
-    capital letter and whose question letters its options."""
+    """Name of the verifier of every row, or one for each split. `math` gives way to `choice` in rows whose answer is
+    one capital letter and whose question letters its options."""
     media_root: str | None = None
     """Folder that image paths are relative to and cannot leave. None: that of a local source; no paths for others."""
     image_placeholder: str = "<image>"
@@ -99,7 +99,7 @@ def load_recipe(name_or_path: str | Path, **overrides: Any) -> Recipe:
 
 
 def _read(name_or_path: str, derived: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """The fields of a recipe, its base's included, and its file for messages; `derived`: the files that start from it."""
+    """The fields of a recipe, its base's included, and its file for messages; `derived`: files that start from it."""
     path = Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml"):
         where, folder = str(path), path.resolve().parent

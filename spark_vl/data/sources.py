@@ -24,8 +24,8 @@ class Source:
     kind: SourceKind
     location: str
     """`hub`: id of a dataset, or a local copy of its repository. `jsonl`, `parquet`: the folder of the files. `folder`:
-    the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`, called with
-    `split=`, which returns a sequence of rows; one that cannot be made raises ValueError."""
+    the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`, called
+    with `split=`, which returns a sequence of rows; one that cannot be made raises ValueError."""
     config: str | None = None
     """`hub`: name of the dataset's configuration."""
     revision: str | None = None

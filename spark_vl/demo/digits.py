@@ -1,7 +1,8 @@
 """Questions about two handwritten digits, drawn from real images, with answers known from the labels.
 
-The digits are the 1797 8×8 images bundled with scikit-learn (from the "Optical Recognition of Handwritten Digits" set of the UCI
-repository). They are split by *instance*: no image of the test split is ever seen in training, whatever it is paired with.
+The digits are the 1797 images of 8×8 pixels that come with scikit-learn (from "Optical Recognition of Handwritten
+Digits", UCI repository). They are split by *instance*: no image of the test split is seen in training, whatever it is
+paired with.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Problem:
 
 
 def problem(split: str, index: int) -> Problem:
-    """The row `index` of `split`, a deterministic function of both."""
+    """The row `index` of `split`, a deterministic function of both; there is no last one."""
     images, labels, order = _digits()
     rng = random.Random(f"digits/{split}/{index}")
     question = rng.choice(list(QUESTIONS))
@@ -60,7 +61,11 @@ def problem(split: str, index: int) -> Problem:
 
 
 def rows(split: str) -> Sequence[dict[str, Any]]:
-    """The rows of `split` (`train`, `validation` or `test`), each with `id`, `question`, `answer` and `image`; made when asked for."""
+    """The rows of `split`, each with `id`, `question`, `answer` and `image`, made when asked for.
+
+    Raises:
+        ValueError: there is no such split.
+    """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: the digits have {', '.join(SPLITS)}")
     return _Rows(split)

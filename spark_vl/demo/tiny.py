@@ -138,7 +138,5 @@ def random_tiny(
     processor = build_processor(list(QUESTIONS), vocab_size=320)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(
-            processor.tokenizer, hidden=64, layers=2, heads=2, vision_hidden=32, window=56, std=0.125
-        )
+        model = build_model(processor.tokenizer, hidden=64, layers=2, heads=2, vision_hidden=32, window=56, std=0.125)
     return model.to(dtype).eval(), processor

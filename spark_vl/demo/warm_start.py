@@ -1,217 +1,315 @@
 r"""Builds the checkpoint of the demo: a tiny model that *can* solve and judge, but seldom tries to.
 
-A large model comes to reinforcement learning with skills that it uses only now and then. So does this one, after three phases
-of supervised learning on the demo's own prompts:
+A large model comes to reinforcement learning with skills that it uses only now and then. So does this one, after three
+phases of supervised learning on the demo's own prompts:
 
-1. vision: every image token learns to name the digit that it shows a part of; the vision tower is frozen from then on;
-2. skill: right completions only, each with a short chain of thought (`look 3,5: \boxed{5}`, `check 3,5: 5=7 no \boxed{No}`);
-3. mixture: few completions keep to that, the others announce a poor strategy with their first word (`first 3: \boxed{3}`,
-   `fine \boxed{Yes}`). The skill is still there whenever `look` or `check` is sampled.
+1. vision: every image token learns to name the digit that it shows a part of; then the vision tower is frozen;
+2. skill: right completions only, each with a short chain of thought, such as `look 3,5: \boxed{5}` for problems and
+   reflections and `check 3,5: 5,7 differ \boxed{No}` for judgments;
+3. mixture: few completions keep to that, the others announce a poor strategy with their first word, such as
+   `first 3: \boxed{3}` or `fine \boxed{Yes}`. The skill is still there whenever `look` or `check` is sampled.
 
-The poor strategies are consistent with their words, and so are the labels: training on random labels would make a judge whose
-verdict has nothing to do with its reasons, and no reward could mend that.
+Poor strategies, too, do as they say. A judge trained on random labels would give verdicts that have nothing to do with
+its reasons, and no reward could mend that.
 """
 
 from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from rich.progress import track
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from spark_vl.answers import last_boxed
 from spark_vl.demo import digits
 from spark_vl.demo.tiny import build_model, build_processor
-from spark_vl.prompts.templater import Templater
+from spark_vl.prompts import Templater
 from spark_vl.records import KINDS, ImageRef, Kind, Message
 
 TEMPLATES = Path(__file__).parent / "templates.yaml"
 REASONING_SUFFIX = " Answer in \\boxed{}."
 """What the demo appends to each problem."""
+SKILLS = ("look", "check")
+"""First words of the completions that use the right strategy."""
+SKILLED_SHARE = 0.15
+"""Share of such completions in the mixture."""
 
-SKILLED_SHARE = 0.16
-"""Share of the mixture's completions that use the right strategy."""
-POOL = 12_000
-"""Images to learn from, all of the train split's instances."""
-GRID = (1, 4, 4)
-"""Patches of one image along time, height and width: 4 image tokens."""
+_STEPS = {"vision": 1500, "skill": 1200, "mixture": 400}
+_POOL = 12_000  # more rows of the train split than the recipe shows, of the same instances
+_GRID = (1, 4, 4)  # patches of one image along time, height and width
+_IMAGE_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with the completion to learn."""
+    """One prompt, and what to say to it."""
 
+    kind: Kind
     messages: tuple[Message, ...]
-    completion: str
-    problem: digits.Problem
+    skilled: str
+    """The completion that follows the right strategy."""
+    poor: tuple[str, ...]
+    """Those that follow poor ones."""
     image: int
-    """Index of the problem's image in the pool."""
-    wrong_quote: bool = False
-    """Whether it is a reflection on a wrong answer."""
+    """Index in the pool of its problem."""
+    quoted_correct: bool | None
+    """Whether the quoted answer is right (pointwise, reflection)."""
+
+    @property
+    def gold(self) -> str:
+        """The right answer or label."""
+        return last_boxed(self.skilled)
 
 
-def templater() -> Templater:
-    """The demo's prompts."""
-    return Templater.load([TEMPLATES], builtin=False, reasoning_suffix=REASONING_SUFFIX)
-
-
-def make_example(
-    prompts: Templater, kind: Kind, problem: digits.Problem, image: int, skilled: bool, rng: random.Random
-) -> Example:
-    """A prompt of `kind` about `problem`, with a completion that follows the right strategy or (not `skilled`) a poor one."""
+def draw(templater: Templater, problems: Sequence[digits.Problem], kind: Kind, rng: random.Random) -> Example:
+    """A prompt of `kind` about one of `problems`."""
+    image = rng.randrange(len(problems))
+    problem = problems[image]
     question = (ImageRef(data=problem.image), problem.question)
     gold, (left, right) = problem.answer, problem.digits
     wrong = _wrong_answer(problem, rng)
-    box = "\\boxed{{{}}}".format
+    if kind == "problem":
+        skilled = _boxed(f"look {left},{right}:", gold)
+        poor = _boxed(f"first {left}:", left), _boxed(f"last {right}:", right)
+        return Example(kind, templater.problem(question), skilled, poor, image, None)
     if kind == "pairwise":
-        rendered = prompts.pairwise(question, correct=gold, wrong=wrong, rng=rng)
+        rendered = templater.pairwise(question, correct=gold, wrong=wrong, rng=rng)
         label_a, label_b = rendered.labels
-        shown_first = gold if rendered.gold == label_a else wrong
-        verdict = "equal" if shown_first == gold else "differ"
-        poor = rng.choice([f"first {box(label_a)}", f"second {box(label_b)}"])
-        skill = f"check {left},{right}: {gold},{shown_first} {verdict} {box(rendered.gold)}"
-        return Example(rendered.messages, skill if skilled else poor, problem, image)
-    correct = rng.random() < (0.25 if kind == "reflection" else 0.5)
+        skilled = _judgment(problem, gold if rendered.gold == label_a else wrong, rendered.gold)
+        poor = _boxed("first", label_a), _boxed("second", label_b)
+        return Example(kind, rendered.messages, skilled, poor, image, None)
+    correct = rng.random() < (0.5 if kind == "pointwise" else 0.25)
     quoted = gold if correct else wrong
     if kind == "pointwise":
-        rendered = prompts.pointwise(question, quoted, correct=correct, rng=rng)
-        opposite = next(label for label in rendered.labels if label != rendered.gold)
-        yes, no = (rendered.gold, opposite) if correct else (opposite, rendered.gold)
-        verdict = "equal" if correct else "differ"
-        poor = rng.choice([f"fine {box(yes)}", f"doubt {box(no)}"])
-        skill = f"check {left},{right}: {gold},{quoted} {verdict} {box(rendered.gold)}"
-        return Example(rendered.messages, skill if skilled else poor, problem, image)
-    skill = f"look {left},{right}: {box(gold)}"
-    if kind == "problem":
-        poor = rng.choice([f"first {left}: {box(left)}", f"last {right}: {box(right)}"])
-        return Example(prompts.problem(question), skill if skilled else poor, problem, image)
-    shows = rng.choice(["answer", "cot"])
-    quote = _chain_of_thought(problem, quoted, rng) if shows == "cot" else quoted
-    rendered = prompts.reflection(question, quote, correct=correct, shows=shows, rng=rng)
-    return Example(rendered.messages, skill if skilled else f"same {box(quoted)}", problem, image, not correct)
+        rendered = templater.pointwise(question, quoted, correct=correct, rng=rng)
+        skilled = _judgment(problem, quoted, rendered.gold)
+        says_right, says_wrong = sorted(rendered.labels, key=lambda label: (label == rendered.gold) != correct)
+        poor = _boxed("fine", says_right), _boxed("doubt", says_wrong)
+    else:
+        shows = rng.choice(["answer", "cot"])
+        quote = quoted if shows == "answer" else _chain_of_thought(problem, quoted, rng)
+        rendered = templater.reflection(question, quote, correct=correct, shows=shows, rng=rng)
+        skilled = _boxed(f"look {left},{right}:", gold)
+        poor = (_boxed("same", quoted),)
+    return Example(kind, rendered.messages, skilled, poor, image, correct)
+
+
+def _boxed(words: str, answer: object) -> str:
+    return f"{words} \\boxed{{{answer}}}"
+
+
+def _judgment(problem: digits.Problem, answer: str, label: str) -> str:
+    """Compares the right answer with `answer`, the quoted one (of a pair: the first), before it says `label`."""
+    left, right = problem.digits
+    verdict = "equal" if answer == problem.answer else "differ"
+    return _boxed(f"check {left},{right}: {problem.answer},{answer} {verdict}", label)
 
 
 def _wrong_answer(problem: digits.Problem, rng: random.Random) -> str:
     """Often one of the digits shown, as the poor strategies answer; otherwise any."""
-    shown = [str(d) for d in problem.digits if str(d) != problem.answer]
-    others = [str(d) for d in range(10) if str(d) != problem.answer]
+    shown = [str(digit) for digit in problem.digits if str(digit) != problem.answer]
+    others = [str(digit) for digit in range(10) if str(digit) != problem.answer]
     return rng.choice(shown if shown and rng.random() < 0.6 else others)
 
 
 def _chain_of_thought(problem: digits.Problem, answer: str, rng: random.Random) -> str:
-    """A completion to quote that ends in `answer`."""
+    """A completion to quote that ends in `answer`: of a poor strategy if one says that, or a look that (mis)saw."""
     left, right = problem.digits
-    seen = rng.randrange(10)
-    ways = [f"look {left},{right}"]
-    if answer != problem.answer:
-        ways = [f"look {seen},{right}", f"look {left},{seen}"]
-    ways += [f"first {left}"] * (2 if str(left) == answer else 0)
-    ways += [f"last {right}"] * (2 if str(right) == answer else 0)
-    return f"{rng.choice(ways)}: \\boxed{{{answer}}}"
+    poor = [f"first {left}:"] * (str(left) == answer) + [f"last {right}:"] * (str(right) == answer)
+    if answer == problem.answer:
+        look = f"look {left},{right}:"
+    else:
+        look = rng.choice([f"look {rng.randrange(10)},{right}:", f"look {left},{rng.randrange(10)}:"])
+    return _boxed(rng.choice([look, *poor, *poor]), answer)
 
 
+@dataclass(frozen=True, eq=False)
 class _Pool:
-    """Problems of one split with their images as the processor makes them."""
+    """Problems, with their images as the processor makes them."""
 
-    def __init__(self, processor: Qwen2_5_VLProcessor, split: str, n: int) -> None:
-        self.problems = [digits.problem(split, index) for index in range(n)]
-        images = [Image.open(io.BytesIO(problem.image)).convert("RGB") for problem in self.problems]
-        inputs = processor.image_processor(images, return_tensors="pt")
-        assert (inputs["image_grid_thw"] == torch.tensor(GRID)).all()
-        self.pixels = inputs["pixel_values"].unflatten(0, (n, -1))
-        """[n, 16 patches, values of a patch]"""
+    problems: list[digits.Problem]
+    pixels: torch.Tensor
+    """[problems, 16 patches, values of a patch]"""
 
 
-def learn_to_see(model: Qwen2_5_VLForConditionalGeneration, pool: _Pool, steps: int) -> Iterator[tuple[int, float]]:
-    """Phase 1: a linear head on every image token names the digit in whose column the token stands. Yields (step, loss)."""
-    labels = torch.tensor([problem.digits for problem in pool.problems]).repeat(1, 2)  # [n, 2 rows × 2 columns]
+def build(folder: Path, seed: int = 0) -> None:
+    """Build the checkpoint and write it, with its processor, into `folder`; print what it can do."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    templater = Templater.load([TEMPLATES], builtin=False, reasoning_suffix=REASONING_SUFFIX)
+    problems = [digits.problem("train", index) for index in range(_POOL)]
+    processor = build_processor(_texts(templater, problems, rng))
+    model = build_model(processor.tokenizer, hidden=128, layers=3, heads=4, vision_hidden=64, window=112, std=0.05)
+    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
+    pool = _Pool(problems, _pixels(processor, problems))
+    rows = range(digits.SPLITS["validation"])
+    unseen = [digits.problem("validation", index) for index in rows]
+    held_out = _Pool(unseen, _pixels(processor, unseen))
+
+    _learn_to_see(model, pool)
+    model.model.visual.requires_grad_(False)
+    for phase, share, lr in (("skill", 1.0, 2e-3), ("mixture", SKILLED_SHARE, 1e-3)):
+        _learn_to_speak(model, processor, templater, pool, rng, phase=phase, skilled_share=share, lr=lr)
+        _print_figures(model, processor, templater, held_out)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _texts(templater: Templater, problems: Sequence[digits.Problem], rng: random.Random) -> list[str]:
+    """Prompts and completions of every kind and template, for the tokenizer to learn its words from."""
+    texts = ["system\nuser\nassistant\n"]
+    for kind in KINDS * 200:
+        example = draw(templater, problems, kind, rng)
+        texts += [part for m in example.messages for part in m.content if isinstance(part, str)]
+        texts += [example.skilled, *example.poor]
+    return texts
+
+
+def _pixels(processor: Qwen2_5_VLProcessor, problems: Sequence[digits.Problem]) -> torch.Tensor:
+    images = [Image.open(io.BytesIO(problem.image)).convert("RGB") for problem in problems]
+    return processor.image_processor(images, return_tensors="pt")["pixel_values"].unflatten(0, (len(images), -1))
+
+
+def _learn_to_see(model: Qwen2_5_VLForConditionalGeneration, pool: _Pool) -> None:
+    """A linear head on every image token names the digit in whose column of the image the token stands."""
+    labels = torch.tensor([problem.digits for problem in pool.problems]).repeat(1, 2)  # [n, 2 rows of 2 columns]
     vision = model.model.visual
     head = torch.nn.Linear(model.config.text_config.hidden_size, 10)
 
     def loss() -> torch.Tensor:
-        rows = torch.randint(len(labels), (64,))
-        features = vision(pool.pixels[rows].flatten(0, 1), grid_thw=torch.tensor([GRID] * 64)).pooler_output
-        return cross_entropy(head(features), labels[rows].flatten())
+        drawn = torch.randint(len(labels), (64,))
+        grid = torch.tensor([_GRID] * len(drawn))
+        features = vision(pool.pixels[drawn].flatten(0, 1), grid_thw=grid).pooler_output
+        return cross_entropy(head(features), labels[drawn].flatten())
 
-    yield from _minimise(loss, [*vision.parameters(), *head.parameters()], steps, lr=2e-3)
+    _minimise(loss, [*vision.parameters(), *head.parameters()], "vision", lr=2e-3)
 
 
-def learn_to_speak(
+def _learn_to_speak(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
+    templater: Templater,
     pool: _Pool,
-    prompts: Templater,
     rng: random.Random,
     *,
+    phase: str,
     skilled_share: float,
-    steps: int,
     lr: float,
-    batch: int = 32,
-) -> Iterator[tuple[int, float]]:
-    """Phases 2 and 3: completions that use the right strategy in `skilled_share` of the cases. Yields (step, loss)."""
-    language = [p for name, p in model.named_parameters() if ".visual." not in name]
+) -> None:
+    """Completions, equally many of each kind, that follow the right strategy in `skilled_share` of the cases."""
 
     def loss() -> torch.Tensor:
-        examples = []
-        for slot in range(batch):
-            row = rng.randrange(len(pool.problems))
-            skilled = rng.random() < skilled_share
-            examples.append(make_example(prompts, KINDS[slot % len(KINDS)], pool.problems[row], row, skilled, rng))
-        return model(**collate(processor, examples, pool)).loss
+        examples = [draw(templater, pool.problems, kind, rng) for kind in KINDS * 8]
+        completions = [e.skilled if rng.random() < skilled_share else rng.choice(e.poor) for e in examples]
+        return model(**model_inputs(processor, pool.pixels, examples, completions)).loss
 
-    yield from _minimise(loss, language, steps, lr)
+    _minimise(loss, [p for p in model.parameters() if p.requires_grad], phase, lr)
 
 
-def collate(processor: Qwen2_5_VLProcessor, examples: list[Example], pool: _Pool) -> dict[str, torch.Tensor]:
-    """Right-padded inputs of the model, with labels on the completions only."""
-    tokenizer = processor.tokenizer
-    image_token = processor.image_token
-    prompt_ids = tokenizer([chat(processor, e.messages).replace(image_token, 4 * image_token) for e in examples])
-    completion_ids = tokenizer([e.completion + tokenizer.eos_token for e in examples])
-    pairs = list(zip(prompt_ids["input_ids"], completion_ids["input_ids"], strict=True))
-    length = max(len(p) + len(c) for p, c in pairs)
-    ids = torch.tensor([p + c + [tokenizer.pad_token_id] * (length - len(p) - len(c)) for p, c in pairs])
-    labels = torch.tensor([[-100] * len(p) + c + [-100] * (length - len(p) - len(c)) for p, c in pairs])
-    return {
-        "input_ids": ids,
-        "attention_mask": (ids != tokenizer.pad_token_id).long(),
-        "mm_token_type_ids": (ids == processor.image_token_id).long(),
-        "pixel_values": pool.pixels[[e.image for e in examples]].flatten(0, 1),
-        "image_grid_thw": torch.tensor([GRID] * len(examples)),
-        "labels": labels,
-    }
-
-
-def chat(processor: Qwen2_5_VLProcessor, messages: tuple[Message, ...]) -> str:
-    """The prompt as text, with one image token for each image."""
-    turns = [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.content
-            ],
-        }
-        for message in messages
-    ]
-    return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
-def _minimise(
-    loss: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter], steps: int, lr: float
-) -> Iterator[tuple[int, float]]:
+def _minimise(loss: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter], phase: str, lr: float) -> None:
     """AdamW with a short warm-up and a learning rate that decays to 0."""
+    steps, start = _STEPS[phase], time.monotonic()
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    for step in range(1, steps + 1):
+    for _ in track(range(steps), phase):
         optimizer.zero_grad()
         value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        yield step, value.item()
+    print(f"{phase}: {steps} steps in {time.monotonic() - start:.0f} s, last loss {value.item():.4f}", flush=True)
+
+
+def _print_figures(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, templater: Templater, pool: _Pool
+) -> None:
+    """For each kind: how often the answer is right, greedily and sampled, and the strategy is."""
+    rng = random.Random(0)
+    model.eval()
+    for kind in KINDS:
+        examples = [draw(templater, pool.problems, kind, rng) for _ in range(1000)]
+        texts = _complete(model, processor, pool, examples, sample=True)
+        skilled = [text.startswith(SKILLS) for text in texts]
+        right = [last_boxed(text) == e.gold for text, e in zip(texts, examples, strict=True)]
+        greedy = _complete(model, processor, pool, examples, sample=False)
+        shares = {
+            "greedy": [last_boxed(text) == e.gold for text, e in zip(greedy, examples, strict=True)],
+            "sampled": right,
+            "skilled": skilled,
+            "right when skilled": [r for r, s in zip(right, skilled, strict=True) if s],
+        }
+        if kind == "reflection":
+            shares["repairs"] = [r for r, e in zip(right, examples, strict=True) if not e.quoted_correct]
+            shares["keeps"] = [r for r, e in zip(right, examples, strict=True) if e.quoted_correct]
+        print(f"  {kind:<10} " + ", ".join(f"{name} {sum(x) / max(len(x), 1):.2f}" for name, x in shares.items()))
+    model.train()
+
+
+@torch.no_grad()
+def _complete(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    pool: _Pool,
+    examples: Sequence[Example],
+    *,
+    sample: bool,
+) -> list[str]:
+    inputs = model_inputs(processor, pool.pixels, examples)
+    settings = {"temperature": 1.0, "top_k": 0} if sample else {}
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=sample, **settings)
+    return processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def model_inputs(
+    processor: Qwen2_5_VLProcessor,
+    pixels: torch.Tensor,
+    examples: Sequence[Example],
+    completions: Sequence[str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """What `processor` makes of the prompts and images, without processing an image again: left-padded prompts.
+
+    With `completions`: right-padded prompts and completions, with labels on the latter.
+    """
+    tokenizer = processor.tokenizer
+    image_tokens = processor.image_token * _IMAGE_TOKENS
+    chats = [chat(processor, e.messages).replace(processor.image_token, image_tokens) for e in examples]
+    prompts = tokenizer(chats)["input_ids"]
+    if completions is None:
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    else:
+        ends = tokenizer([text + tokenizer.eos_token for text in completions])["input_ids"]
+        whole = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
+        batch = tokenizer.pad({"input_ids": whole}, padding_side="right", return_tensors="pt")
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for row, prompt in enumerate(prompts):
+            batch["labels"][row, : len(prompt)] = -100
+    return {
+        **batch,
+        "mm_token_type_ids": (batch["input_ids"] == processor.image_token_id).long(),
+        "pixel_values": pixels[[e.image for e in examples]].flatten(0, 1),
+        "image_grid_thw": torch.tensor([_GRID] * len(examples)),
+    }
+
+
+def chat(processor: Qwen2_5_VLProcessor, messages: Sequence[Message]) -> str:
+    """The prompt as text, with one image token for each image."""
+    turns = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in message.content
+            ],
+        }
+        for message in messages
+    ]
+    return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

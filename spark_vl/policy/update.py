@@ -156,7 +156,7 @@ class Updater:
         *,
         first: bool,
     ) -> None:
-        sums["update/loss"][0] += float(loss)
+        sums["update/loss"][0] += float(loss.detach())
         sums["update/loss"][1] = 1.0
         lengths = row_sums["tokens"].tolist()
         for name, values in row_sums.items():

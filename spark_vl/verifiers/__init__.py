@@ -1,1 +1,16 @@
 """Verifiers: `(completion, record) -> Verdict`, and the pool of processes that runs them under a deadline."""
+
+from spark_vl.verifiers.base import VERIFIERS, Verifier, boxed_gold, check_gold, get_verifier, verify
+from spark_vl.verifiers.groups import verify_groups
+from spark_vl.verifiers.pool import VerifierPool
+
+__all__ = [
+    "VERIFIERS",
+    "Verifier",
+    "VerifierPool",
+    "boxed_gold",
+    "check_gold",
+    "get_verifier",
+    "verify",
+    "verify_groups",
+]

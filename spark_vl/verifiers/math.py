@@ -34,6 +34,7 @@ _SPELLINGS = [
     (re.compile(r"(?<!\\)\\[ ,;:!]|[\u00a0\u2009\u202f]"), " "),
     (re.compile(r"(?<=\d) (?=\d{3}(?!\d))"), ""),  # 20 000
     (re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\\frac{\2}{\3}"),  # 2 1/2, which would be (2 + 1)/2
+    (re.compile(r"\\frac\s*(\d)\s+(\d)(?!\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"(\d)[eE]([-+]?\d+)(?![A-Za-z\d])"), r"\1\\times 10^{\2}"),
 ]
 _TWO_NUMBERS = re.compile(r"\d\s+\d")
@@ -65,8 +66,6 @@ def verify_math(completion: str, record: PromptRecord) -> Verdict:
     boxed = last_boxed(completion)
     if boxed is None:
         return Verdict(0.0, None, "unparsable", "no box")
-    if normalised(boxed) == normalised(gold):
-        return Verdict(1.0, boxed)
     if len(boxed) > _MAX_CHARS:
         return Verdict(0.0, None, "unparsable", f"the last box holds {len(boxed)} characters, more than {_MAX_CHARS}")
     if not (answer := _parse(boxed)):
@@ -75,4 +74,4 @@ def verify_math(completion: str, record: PromptRecord) -> Verdict:
         equal = verify(_parse(gold), answer, timeout_seconds=None, raise_on_error=True)
     except Exception as error:  # sympy knows no way to compare them: an inequation with an inequality, say
         return Verdict(0.0, boxed, "error", f"cannot compare with the gold: {type(error).__name__}: {error}"[:500])
-    return Verdict(float(equal), boxed)
+    return Verdict(float(equal or normalised(boxed) == normalised(gold)), boxed)  # the same words, one in \text{}

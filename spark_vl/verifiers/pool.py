@@ -196,7 +196,7 @@ def work() -> None:
     descriptor, timeout_s = int(sys.argv[2]), float(sys.argv[3])
     os.set_inheritable(descriptor, False)
     pipe = Connection(descriptor)
-    with open(os.devnull, "w") as nowhere, contextlib.suppress(EOFError, OSError):
+    with open(os.devnull, "w") as nowhere, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             items = pipe.recv()
             for name in {record.verifier for _, record in items}:
@@ -204,6 +204,6 @@ def work() -> None:
             pipe.send(READY)
             for item in items:
                 # Should the parent be gone, nobody kills a hung worker. This does, even if the hang holds the GIL.
-                faulthandler.dump_traceback_later(timeout_s + 10, file=nowhere, exit=True)
+                faulthandler.dump_traceback_later(2 * timeout_s + 1, file=nowhere, exit=True)
                 pipe.send(run_verifier(*item))
             faulthandler.cancel_dump_traceback_later()

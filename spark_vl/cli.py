@@ -1,0 +1,160 @@
+"""The command line: `spark-vl train | eval | recipes`. It composes the parts; what they do is theirs.
+
+Everything heavy is imported inside a command, so that `--help` and a mistake in a setting answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from spark_vl import __version__
+from spark_vl.config import (
+    ConfigError,
+    EvalConfig,
+    PromptConfig,
+    TrainConfig,
+    add_config_arguments,
+    check_eval_config,
+    check_train_config,
+    instantiate,
+    save_config,
+)
+from spark_vl.data.problems import check, open_recipe
+from spark_vl.data.recipes import load_recipe, recipes
+from spark_vl.prompts import Templater
+from spark_vl.records import BadRecordError, plain_text
+
+TRAIN_HELP = "train a policy that is its own generative reward"
+EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
+RECIPES_HELP = "list the shipped data recipes, or check the rows of one"
+
+
+class Parser(ArgumentParser):
+    """Errors without the page of usage that would push them off the screen."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Print `message` and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n(all settings: {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. Exits with status 2 on a bad setting, before anything heavy is loaded."""
+    parser = Parser(prog="spark-vl", description="Train and use a vision-language model that answers and judges.")
+    parser.add_argument("--version", action="version", version=f"spark-vl {__version__}")
+    commands = parser.add_subcommands(dest="command", required=True)
+
+    train_parser = Parser(description=TRAIN_HELP)
+    add_config_arguments(train_parser, TrainConfig)
+    train_parser.add_argument(
+        "--resume",
+        default="none",
+        help="auto: from the run's latest checkpoint, if it has one; none; or the path of a checkpoint",
+    )
+    commands.add_subcommand("train", train_parser, help=TRAIN_HELP)
+
+    eval_parser = Parser(description=EVAL_HELP)
+    add_config_arguments(eval_parser, EvalConfig)
+    commands.add_subcommand("eval", eval_parser, help=EVAL_HELP)
+
+    recipes_parser = Parser(description=RECIPES_HELP)
+    recipes_parser.add_argument("name", nargs="?", help="name of a shipped recipe, or path of a recipe file")
+    recipes_parser.add_argument("--split", default="train", help="train, validation or test")
+    recipes_parser.add_argument("--show", type=int, default=3, help="how many rows to print")
+    commands.add_subcommand("recipes", recipes_parser, help=RECIPES_HELP)
+
+    parsed = parser.parse_args(arguments)
+    command = parsed[parsed.command]
+    try:
+        match parsed.command:
+            case "train":
+                train(instantiate(train_parser, command, TrainConfig), command.resume)
+            case "eval":
+                evaluate(instantiate(eval_parser, command, EvalConfig))
+            case "recipes":
+                show_recipes(command.name, command.split, command.show)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def train(config: TrainConfig, resume: str) -> None:
+    """`spark-vl train`: train, evaluate before and after, and print what changed."""
+    check_train_config(config)
+    templater = _check_files(config.prompts, [*config.data.recipes, *config.evaluation.recipes])
+
+    from spark_vl.evaluation import Evaluator
+    from spark_vl.report import plot_curves, print_summary, summarise
+    from spark_vl.trainer import Trainer
+
+    evaluator = None
+    if config.evaluation.recipes:
+        evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
+    trainer = Trainer(config, evaluator)
+    trainer.train(resume)
+    if evaluator and trainer.accelerator.is_main_process:
+        summarise(trainer.folder)
+        plot_curves(trainer.folder)
+        print_summary(trainer.folder, trainer.log.console)
+
+
+def evaluate(config: EvalConfig) -> None:
+    """`spark-vl eval`: evaluate a checkpoint and write `results.json` and `samples.jsonl`."""
+    check_eval_config(config)
+    templater = _check_files(config.prompts, config.evaluation.recipes)
+
+    from rich.console import Console
+
+    from spark_vl.evaluation import evaluate_checkpoint
+    from spark_vl.report import print_results
+
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    results = evaluate_checkpoint(config, templater, folder / "samples.jsonl")
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    print_results(results, Console())
+
+
+def show_recipes(name: str | None, split: str, show: int) -> None:
+    """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one."""
+    if name is None:
+        for shipped in recipes():
+            recipe = load_recipe(shipped)
+            print(f"{recipe.name:16} {recipe.license:12} {recipe.description}")
+        return
+    bad: list[BadRecordError] = []
+    rows = 0
+    for found in check(open_recipe(_recipe(name), split, Templater.load())):
+        rows += 1
+        if isinstance(found, BadRecordError):
+            bad.append(found)
+        elif rows - len(bad) <= show:
+            print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
+    for error in bad[:20]:
+        print(f"cannot be used: {error}")
+    print(f"{rows - len(bad)} of {rows} rows can be used")
+
+
+def _check_files(prompts: PromptConfig, recipe_names: Sequence[str]) -> Templater:
+    """Read every template and recipe that the run needs, so that a mistake in one is found now."""
+    for name in recipe_names:
+        _recipe(name)
+    try:
+        return Templater.load(
+            prompts.templates,
+            builtin=prompts.builtin_templates,
+            system_prompt=prompts.system,
+            reasoning_suffix=prompts.reasoning_suffix,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"prompts: {error}") from error
+
+
+def _recipe(name: str):
+    try:
+        return load_recipe(name)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"recipe {name}: {error}") from error

@@ -1,0 +1,7 @@
+"""Held-out evaluation of one model as policy, as judge and in test-time reflection."""
+
+from spark_vl.evaluation.evaluator import Evaluator
+from spark_vl.evaluation.figures import score, wilson
+from spark_vl.evaluation.samples import rescore
+
+__all__ = ["Evaluator", "rescore", "score", "wilson"]

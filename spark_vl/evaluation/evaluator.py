@@ -1,0 +1,180 @@
+"""Asks a model the prompts of an evaluation, and lets it judge and revise its own answers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from spark_vl.answers import last_boxed, normalised
+from spark_vl.config import ConfigError, EvaluationConfig, RolloutConfig
+from spark_vl.data.problems import open_recipe
+from spark_vl.data.recipes import load_recipe
+from spark_vl.evaluation.figures import Estimate, estimate, score
+from spark_vl.evaluation.prompts import derived, draw_problems, judge_and_reflect, process_all, wrong_answers
+from spark_vl.evaluation.samples import append_samples
+from spark_vl.processors import ProcessedPrompt, Processor
+from spark_vl.prompts import Templater
+from spark_vl.records import PromptRecord, RolloutGroup
+from spark_vl.rollout import RolloutEngine, Sampling
+from spark_vl.verifiers import VerifierPool, verify_groups
+
+Ask = Callable[[Iterable[PromptRecord]], list[RolloutGroup]]
+"""Records → a verified group of one greedy completion for each that can be processed."""
+
+
+class Evaluator:
+    """Evaluates a policy on held-out problems, always the same ones.
+
+    Args:
+        config: which problems, how many, how often sampled.
+        templater: words the prompts.
+        rollout: temperature, top-p and the limit on new tokens.
+        seed: of the sampled completions; which prompts are drawn does not depend on it.
+        samples_file: JSONL to which every completion is appended; given to one process only.
+
+    Raises:
+        ConfigError: two recipes have the same name.
+        ValueError: a recipe cannot be opened.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        templater: Templater,
+        *,
+        rollout: RolloutConfig,
+        seed: int,
+        samples_file: Path | None = None,
+    ) -> None:
+        self.config, self.templater, self.rollout, self.seed = config, templater, rollout, seed
+        self.samples_file = samples_file
+        recipes = [load_recipe(name) for name in config.recipes]
+        if repeated := [name for name, count in Counter(recipe.name for recipe in recipes).items() if count > 1]:
+            raise ConfigError(f"evaluation.recipes: more than one is named {', '.join(repeated)}; names are unique")
+        self._sets = [open_recipe(recipe, config.split, templater) for recipe in recipes]
+        self._records: list[PromptRecord] | None = None  # until the first evaluation
+        self._drawn = 0  # rows, to find the problems among `_records`
+
+    def __call__(self, engine: RolloutEngine, processor: Processor, verifiers: VerifierPool) -> dict[str, Estimate]:
+        """The figures of `score`, and `unusable`, the share of the rows drawn that could not be used.
+
+        Raises:
+            ValueError: a recipe has no row that can be used.
+        """
+        prompts = self._prompts(processor, verifiers)
+
+        def generate(prompts: Sequence[ProcessedPrompt], n: int, temperature: float) -> list[RolloutGroup]:
+            sampling = Sampling(temperature, self.rollout.top_p, self.rollout.max_new_tokens, self.seed)
+            return verify_groups(verifiers, engine.generate(prompts, n, sampling))
+
+        greedy = generate(prompts, 1, 0.0)
+        # Of reflections on right answers only the greedy figure is reported.
+        prompts = [p for p in prompts if not (p.record.kind == "reflection" and p.record.origin.quoted_correct)]
+        sampled = generate(prompts, self.config.samples, self.rollout.temperature)
+        answers = [group for group in greedy if group.record.kind == "problem"]
+        revised, steps = self._revise(answers, lambda records: generate(process_all(records, processor), 1, 0.0))
+        majority = _majority([group for group in sampled if group.record.kind == "problem"], answers + steps)
+        groups = {
+            "greedy": greedy,
+            "sampled": sampled,
+            "test_time_reflection": revised,
+            "test_time_majority": majority,
+        }
+        if self.samples_file is not None:
+            append_samples(self.samples_file, groups | {"test_time_steps": steps})
+        return score(groups) | {"unusable": estimate(1 - len(answers) / self._drawn, self._drawn)}
+
+    def _prompts(self, processor: Processor, verifiers: VerifierPool) -> list[ProcessedPrompt]:
+        """All prompts; which ones is decided at the first evaluation."""
+        if self._records is not None:
+            return [processor.process(record) for record in self._records]
+        prompts = []
+        for problem_set in self._sets:
+            problems, drawn = draw_problems(problem_set, self.config.problems, processor, verifiers)
+            self._drawn += drawn
+            prompts += problems
+            wrong = wrong_answers([prompt.record for prompt in problems], verifiers)
+            for problem in (prompt.record for prompt in problems if prompt.record.id in wrong):
+                records = judge_and_reflect(problem, wrong[problem.id], self.templater)
+                processed = process_all(records, processor)
+                if len(processed) == len(records):  # all or none, which keeps the labels balanced
+                    prompts += processed
+        self._records = [prompt.record for prompt in prompts]
+        return prompts
+
+    def _revise(self, answers: Sequence[RolloutGroup], ask: Ask) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
+        """Test-time reflection: the last answer to each problem, and the judgments and reflections on the way.
+
+        In each round the model judges its own answer and, where it judges it wrong, answers again with it at hand. A
+        completion without an answer counts as judged wrong; a judgment without a verdict, or one whose prompt would be
+        too long, leaves the answer as it is.
+        """
+        latest = {group.record.id: group for group in answers}
+        steps: list[RolloutGroup] = []
+        pending = list(answers)
+        for turn in range(1, self.config.reflection_rounds + 1):
+            unanswered = {group.record.id for group in pending if group.verdicts[0].status == "unparsable"}
+            judgments = ask(self._judge(group, turn) for group in pending if group.record.id not in unanswered)
+            judged_wrong = {
+                judgment.record.origin.parent_id
+                for judgment in judgments
+                if judgment.verdicts[0].parsed is not None and judgment.verdicts[0].score == 0
+            }
+            wrong = judged_wrong | unanswered
+            reflections = ask(self._reflect(group, turn) for group in pending if group.record.id in wrong)
+            pending = []
+            for reflection in reflections:
+                problem = latest[reflection.record.origin.parent_id].record
+                latest[problem.id] = replace(reflection, record=problem)
+                pending.append(latest[problem.id])
+            steps += judgments + reflections
+        return list(latest.values()), steps
+
+    def _judge(self, answer: RolloutGroup, turn: int) -> PromptRecord:
+        """Whether `answer` is right; gold is the label that says so."""
+        problem = answer.record
+        rng = random.Random(f"{problem.id}/judge/{turn}")
+        rendered = self.templater.pointwise(problem.question, _quote(answer), correct=True, rng=rng)
+        return derived(problem, "pointwise", f"own_{turn}", rendered, None)
+
+    def _reflect(self, answer: RolloutGroup, turn: int) -> PromptRecord:
+        """Another try. The prompt says "check it", not "it is wrong", which nobody knows."""
+        problem = answer.record
+        rng = random.Random(f"{problem.id}/reflect/{turn}")
+        shows = "answer" if last_boxed(answer.rollouts[0].text) else "cot"
+        rendered = self.templater.reflection(problem.question, _quote(answer), correct=True, shows=shows, rng=rng)
+        return derived(problem, "reflection", f"own_{turn}", rendered, None)
+
+
+def _quote(answer: RolloutGroup) -> str:
+    """The final answer of a group's one completion, or the whole of it where it has no box."""
+    text = answer.rollouts[0].text
+    return last_boxed(text) or text
+
+
+def _majority(sampled: Sequence[RolloutGroup], budget: Iterable[RolloutGroup]) -> list[RolloutGroup]:
+    """The baseline of test-time reflection: for each problem a sample with the answer that most of them give.
+
+    As many samples vote, in order and at least one, as fit into the new tokens that the groups of `budget` took for the
+    same problem, or all if there are fewer. The earlier answer wins a tie; a sample without an answer has no vote.
+    """
+    tokens: Counter[str] = Counter()
+    for group in budget:
+        origin = group.record.origin
+        tokens[origin.parent_id if origin else group.record.id] += sum(len(r.token_ids) for r in group.rollouts)
+    chosen = []
+    for group in sampled:
+        answers: list[str | None] = []
+        spent = 0
+        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
+            spent += len(rollout.token_ids)
+            if answers and spent > tokens[group.record.id]:
+                break
+            answers.append(None if verdict.parsed is None else normalised(verdict.parsed))
+        votes = Counter(answer for answer in answers if answer is not None).most_common(1)
+        winner = answers.index(votes[0][0]) if votes else 0
+        chosen.append(replace(group, rollouts=(group.rollouts[winner],), verdicts=(group.verdicts[winner],)))
+    return chosen

@@ -1,0 +1,135 @@
+"""Verified completions → figures with intervals.
+
+Every figure is a fraction, the mean over *problems*, and so is its `n`: the samples of a prompt and the prompts of a
+problem (a right and a wrong answer, both orders) are not independent, and counting them as if they were would make the
+intervals too narrow. Where a problem has several, its value is their mean.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
+from statistics import NormalDist, fmean
+
+from spark_vl.records import RolloutGroup
+
+Estimate = dict[str, float]
+"""`value`, the bounds `low` and `high` of its 95 % interval, and `n`."""
+
+Measure = Callable[[Sequence[RolloutGroup]], float]
+"""The groups of one problem → a value in [0, 1]."""
+
+
+def wilson(value: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share `value` among `n` (E. B. Wilson, JASA 22, 1927).
+
+    For a mean of `n` values in [0, 1] it is conservative: no such mean varies more than a share does.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = value + z * z / (2 * n)
+    half = z * sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def estimate(value: float, n: int) -> Estimate:
+    """A share or mean with its interval."""
+    low, high = wilson(value, n)
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
+    """The figures of one evaluation.
+
+    With several recipes a plain name is their macro mean, and `recipe/name` the figure of one; a figure for which a
+    recipe has no prompts is left out. All but the `_sampled` ones are of greedy completions.
+
+    | name | |
+    |---|---|
+    | `reasoning_greedy`, `reasoning_sampled` | accuracy on problems |
+    | `reasoning_unparsable` | share of problems in whose completion no answer is found (which is wrong, too) |
+    | `pointwise_greedy`, `pointwise_sampled` | balanced accuracy: of each problem's gold and one wrong answer |
+    | `pointwise_says_correct` | share of those verdicts that call the answer correct; .5 is right |
+    | `pairwise_greedy`, `pairwise_sampled` | accuracy, for each problem in both orders |
+    | `pairwise_consistency` | share of problems with the same answer picked in both orders |
+    | `reflection_greedy`, `reflection_sampled` | accuracy where the prompt quotes a wrong answer: repairs |
+    | `reflection_keeps` | accuracy where it quotes the right one |
+    | `test_time_reflection` | accuracy on problems after the model has judged, and may have revised, its own answer |
+    | `test_time_majority` | accuracy of the majority among as many samples as that took new tokens |
+
+    Args:
+        groups: verified groups by mode: `greedy`, `sampled`, `test_time_reflection` and `test_time_majority`.
+    """
+    recipes = dict.fromkeys(group.record.recipe for mode in groups.values() for group in mode)
+    by_recipe = {
+        recipe: _figures({mode: [g for g in of_mode if g.record.recipe == recipe] for mode, of_mode in groups.items()})
+        for recipe in recipes
+    }
+    if len(by_recipe) == 1:
+        return next(iter(by_recipe.values()))
+    names = dict.fromkeys(name for figures in by_recipe.values() for name in figures)
+    macro = {name: _macro_mean([f[name] for f in by_recipe.values() if name in f]) for name in names}
+    return macro | {f"{recipe}/{name}": figures[name] for recipe, figures in by_recipe.items() for name in figures}
+
+
+def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
+    """The figures of one recipe."""
+    results: dict[str, Estimate] = {}
+
+    def add(name: str, measure: Measure, mode: str, kind: str, quoted_correct: bool | None = None) -> None:
+        problems = defaultdict(list)
+        for group in groups[mode]:
+            origin = group.record.origin
+            if group.record.kind == kind and (quoted_correct is None or origin.quoted_correct is quoted_correct):
+                problems[origin.parent_id if origin else group.record.id].append(group)
+        if problems:
+            results[name] = estimate(fmean(map(measure, problems.values())), len(problems))
+
+    add("reasoning_greedy", _accuracy, "greedy", "problem")
+    add("reasoning_sampled", _accuracy, "sampled", "problem")
+    add("reasoning_unparsable", _unparsable, "greedy", "problem")
+    add("pointwise_greedy", _accuracy, "greedy", "pointwise")
+    add("pointwise_sampled", _accuracy, "sampled", "pointwise")
+    add("pointwise_says_correct", _says_correct, "greedy", "pointwise")
+    add("pairwise_greedy", _accuracy, "greedy", "pairwise")
+    add("pairwise_sampled", _accuracy, "sampled", "pairwise")
+    add("pairwise_consistency", _consistency, "greedy", "pairwise")
+    add("reflection_greedy", _accuracy, "greedy", "reflection", quoted_correct=False)
+    add("reflection_sampled", _accuracy, "sampled", "reflection", quoted_correct=False)
+    add("reflection_keeps", _accuracy, "greedy", "reflection", quoted_correct=True)
+    add("test_time_reflection", _accuracy, "test_time_reflection", "problem")
+    add("test_time_majority", _accuracy, "test_time_majority", "problem")
+    return results
+
+
+def _accuracy(groups: Sequence[RolloutGroup]) -> float:
+    return fmean(reward for group in groups for reward in group.rewards)
+
+
+def _unparsable(groups: Sequence[RolloutGroup]) -> float:
+    return fmean(verdict.status == "unparsable" for group in groups for verdict in group.verdicts)
+
+
+def _says_correct(groups: Sequence[RolloutGroup]) -> float:
+    return fmean(
+        verdict.parsed is not None and (verdict.score == 1) == group.record.origin.quoted_correct
+        for group in groups
+        for verdict in group.verdicts
+    )
+
+
+def _consistency(groups: Sequence[RolloutGroup]) -> float:
+    picks = {None if v.parsed is None else v.score for group in groups for v in group.verdicts}
+    return float(len(picks) == 1 and None not in picks)
+
+
+def _macro_mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The unweighted mean of independent estimates. The distances to their bounds add up as standard errors do."""
+    m, value = len(estimates), fmean(e["value"] for e in estimates)
+    return {
+        "value": value,
+        "low": value - sqrt(sum((e["value"] - e["low"]) ** 2 for e in estimates)) / m,
+        "high": value + sqrt(sum((e["high"] - e["value"]) ** 2 for e in estimates)) / m,
+        "n": sum(e["n"] for e in estimates),
+    }

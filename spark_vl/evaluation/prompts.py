@@ -1,0 +1,154 @@
+"""The prompts of an evaluation. They do not depend on the policy, so that its figures compare over time and runs.
+
+A judge is shown each problem's gold answer and a wrong one, which is the gold of another problem (for a choice
+question, another letter). Which problems, answers, templates and labels are drawn is fixed by the ids of the rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from string import ascii_uppercase
+
+from spark_vl.data.problems import ProblemSet
+from spark_vl.processors import ProcessedPrompt, Processor
+from spark_vl.prompts import Rendered, Templater
+from spark_vl.records import JUDGMENTS, BadRecordError, Kind, Origin, PromptRecord, plain_text
+from spark_vl.verifiers import VerifierPool, boxed_gold
+
+logger = logging.getLogger(__name__)
+
+
+def draw_problems(
+    problems: ProblemSet, n: int, processor: Processor, verifiers: VerifierPool
+) -> tuple[list[ProcessedPrompt], int]:
+    """`n` problems, or all if there are fewer, and how many rows were drawn for them.
+
+    A row that cannot be used (see `BadRecordError`), or whose verifier does not give its own gold full marks, is
+    replaced, with a warning.
+
+    Raises:
+        ValueError: no row can be used.
+    """
+    name = f"{problems.recipe.name}/{problems.split}"
+    order = list(range(len(problems)))
+    random.Random(name).shuffle(order)
+    usable: list[ProcessedPrompt] = []
+    ids: set[str] = set()
+    drawn = 0
+    while len(usable) < n and drawn < len(order):
+        prompts = []
+        rows = order[drawn : drawn + n - len(usable)]
+        drawn += len(rows)
+        for row in rows:
+            try:
+                record = problems[row]
+                if record.id in ids:
+                    raise BadRecordError(record.id, f"row {row} has the id of another row")
+                ids.add(record.id)
+                prompts.append(processor.process(record))
+            except BadRecordError as error:
+                logger.warning("left out of the evaluation: %s", error)
+        verdicts = verifiers.verify([(boxed_gold(prompt.record), prompt.record) for prompt in prompts])
+        for prompt, verdict in zip(prompts, verdicts, strict=True):
+            if verdict.score == 1:
+                usable.append(prompt)
+            else:
+                record = prompt.record
+                logger.warning(
+                    "left out of the evaluation: %s: the %s verifier gives its own gold %.200r %g of 1 (%s)",
+                    *(record.id, record.verifier, record.gold, verdict.score, verdict.detail or verdict.status),
+                )
+    if not usable:
+        raise ValueError(f"recipe {name}: none of its {drawn} rows can be evaluated on; the warnings say why")
+    return usable, drawn
+
+
+def process_all(records: Iterable[PromptRecord], processor: Processor) -> list[ProcessedPrompt]:
+    """Those of `records` that can be processed; the others are left out with a warning."""
+    prompts = []
+    for record in records:
+        try:
+            prompts.append(processor.process(record))
+        except BadRecordError as error:
+            logger.warning("left out of the evaluation: %s", error)
+    return prompts
+
+
+def wrong_answers(problems: Sequence[PromptRecord], verifiers: VerifierPool) -> dict[str, str]:
+    """Id of each problem → an answer that its verifier reads and finds wrong. A problem that has none is left out.
+
+    It is drawn from the other letters of a choice question; else from the golds of problems with the same question,
+    as often as they occur; failing that, of problems with the same verifier.
+    """
+    golds: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for problem in problems:
+        golds[problem.verifier,].append(problem.gold)
+        golds[problem.verifier, plain_text(problem.question)].append(problem.gold)
+
+    def candidates(problem: PromptRecord) -> list[str]:
+        """Last is best."""
+        rng = random.Random(f"{problem.id}/wrong")
+        pools = [golds[problem.verifier,], golds[problem.verifier, plain_text(problem.question)]]
+        if problem.choices:
+            pools = [list(ascii_uppercase[: len(problem.choices)])]
+        shuffled = [answer for pool in pools for answer in rng.sample(pool, len(pool))]
+        return [answer for answer in dict.fromkeys(reversed(shuffled)) if answer != problem.gold][::-1]
+
+    left = [(problem, candidates(problem)) for problem in problems]
+    found: dict[str, str] = {}
+    while left := [(problem, answers) for problem, answers in left if answers and problem.id not in found]:
+        tried = [(problem, answers.pop()) for problem, answers in left]
+        verdicts = verifiers.verify([(rf"\boxed{{{answer}}}", problem) for problem, answer in tried])
+        for (problem, answer), verdict in zip(tried, verdicts, strict=True):
+            if verdict.status == "ok" and verdict.score == 0:
+                found[problem.id] = answer
+    return found
+
+
+def judge_and_reflect(problem: PromptRecord, wrong: str, templater: Templater) -> list[PromptRecord]:
+    """The six prompts made from one problem and a wrong answer to it.
+
+    Both pointwise prompts have the same template and polarity, and so have both orders of the pair: a judge that always
+    says the same is right in exactly half of them.
+    """
+
+    def rng(kind: Kind) -> random.Random:
+        return random.Random(f"{problem.id}/{kind}")
+
+    records = []
+    for correct, answer in ((True, problem.gold), (False, wrong)):
+        side = "correct" if correct else "wrong"
+        judge = templater.pointwise(problem.question, answer, correct=correct, rng=rng("pointwise"))
+        pair = templater.pairwise(
+            problem.question, correct=problem.gold, wrong=wrong, rng=rng("pairwise"), correct_first=correct
+        )
+        reflection = templater.reflection(
+            problem.question, answer, correct=correct, shows="answer", rng=rng("reflection")
+        )
+        records += [
+            derived(problem, "pointwise", side, judge, correct),
+            derived(problem, "pairwise", f"{side}_first", pair, None),
+            derived(problem, "reflection", side, reflection, correct),
+        ]
+    return records
+
+
+def derived(
+    problem: PromptRecord, kind: Kind, name: str, rendered: Rendered, quoted_correct: bool | None
+) -> PromptRecord:
+    """A prompt made from `problem`. A reflection is scored as the problem is, a judgment by its label."""
+    judgment = kind in JUDGMENTS
+    return replace(
+        problem,
+        id=f"{problem.id}#{kind}_{name}",
+        kind=kind,
+        messages=rendered.messages,
+        gold=rendered.gold if judgment else problem.gold,
+        verifier="judgment" if judgment else problem.verifier,
+        choices=rendered.labels if judgment else problem.choices,
+        origin=Origin(problem.id, 0, rendered.template, (), quoted_correct),
+    )

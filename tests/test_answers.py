@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import re
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark_vl.answers import last_boxed, match_choice, match_label, normalised, parse_number
+
+YES_NO = ("Yes", "No")
+AB = ("A", "B")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{3} no, \boxed{5}.", "5"),  # the last one
+        (r"\boxed{3}\boxed{5}", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),  # nested braces
+        (r"\boxed {5}", "5"),
+        ("\\boxed\n{ 5\n}", "5"),  # stripped
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),  # escaped braces do not count
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{a \\ b}", r"a \\ b"),
+        (r"\boxed{\\}", r"\\"),  # a line break, not an escaped brace
+        (r"x \\\boxed{5}", "5"),
+        (r"\\boxed{5}", "5"),  # a doubled escape
+        (r"\boxed{3}, then \boxed{5", "3"),  # cut off: not an answer
+        (r"\boxed{\frac{1}{2}", None),
+        (r"\boxed{so \boxed{5}}", "5"),  # innermost
+        (r"\boxed{so \boxed{5}", "5"),
+        (r"\boxed{5}. That was \boxed{}", "5"),  # blank: an echo of the instruction
+        (r"\boxed{ }", None),
+        ("} } \\boxed{5} {", "5"),  # stray braces
+        ("{ \\boxed{5}", "5"),
+        (r"\box{5} \fbox{5} boxed{5} \boxed 5", None),
+        ("5", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text: str, expected: str | None) -> None:
+    assert last_boxed(text) == expected
+
+
+def naive_last_boxed(text: str) -> str | None:
+    """Tries every box from the right, counting braces."""
+    for box in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth, i = 1, box.end()
+        while i < len(text) and depth:
+            if text[i] == "\\" and i + 1 < len(text) and text[i + 1] in "{}\\" and text[i + 1 : i + 7] != "\\boxed":
+                i += 1
+            elif text[i] in "{}":
+                depth += 1 if text[i] == "{" else -1
+            i += 1
+        if depth == 0 and (content := text[box.end() : i - 1].strip()):
+            return content
+    return None
+
+
+@given(st.lists(st.sampled_from(["\\boxed{", "\\boxed {", "\\boxed", "{", "}", "\\", "5", " ", "x", "\\text{"])))
+def test_last_boxed_equals_trying_every_box(parts: list[str]) -> None:
+    assert last_boxed("".join(parts)) == naive_last_boxed("".join(parts))
+
+
+@given(st.text(), st.text(alphabet="abc 123+-,."))
+def test_a_box_at_the_end_is_the_last(before: str, content: str) -> None:
+    expected = content.strip() or last_boxed(before + " ")
+    assert last_boxed(rf"{before} \boxed{{{content}}}") == expected
+
+
+@pytest.mark.parametrize(
+    ("boxed", "labels", "expected"),
+    [
+        ("Yes", YES_NO, "Yes"),
+        ("yes", YES_NO, "Yes"),
+        ("NO.", YES_NO, "No"),
+        (r"\text{Yes}", YES_NO, "Yes"),
+        (r"\textbf{No}", YES_NO, "No"),
+        (r"\mathrm{ Yes }.", YES_NO, "Yes"),
+        (r"\text{\textbf{Yes}}", YES_NO, "Yes"),
+        ("**Yes**", YES_NO, "Yes"),
+        ("'Yes'", YES_NO, "Yes"),
+        ("(A)", AB, "A"),
+        ("b", AB, "B"),
+        ("(b).", AB, "B"),
+        ("$A$", AB, "A"),
+        ("Yes and No", YES_NO, None),
+        ("Yes, No", YES_NO, None),
+        ("Yesterday", YES_NO, None),
+        ("Not", YES_NO, None),
+        ("Yes, it is", YES_NO, None),
+        ("A or B", AB, None),
+        ("AB", AB, None),
+        ("A B", AB, None),
+        ("C", AB, None),
+        ("Answer  1", ("Answer 1", "Answer 2"), "Answer 1"),
+        ("1", ("Answer 1", "Answer 2"), None),
+    ],
+)
+def test_match_label(boxed: str, labels: tuple[str, ...], expected: str | None) -> None:
+    assert match_label(rf"because ... \boxed{{{boxed}}}", labels) == expected
+
+
+def test_only_the_last_box_of_a_reply_says_the_label() -> None:
+    assert match_label(r"It is not \boxed{No} but \boxed{Yes}. No?", YES_NO) == "Yes"
+    assert match_label(r"\boxed{Yes} ... \boxed{maybe}", YES_NO) is None
+    assert match_label("Yes", YES_NO) is None
+    assert match_label(r"\box{Yes}", YES_NO) is None
+
+
+LENGTHS = ("4 cm", "5 cm", "6 cm")
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "expected"),
+    [
+        ("B", (), "B"),
+        ("b", (), "B"),
+        ("(B)", (), "B"),
+        ("b.", (), "B"),
+        ("B)", (), "B"),
+        ("B. text", (), "B"),
+        ("B: text", (), "B"),
+        ("(B) text", (), "B"),
+        ("Option B", (), "B"),
+        ("option (b)", (), "B"),
+        ("Answer: C", (), "C"),
+        (r"\text{B}", (), "B"),
+        (r"\textbf{(B)} 5", (), "B"),
+        ("**B**", (), "B"),
+        ("B. salt and a spoon", (), "B"),
+        ("", (), None),
+        ("AB", (), None),
+        ("A and B", (), None),
+        ("A, B", (), None),
+        ("(A)(B)", (), None),
+        ("A. 5, B. 6", (), None),
+        ("A. or B", (), None),
+        ("a dog", (), None),
+        ("5", (), None),
+        ("E", LENGTHS, None),  # there is no such choice
+        ("C", LENGTHS, "C"),
+        ("5 cm", LENGTHS, "B"),
+        ("5  CM.", LENGTHS, "B"),
+        (r"5\ \text{cm}", LENGTHS, "B"),
+        ("B. 5 cm", LENGTHS, "B"),
+        ("(b) 5cm", LENGTHS, "B"),  # nobody else's text
+        ("A. 5 cm", LENGTHS, None),  # letter and text disagree
+        ("5", LENGTHS, None),
+        ("4 cm or 5 cm", LENGTHS, None),
+        ("x", ("x", "X"), None),  # two options with one text
+        ("B", ("x", "X"), "B"),
+        ("A", ("B", "A"), None),  # the letter of one and the text of the other
+        ("A. B", ("B", "A"), "A"),
+        ("A", ("A", "B"), "A"),
+        ("a:b", ("x", "a:b"), "B"),  # an option's whole text is not a letter with a text
+        ("The angle A", ("The angle B", "The angle A"), "B"),
+    ],
+)
+def test_match_choice(text: str, choices: tuple[str, ...], expected: str | None) -> None:
+    assert match_choice(text, choices) == expected
+
+
+@given(st.lists(st.from_regex(r"[a-z]{2,8}( [a-z]{2,8})?", fullmatch=True), min_size=1, max_size=10, unique=True))
+def test_every_option_is_named_by_letter_and_by_text(choices: list[str]) -> None:
+    for letter, choice in zip("ABCDEFGHIJ", choices, strict=False):
+        for text in (letter, f"({letter.lower()})", f"{letter}. {choice}", choice, f" {choice.upper()}."):
+            assert match_choice(text, tuple(choices)) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5", 5),
+        ("+5", 5),
+        ("-5", -5),
+        ("−5", -5),
+        ("- 5", -5),
+        ("0.5", 0.5),
+        (".5", 0.5),
+        ("5.", 5),
+        ("1,234.5", 1234.5),
+        ("12,345,678", 12345678),
+        ("1{,}234", 1234),
+        (r"1\,234", 1234),
+        ("$3", 3),
+        (r"\$3", 3),
+        ("-$3", -3),
+        ("3€", 3),
+        ("$5$", 5),
+        ("**5**", 5),
+        ("(5)", 5),
+        ("50%", 50),
+        (r"50\%", 50),
+        ("12 percent", 12),
+        (r"30^\circ", 30),
+        (r"30^{\circ}", 30),
+        ("30°", 30),
+        ("21 °C", 21),
+        (r"5\text{ cm}", 5),
+        (r"5\,\mathrm{cm}^{2}", 5),
+        (r"9.8 \text{ m/s}^2", 9.8),
+        ("5 square meters", 5),
+        ("60 km/h", 60),
+        ("3 years", 3),
+        ("1/2", 0.5),
+        ("-1/2", -0.5),
+        (r"\frac{1}{2}", 0.5),
+        (r"-\dfrac{3}{4}", -0.75),
+        (r"\frac12", 0.5),
+        ("1.5e3", 1500),
+        ("1.5E-3", 0.0015),
+        (r"1.5 \times 10^{3}", 1500),
+        ("1.5×10^-3", 0.0015),
+        ("", None),
+        ("five", None),
+        ("x=5", None),
+        ("5x", None),
+        ("5 and 6", None),
+        ("5 6", None),
+        ("5, 6", None),
+        ("5-6", None),
+        ("3$4", None),
+        ("5**2", None),
+        ("1,23", None),
+        ("1,234,56", None),
+        ("0,234", None),
+        ("1.2.3", None),
+        ("--5", None),
+        ("3:4", None),
+        ("5 m 3", None),
+        ("3 million", None),
+        ("5 or more", None),
+        ("1/0", None),
+        ("1e999", None),
+        ("inf", None),
+        ("nan", None),
+        ("٣", None),
+        ("5" * 300, None),
+    ],
+)
+def test_parse_number(text: str, expected: float | None) -> None:
+    assert parse_number(text) == (expected if expected is None else pytest.approx(expected, rel=1e-15))
+
+
+@given(st.integers(-(10**12), 10**12), st.sampled_from(["{:,}", "{}", "${}$", "{}.0", "{}%", "{} cm", "({})"]))
+def test_integers_are_read_in_every_style(value: int, style: str) -> None:
+    assert parse_number(style.format(value)) == value
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_floats_survive_printing(value: float) -> None:
+    assert parse_number(repr(value)) == value
+
+
+@given(st.integers(-999, 999), st.integers(1, 999))
+def test_fractions_are_divided(numerator: int, denominator: int) -> None:
+    sign, expected = "-" if numerator < 0 else "", float(Fraction(numerator, denominator))
+    for text in (f"{numerator}/{denominator}", rf"{sign}\frac{{{abs(numerator)}}}{{{denominator}}}"):
+        assert parse_number(text) == pytest.approx(expected, rel=1e-15)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([" ", " and ", ", ", "; ", " - ", "=", " or "]))
+def test_two_numbers_are_none(first: int, second: int, between: str) -> None:
+    assert parse_number(f"{first}{between}{second}") is None
+
+
+def test_normalised() -> None:
+    assert normalised(r" \text{No  Solution}. ") == "no solution"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        r"\boxed{",
+        r"\boxed",
+        "\\boxed   ",
+        "{",
+        "}",
+        "\\",
+        r"\boxed{}",
+        r"\boxed{ ",
+        r"\boxed{5",
+        r"\text{",
+        r"\text ",
+        "(",
+        "(B",
+        "B. A",
+        ", ",
+        "and ",
+        "1,",
+        "1",
+        " ",
+        "\\ ",
+        "~",
+        "a",
+        "*",
+    ],
+)
+def test_hostile_text_takes_linear_time(part: str) -> None:
+    """Quadratic work on 100 kB would take minutes."""
+    text = part * (100_000 // len(part))
+    start = time.perf_counter()
+    for reply in (text, text + "}" * text.count("{"), rf"\boxed{{{text}}}", r"\boxed{" + text):
+        last_boxed(reply)
+        match_label(reply, YES_NO)
+    for content in (text, "B. " + text, text + "B"):
+        match_choice(content, LENGTHS)
+        match_choice(content)
+        parse_number(content)
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,455 @@
+"""Evaluation with scripted policies, whose figures are known, and with a real model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy.stats import binomtest
+
+import spark_vl.demo
+from spark_vl.config import ConfigError, EvaluationConfig, RolloutConfig
+from spark_vl.evaluation import Evaluator, rescore, score, wilson
+from spark_vl.prompts import Templater
+from spark_vl.records import Rollout, RolloutGroup, Verdict, plain_text
+from spark_vl.rollout import Sampling, TransformersEngine
+from spark_vl.verifiers import VerifierPool, boxed_gold
+from tests.conftest import make_record
+
+TEMPLATES = Path(spark_vl.demo.__file__).with_name("templates.yaml")
+TEMPLATER = Templater.load([TEMPLATES], builtin=False, reasoning_suffix="\n\\boxed{}")
+SUMS = [
+    {"id": i, "q": f"What is {a} + {b}?", "a": str(a + b)} for i, (a, b) in enumerate([(2, 3), (4, 4), (1, 6), (5, 5)])
+]
+ACCURACIES = [
+    *("reasoning_greedy", "reasoning_sampled", "pointwise_greedy", "pointwise_sampled"),
+    *("pairwise_greedy", "pairwise_sampled", "reflection_greedy", "reflection_sampled", "reflection_keeps"),
+    *("test_time_reflection", "test_time_majority"),
+]
+
+
+@pytest.fixture
+def verifiers():
+    with VerifierPool(workers=1) as pool:
+        yield pool
+
+
+@pytest.fixture
+def make_evaluator(tmp_path):
+    """An `Evaluator` on recipes that hold the given rows: `make_evaluator({"sums": rows}, samples=3)`."""
+
+    def make(recipes, *, templater=TEMPLATER, seed=0, samples_file=None, columns=(), verifier="number", **config):
+        paths = []
+        for name, rows in recipes.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            recipe = {
+                **{"name": name, "description": "x", "license": "MIT", "source": {"jsonl": str(tmp_path)}},
+                **{"splits": {"test": f"{name}.jsonl"}, "verifier": verifier},
+                "columns": {"id": "id", "question": "q", "answer": "a", **dict(columns)},
+            }
+            paths.append(tmp_path / f"{name}.yaml")
+            paths[-1].write_text(yaml.safe_dump(recipe))
+        config = EvaluationConfig(recipes=[str(path) for path in paths], **config)
+        rollout = RolloutConfig(temperature=0.7, top_p=0.9, max_new_tokens=8)
+        return Evaluator(config, templater, rollout=rollout, seed=seed, samples_file=samples_file)
+
+    return make
+
+
+class Scripted:
+    """A `RolloutEngine` that says `reply(record, i)`, or (text, tokens), as sample `i` of a prompt; i is None if greedy."""
+
+    def __init__(self, reply):
+        self.reply = reply
+        self.asked = []
+
+    def generate(self, prompts, n, sampling, progress=lambda finished: None):
+        self.asked.append((n, sampling, [prompt.record for prompt in prompts]))
+        groups = []
+        for prompt in prompts:
+            replies = [self.reply(prompt.record, None if sampling.temperature == 0 else i) for i in range(n)]
+            replies = [reply if isinstance(reply, tuple) else (reply, len(reply)) for reply in replies]
+            rollouts = tuple(Rollout((0,) * tokens, (0.0,) * tokens, text, "stop") for text, tokens in replies)
+            groups.append(RolloutGroup(prompt.record, rollouts))
+        return groups
+
+    def records(self, kind=None):
+        """The records of the first call, which is the greedy one of all fixed prompts."""
+        return [record for record in self.asked[0][2] if kind in (None, record.kind)]
+
+
+def oracle(record, i):
+    return boxed_gold(record)
+
+
+def values(results):
+    return {name: result["value"] for name, result in results.items()}
+
+
+def other_label(record):
+    return next(label for label in record.choices if label != record.gold)
+
+
+# ── the maths ──
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 7), (100, 200), (199, 200), (200, 200)])
+def test_wilson_equals_scipy(k, n):
+    expected = binomtest(k, n).proportion_ci(method="wilson")
+    assert wilson(k / n, n) == pytest.approx((expected.low, expected.high))
+    assert all(0 <= bound <= 1 for bound in wilson(k / n, n))
+
+
+def test_several_recipes_give_a_macro_mean_whose_interval_is_that_of_independent_estimates():
+    def group(recipe, i, right):
+        record = replace(make_record(f"{recipe}/{i}", "q"), recipe=recipe)
+        return RolloutGroup(record, (Rollout((), (), "", "stop"),), (Verdict(float(right), "x"),))
+
+    greedy = [group("a", i, i < 9) for i in range(10)] + [group("b", i, i < 10) for i in range(40)]
+    results = score({"greedy": greedy, "sampled": [], "test_time_reflection": [], "test_time_majority": []})
+    a, b, both = (results[f"{prefix}reasoning_greedy"] for prefix in ("a/", "b/", ""))
+    assert (a["value"], a["n"], b["value"], b["n"]) == (0.9, 10, 0.25, 40)
+    assert (both["value"], both["n"]) == (pytest.approx((0.9 + 0.25) / 2), 50)
+    assert both["value"] - both["low"] == pytest.approx(math.hypot(0.9 - a["low"], 0.25 - b["low"]) / 2)
+    assert both["high"] - both["value"] == pytest.approx(math.hypot(a["high"] - 0.9, b["high"] - 0.25) / 2)
+
+
+# ── scripted policies ──
+
+
+def test_an_oracle_gets_full_marks(make_evaluator, processor, verifiers):
+    results = make_evaluator({"sums": SUMS}, samples=3)(Scripted(oracle), processor, verifiers)
+    assert {name: results[name]["value"] for name in ACCURACIES} == dict.fromkeys(ACCURACIES, 1.0)
+    rest = {name: value for name, value in values(results).items() if name not in ACCURACIES}
+    assert rest == {
+        "reasoning_unparsable": 0.0,
+        "pointwise_says_correct": 0.5,
+        "pairwise_consistency": 1.0,
+        "unusable": 0.0,
+    }
+    for result in results.values():
+        assert result["n"] == 4
+        assert (result["low"], result["high"]) == wilson(result["value"], 4)
+    json.dumps(results)
+
+
+def test_a_constant_judge_is_right_in_exactly_half_and_never_consistent(make_evaluator, processor, verifiers):
+    rows = [{"id": i, "q": f"What is {i} + 1?", "a": str(i + 1)} for i in range(25)]
+    evaluator = make_evaluator({"sums": rows}, templater=Templater.load([TEMPLATES]), samples=2)
+    for position in (0, 1):
+
+        def constant(record, i, position=position):
+            judgment = record.kind in ("pointwise", "pairwise")
+            return rf"\boxed{{{record.choices[position]}}}" if judgment else ""
+
+        engine = Scripted(constant)
+        results = values(evaluator(engine, processor, verifiers))
+        for mode in ("greedy", "sampled"):
+            assert results[f"pointwise_{mode}"] == 0.5
+            assert results[f"pairwise_{mode}"] == 0.5
+        assert results["pairwise_consistency"] == 0
+    assert Counter(record.choices for record in engine.records("pointwise")).keys() == {("Yes", "No"), ("A", "B")}
+
+
+@pytest.mark.parametrize("says_correct", [True, False])
+def test_a_judge_that_finds_everything_right_or_wrong(says_correct, make_evaluator, processor, verifiers):
+    def reply(record, i):
+        if record.kind != "pointwise" or record.origin.quoted_correct is None:
+            return ""
+        return rf"\boxed{{{record.gold if record.origin.quoted_correct == says_correct else other_label(record)}}}"
+
+    results = values(make_evaluator({"sums": SUMS})(Scripted(reply), processor, verifiers))
+    assert (results["pointwise_says_correct"], results["pointwise_greedy"]) == (float(says_correct), 0.5)
+
+
+def test_a_policy_that_never_answers_gets_nothing(make_evaluator, processor, verifiers):
+    results = values(make_evaluator({"sums": SUMS})(Scripted(lambda record, i: "Hm."), processor, verifiers))
+    assert results.pop("reasoning_unparsable") == 1
+    assert set(results.values()) == {0.0}
+
+
+def test_sampled_figures_are_means_over_the_samples(make_evaluator, processor, verifiers):
+    engine = Scripted(lambda record, i: boxed_gold(record) if i == 0 else "")
+    results = make_evaluator({"sums": SUMS}, samples=4, seed=11)(engine, processor, verifiers)
+    for name in ("reasoning", "pointwise", "pairwise", "reflection"):
+        assert results[f"{name}_sampled"]["value"] == 0.25
+        assert results[f"{name}_sampled"]["n"] == 4
+        assert results[f"{name}_greedy"]["value"] == 0
+    (n, greedy, _), (k, sampled, _) = engine.asked[:2]
+    assert (n, greedy.temperature, greedy.max_new_tokens) == (1, 0, 8)
+    assert (k, sampled.temperature, sampled.top_p, sampled.max_new_tokens, sampled.seed) == (4, 0.7, 0.9, 8, 11)
+
+
+# ── the fixed prompts ──
+
+
+def test_prompts_depend_on_neither_policy_nor_seed(make_evaluator, processor, verifiers):
+    rows = [{"id": i, "q": f"What is {i} + 1?", "a": str(i + 1)} for i in range(30)]
+    first, second, third = Scripted(oracle), Scripted(lambda record, i: ""), Scripted(oracle)
+    evaluator = make_evaluator({"sums": rows}, problems=8)
+    evaluator(first, processor, verifiers)
+    evaluator(second, processor, verifiers)
+    make_evaluator({"sums": rows}, problems=8, seed=5)(third, processor, verifiers)
+    assert first.records() == second.records() == third.records()
+    assert len({record.id for record in first.records()}) == len(first.records()) == 8 * 7
+    drawn = [int(record.id.split("/")[-1]) for record in first.records("problem")]
+    assert drawn != list(range(8))  # drawn from all rows, not the first ones
+
+
+def test_judgments_quote_a_right_and_a_wrong_answer_in_equal_numbers(make_evaluator, processor, verifiers):
+    rows = [{"id": i, "q": ("Larger?", "Smaller?")[i % 2], "a": str(i % 7)} for i in range(20)]
+    engine = Scripted(oracle)
+    make_evaluator({"digits": rows})(engine, processor, verifiers)
+    problems = {record.id: record for record in engine.records("problem")}
+    golds = {
+        question: {r.gold for r in problems.values() if r.question == question}
+        for question in {("Larger?",), ("Smaller?",)}
+    }
+    sides = Counter()
+    for record in engine.records("pointwise"):
+        problem = problems[record.origin.parent_id]
+        quoted = plain_text(record.messages[0].content).split('"')[1]
+        assert (quoted == problem.gold) == record.origin.quoted_correct
+        assert quoted in golds[problem.question]  # of a problem with the same question
+        assert (record.verifier, record.recipe, record.question) == ("judgment", "digits", problem.question)
+        sides[record.origin.quoted_correct] += 1
+    assert sides == {True: 20, False: 20}
+    for record in engine.records("reflection"):
+        quoted = plain_text(record.messages[0].content).split('"')[1]
+        assert (quoted == record.gold) == record.origin.quoted_correct
+        assert (record.gold, record.verifier) == (problems[record.origin.parent_id].gold, "number")
+    for record in engine.records("pairwise"):
+        answers = plain_text(record.messages[0].content).split('"')[1:4:2]
+        gold = problems[record.origin.parent_id].gold
+        assert [answer == gold for answer in answers] == [record.gold == "A", record.gold == "B"]
+
+
+def test_what_another_spelling_of_the_gold_is_no_wrong_answer(make_evaluator, processor, verifiers):
+    rows = [{"id": i, "q": "How much?", "a": answer} for i, answer in enumerate(["1/2", "0.5", "50e-2", "3"])]
+    engine = Scripted(oracle)
+    make_evaluator({"halves": rows})(engine, processor, verifiers)
+    golds = {record.id: record.gold for record in engine.records("problem")}
+    wrong = {
+        golds[record.origin.parent_id]: plain_text(record.messages[0].content).split('"')[1]
+        for record in engine.records("pointwise")
+        if not record.origin.quoted_correct
+    }
+    assert {wrong[half] for half in ("1/2", "0.5", "50e-2")} == {"3"}
+    assert wrong["3"] in ("1/2", "0.5", "50e-2")
+
+
+def test_the_wrong_answer_to_a_choice_question_is_another_letter(make_evaluator, processor, verifiers):
+    rows = [{"id": i, "q": "Which?", "a": "AB"[i % 2], "o": ["x", "y", "z"]} for i in range(12)]
+    engine = Scripted(oracle)
+    make_evaluator({"choices": rows}, columns={"choices": "o"})(engine, processor, verifiers)
+    golds = {record.id: record.gold for record in engine.records("problem")}
+    wrong = []
+    for record in engine.records("reflection"):
+        if not record.origin.quoted_correct:
+            wrong.append(plain_text(record.messages[0].content).split('"')[1])
+            assert wrong[-1] != golds[record.origin.parent_id]
+    assert set(wrong) == {"A", "B", "C"}  # C too, although no row has it as its gold
+
+
+def test_problems_without_a_wrong_answer_are_not_judged(make_evaluator, processor, verifiers):
+    rows = [{"id": i, "q": f"{i}?", "a": "1"} for i in range(3)]
+    results = make_evaluator({"ones": rows})(Scripted(oracle), processor, verifiers)
+    assert results.keys() == {
+        *("reasoning_greedy", "reasoning_sampled", "reasoning_unparsable"),
+        *("test_time_reflection", "test_time_majority", "unusable"),
+    }
+
+
+def test_bad_rows_are_replaced_counted_and_named(make_evaluator, processor, verifiers, caplog):
+    rows = [{"id": i, "q": f"{i}?", "a": str(i)} for i in range(5)]
+    rows += [
+        {"id": 5, "q": "", "a": "1"},
+        {"id": 6, "q": "No number?", "a": "blue"},
+        {"id": 0, "q": "Again?", "a": "1"},
+    ]
+    engine = Scripted(oracle)
+    results = make_evaluator({"rows": rows}, problems=5)(engine, processor, verifiers)
+    unusable = results["unusable"]
+    assert results["reasoning_greedy"]["n"] == 5
+    assert unusable["n"] * (1 - unusable["value"]) == pytest.approx(5)
+    assert len(caplog.messages) == unusable["n"] - 5
+    assert sorted(int(r.id.split("/")[-1]) for r in engine.records("problem")) == [0, 1, 2, 3, 4]
+
+    caplog.clear()
+    all_rows = make_evaluator({"rows": rows}, problems=100)(Scripted(oracle), processor, verifiers)
+    assert (all_rows["reasoning_greedy"]["n"], all_rows["unusable"]["n"], all_rows["unusable"]["value"]) == (
+        5,
+        8,
+        3 / 8,
+    )
+    assert {"rows/test/5: 'q' is empty", "rows/test/6: the number verifier", "has the id of another row"} == {
+        part
+        for part in ("rows/test/5: 'q' is empty", "rows/test/6: the number verifier", "has the id of another row")
+        if part in caplog.text
+    }
+
+    with pytest.raises(ValueError, match="recipe bad/test: none of its 2 rows"):
+        make_evaluator({"bad": rows[5:7]})(Scripted(oracle), processor, verifiers)
+
+
+def test_judge_prompts_that_are_too_long_are_left_out_and_labels_stay_balanced(
+    make_evaluator, tiny, processor, verifiers
+):
+    short = type(processor)(
+        *(processor.hf, tiny[0].config, tiny[0].generation_config),
+        **{"min_pixels": 784, "max_pixels": 784, "max_prompt_tokens": 180},
+    )
+    rows = [*SUMS, {"id": 9, "q": "What is 7 + 0?", "a": "7." + "0" * 150}]
+    engine = Scripted(oracle)
+    results = make_evaluator({"sums": rows})(engine, short, verifiers)
+    assert results["reasoning_greedy"]["n"] == 5
+    assert 0 < results["pointwise_greedy"]["n"] < 5
+    sides = Counter(record.origin.quoted_correct for record in engine.records("pointwise"))
+    assert sides[True] == sides[False] == results["pointwise_greedy"]["n"]
+
+
+def test_recipes_of_the_same_name_are_refused(make_evaluator):
+    evaluator = make_evaluator({"sums": SUMS})
+    config = EvaluationConfig(recipes=evaluator.config.recipes * 2)
+    with pytest.raises(ConfigError, match=r"evaluation\.recipes: more than one is named sums"):
+        Evaluator(config, TEMPLATER, rollout=RolloutConfig(), seed=0)
+
+
+# ── test-time reflection and its baseline ──
+
+
+def reflecting(*, solved, repaired_in=1, judge=True):
+    """Answers the sums in `solved`; judges its own answers as they are if `judge`; repairs in the given round."""
+
+    def reply(record, i):
+        name = int(record.id.split("#")[0].split("/")[-1])
+        if record.kind == "problem":
+            return boxed_gold(record) if name in solved else r"\boxed{-1}"
+        if "own_" not in record.id:
+            return ""
+        turn = int(record.id[-1])
+        right = name in solved or turn > repaired_in
+        if record.kind == "pointwise":
+            return rf"\boxed{{{record.gold if right == judge else other_label(record)}}}"
+        return boxed_gold(record) if turn >= repaired_in else r"\boxed{-2}"
+
+    return reply
+
+
+@pytest.mark.parametrize(("rounds", "repaired_in", "after"), [(1, 1, 1.0), (1, 2, 0.5), (2, 2, 1.0), (3, 1, 1.0)])
+def test_answers_judged_wrong_are_revised_for_at_most_so_many_rounds(
+    rounds, repaired_in, after, make_evaluator, processor, verifiers
+):
+    engine = Scripted(reflecting(solved={0, 1}, repaired_in=repaired_in))
+    evaluator = make_evaluator({"sums": SUMS}, reflection_rounds=rounds)
+    results = values(evaluator(engine, processor, verifiers))
+    assert (results["reasoning_greedy"], results["test_time_reflection"]) == (0.5, after)
+    judged = [record for _, _, records in engine.asked[2::2] for record in records]
+    reflected = [record for _, _, records in engine.asked[3::2] for record in records]
+    assert {record.kind for record in judged} == {"pointwise"}
+    turns = min(rounds, repaired_in)
+    assert Counter(record.origin.parent_id for record in reflected) == {"sums/test/2": turns, "sums/test/3": turns}
+    assert '"-1"' in plain_text(reflected[0].messages[0].content)
+    if turns == 2:
+        assert '"-2"' in plain_text(reflected[-1].messages[0].content)
+
+
+def test_a_judge_that_is_mistaken_spoils_right_answers(make_evaluator, processor, verifiers):
+    engine = Scripted(reflecting(solved={0, 1}, repaired_in=9, judge=False))
+    results = values(make_evaluator({"sums": SUMS})(engine, processor, verifiers))
+    assert (results["reasoning_greedy"], results["test_time_reflection"]) == (0.5, 0.0)
+
+
+def test_an_answer_without_a_box_is_reflected_on_whole_and_one_without_a_verdict_is_kept(
+    make_evaluator, processor, verifiers
+):
+    def reply(record, i):
+        if record.kind == "problem":
+            return "No idea." if record.id.endswith("/0") else boxed_gold(record)
+        return boxed_gold(record) if record.id.endswith("reflection_own_1") else "Hm."
+
+    engine = Scripted(reply)
+    results = values(make_evaluator({"sums": SUMS})(engine, processor, verifiers))
+    assert (results["reasoning_greedy"], results["test_time_reflection"]) == (0.75, 1.0)
+    (judged, reflected) = (records for _, _, records in engine.asked[2:4])
+    assert sorted(record.origin.parent_id for record in judged) == [f"sums/test/{i}" for i in (1, 2, 3)]
+    assert [record.origin.parent_id for record in reflected] == ["sums/test/0"]
+    assert '"No idea."' in plain_text(reflected[0].messages[0].content)
+    assert "cot_check" in reflected[0].origin.template
+
+
+@pytest.mark.parametrize(("judge_tokens", "expected"), [(4, 0.0), (9, 0.0), (10, 0.0), (20, 1.0), (500, 1.0)])
+def test_the_majority_vote_spends_the_tokens_of_test_time_reflection(
+    judge_tokens, expected, make_evaluator, processor, verifiers
+):
+    """Greedy answers take 10 tokens and their judgments `judge_tokens`: one vote (wrong) below 20 in all, two (a tie,
+    which the first answer wins) below 30, then three, two of which are right."""
+
+    def reply(record, i):
+        if record.kind != "problem":
+            return boxed_gold(record), judge_tokens
+        return rf"\boxed{{{-1 if i == 0 else record.gold}}}", 10
+
+    results = values(make_evaluator({"sums": SUMS}, samples=3)(Scripted(reply), processor, verifiers))
+    assert results["reasoning_sampled"] == pytest.approx(2 / 3)
+    assert results["test_time_majority"] == expected
+
+
+# ── the samples file ──
+
+
+def test_samples_can_be_scored_again_without_the_model(make_evaluator, processor, verifiers, tmp_path):
+    file = tmp_path / "samples.jsonl"
+    evaluator = make_evaluator({"sums": SUMS, "more": SUMS[:3]}, samples_file=file, samples=2)
+    engine = Scripted(reflecting(solved={0, 1}))
+    first = evaluator(engine, processor, verifiers)
+    with file.open("a") as lines:
+        lines.write('{"evaluation": 2, "mo')  # killed while writing
+    second = evaluator(Scripted(oracle), processor, verifiers)
+    again = rescore(file, verifiers)
+    for result, scored in zip((first, second), again, strict=True):
+        assert scored == {name: figure for name, figure in result.items() if name != "unusable"}
+    line = next(line for line in map(json.loads, file.read_text().splitlines()) if line["kind"] == "pointwise")
+    assert line["mode"] == "greedy"
+    assert line["choices"]
+    assert line["origin"]["quoted_correct"] is True
+    assert line["completions"][0].keys() == {"text", "finish", "score", "parsed", "status", "detail"}
+
+    # A gold that was corrected since counts.
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if line["verifier"] == "number":
+            line["gold"] = "12345"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert rescore(file, verifiers)[1]["reasoning_greedy"]["value"] == 0
+    assert rescore(file, verifiers)[1]["pointwise_greedy"]["value"] == 1
+
+
+# ── a real model ──
+
+
+def test_a_real_model_end_to_end(make_policy, processor, verifiers, tmp_path):
+    engine = TransformersEngine(make_policy(), processor, rows_at_once=64)
+    config = EvaluationConfig(recipes=["digits"], problems=6, samples=2)
+    file = tmp_path / "samples.jsonl"
+    rollout = RolloutConfig(max_new_tokens=6)
+    evaluator = Evaluator(config, TEMPLATER, rollout=rollout, seed=0, samples_file=file)
+    results = evaluator(engine, processor, verifiers)
+    assert results == evaluator(engine, processor, verifiers)
+    assert all(result["low"] <= result["value"] <= result["high"] for result in results.values())
+    assert {result["n"] for result in results.values()} == {6}
+    first, second = rescore(file, verifiers)
+    assert first == second == {name: figure for name, figure in results.items() if name != "unusable"}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert Counter((line["mode"], len(line["completions"])) for line in lines if line["evaluation"] == 1) >= Counter(
+        {("greedy", 1): 42, ("sampled", 2): 36, ("test_time_reflection", 1): 6, ("test_time_majority", 1): 6}
+    )
+    # the greedy completion of a problem is what the engine says to it alone
+    problem = next(record for record in evaluator._records if record.kind == "problem")
+    alone = engine.generate([processor.process(problem)], 1, Sampling(temperature=0, max_new_tokens=6))[0]
+    assert next(line for line in lines if line["id"] == problem.id)["completions"][0]["text"] == alone.rollouts[0].text

@@ -1,0 +1,362 @@
+"""A zoo of generated files: each gives the right pixels, or is refused for the right reason."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from spark_vl.data import images
+from spark_vl.data.images import ImageError, load_image
+from spark_vl.records import ImageRef
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+ORIENTATION = 0x0112
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    image = load_image(ImageRef(data=data))
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG written by hand, without Pillow."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body)) for tag, body in parts
+    )
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    """uint8 [5, 7, 3]: no two pixels, rows or columns alike."""
+    return np.random.default_rng(0).permutation(105).reshape(5, 7, 3).astype(np.uint8) * 2
+
+
+# ── right pixels ──
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "GIF"])
+def test_lossless_formats_come_back_exactly(format: str, photo: np.ndarray) -> None:
+    assert (pixels(encode(Image.fromarray(photo), format)) == photo).all()
+
+
+def test_lossless_webp_comes_back_exactly(photo: np.ndarray) -> None:
+    assert (pixels(encode(Image.fromarray(photo), "WEBP", lossless=True)) == photo).all()
+
+
+def test_jpeg_comes_back_closely() -> None:
+    smooth = np.add.outer(np.arange(32), np.arange(24)).astype(np.uint8)[..., None].repeat(3, 2) * 4
+    assert abs(pixels(encode(Image.fromarray(smooth), "JPEG", quality=95)).astype(int) - smooth).max() <= 4
+
+
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+"""EXIF orientation → how the stored array is shown upright (EXIF 2.3, tag 274)."""
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied_once(format: str, orientation: int, photo: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(Image.fromarray(photo), format, exif=exif, **options)
+    assert (pixels(data) == UPRIGHT[orientation](photo)).all()
+
+
+def test_exif_orientation_of_a_jpeg_swaps_the_sides() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    image = Image.new("RGB", (40, 20), RED)
+    image.paste(BLUE, (0, 0, 40, 8))  # the stored top is shown on the right
+    shown = pixels(encode(image, "JPEG", exif=exif, quality=95))
+    assert shown.shape == (40, 20, 3)
+    assert shown[20, 17, 2] > 200 > shown[20, 3, 2]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_not_clipped(format: str, orientation: int) -> None:
+    grey = np.array([[0, 128, 129, 257], [1000, 30000, 65407, 65535]], np.uint16)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    expected = UPRIGHT[orientation](np.array([[0, 0, 1, 1], [4, 117, 255, 255]]))  # v · 255/65535, rounded
+    shown = pixels(encode(Image.fromarray(grey), format, exif=exif))
+    assert (shown == expected[..., None]).all()
+
+
+def test_16_bit_colour_is_scaled() -> None:
+    row = b"\0" + struct.pack(">6H", 65535, 0, 32896, 0, 65535, 257)  # 32896 = 128 · 257
+    assert pixels(png(2, 1, 16, 2, row)).tolist() == [[[255, 0, 128], [0, 255, 1]]]
+
+
+def test_rgba_is_composited_over_white() -> None:
+    image = Image.new("RGBA", (3, 1))
+    for x, alpha in enumerate((0, 128, 255)):
+        image.putpixel((x, 0), (*RED, alpha))
+    row = pixels(encode(image, "PNG"))[0]
+    assert row[0].tolist() == list(WHITE)
+    assert abs(row[1].astype(int) - (255, 127, 127)).max() <= 1
+    assert row[2].tolist() == list(RED)
+
+
+def test_grey_with_alpha_is_composited_over_white() -> None:
+    image = Image.new("LA", (2, 1))
+    image.putpixel((0, 0), (0, 0))
+    image.putpixel((1, 0), (0, 255))
+    assert pixels(encode(image, "PNG"))[0].tolist() == [[255] * 3, [0] * 3]
+
+
+def test_alpha_of_webp_is_composited_over_white() -> None:
+    assert pixels(encode(Image.new("RGBA", (2, 2), (*RED, 0)), "WEBP", lossless=True)).min() == 255
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_transparent_palette_entry_is_white(format: str) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *BLUE])
+    image.putdata([0, 1])
+    assert pixels(encode(image, format, transparency=0))[0].tolist() == [list(WHITE), list(BLUE)]
+
+
+def test_palette_with_an_alpha_for_each_entry_is_composited() -> None:
+    data = png(2, 1, 8, 3, b"\0\0\1", (b"PLTE", bytes([*RED, *BLUE])), (b"tRNS", bytes([0, 255])))
+    assert pixels(data)[0].tolist() == [list(WHITE), list(BLUE)]
+
+
+def test_opaque_palette_keeps_its_colours() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *BLUE])
+    image.putdata([0, 1])
+    assert pixels(encode(image, "PNG"))[0].tolist() == [list(RED), list(BLUE)]
+
+
+def test_colour_key_is_white() -> None:
+    image = Image.new("RGB", (2, 1), RED)
+    image.putpixel((1, 0), BLUE)
+    assert pixels(encode(image, "PNG", transparency=RED))[0].tolist() == [list(WHITE), list(BLUE)]
+
+
+@pytest.mark.parametrize(("depth", "row"), [(8, b"\0\x05\xc8"), (16, b"\0\0\x05\xc8\xc8")])
+def test_grey_key_is_white(depth: int, row: bytes) -> None:
+    shown = pixels(png(2, 1, depth, 0, row, (b"tRNS", b"\0\x05")))
+    assert shown[0].tolist() == [[255] * 3, [200] * 3]
+
+
+def test_bilevel_is_black_and_white() -> None:
+    image = Image.new("1", (2, 1))
+    image.putpixel((1, 0), 1)
+    assert pixels(encode(image, "PNG"))[0].tolist() == [[0] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_cmyk_becomes_rgb(format: str) -> None:
+    shown = pixels(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), format))
+    assert abs(shown.astype(int) - RED).max() <= 3
+
+
+def test_metadata_stays_behind() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "where I live"
+    for image in (Image.new("RGB", (4, 4)), Image.new("L", (4, 4)), Image.new("RGBA", (4, 4))):
+        shown = load_image(ImageRef(data=encode(image, "PNG", exif=exif, dpi=(300, 300))))
+        assert shown.info == {}
+        assert not shown.getexif()
+
+
+# ── refused, with the reason ──
+
+
+def refused(reason: str, data: bytes) -> None:
+    with pytest.raises(ImageError, match=reason):
+        load_image(ImageRef(data=data))
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP", "PNG", "MPO"])
+def test_more_than_one_frame_is_refused(format: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    refused("more than one frame", encode(frames[0], format, save_all=True, append_images=frames[1:]))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_truncated_files_are_refused(format: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    data = encode(Image.fromarray(noise), format)
+    refused("broken image|not an image", data[: int(len(data) * share)])
+
+
+def test_wrong_checksum_is_refused() -> None:
+    data = bytearray(encode(Image.new("RGB", (8, 8)), "PNG"))
+    data[data.index(b"IDAT") + 6] ^= 0xFF
+    refused("broken image", bytes(data))
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7\n", b"\x89PNG\r\n\x1a\n"]
+)
+def test_other_bytes_are_refused(data: bytes) -> None:
+    refused("not an image in one of the formats|broken image", data)
+
+
+@pytest.mark.parametrize("format", ["ICO", "PPM", "TGA", "PCX", "EPS", "JPEG2000"])
+def test_other_formats_are_refused(format: str) -> None:
+    refused("not an image in one of the formats PNG", encode(Image.new("RGB", (16, 16)), format))
+
+
+def test_no_bytes_are_refused() -> None:
+    refused("0 bytes", b"")
+
+
+def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.new("RGB", (8, 8)), "BMP")
+    monkeypatch.setattr(images, "MAX_BYTES", len(data))
+    assert pixels(data).shape == (8, 8, 3)
+    monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
+    refused(f"{len(data)} bytes", data)
+
+
+@pytest.mark.parametrize("side", [8001, 10_000, 60_000])  # above our limit, Pillow's warning, Pillow's error
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_by_its_header(side: int) -> None:
+    refused("64000000 pixels", png(side, side, 8, 2, b""))  # decoding it would say "broken"
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_where_warnings_are_errors() -> None:
+    refused("64000000 pixels", png(10_000, 10_000, 8, 2, b""))
+
+
+def test_the_aspect_ratio_ends_at_200() -> None:
+    assert pixels(encode(Image.new("RGB", (200, 1)), "PNG")).shape == (1, 200, 3)
+    refused("ratio of more than 200", encode(Image.new("RGB", (1, 201)), "PNG"))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_without_a_range_are_refused(mode: str) -> None:
+    refused(f"pixel mode '{mode}'", encode(Image.new(mode, (4, 4)), "TIFF"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    format=st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]),
+    changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damage_gives_an_image_or_an_image_error(format: str, changes: list[tuple[int, int]]) -> None:
+    data = bytearray(encode(Image.linear_gradient("L").resize((16, 16)), format))
+    for position, value in changes:
+        data[position % len(data)] = value
+    try:
+        shown = load_image(ImageRef(data=bytes(data)))
+    except ImageError:
+        return
+    assert shown.mode == "RGB"
+
+
+# ── paths ──
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A media root with a picture, next to a picture that it does not hold."""
+    (tmp_path / "media" / "sub").mkdir(parents=True)
+    for folder, colour in ((tmp_path, BLUE), (tmp_path / "media" / "sub", RED)):
+        (folder / "picture.png").write_bytes(encode(Image.new("RGB", (4, 4), colour), "PNG"))
+    return tmp_path / "media"
+
+
+@pytest.mark.parametrize(
+    "path", ["sub/picture.png", "./sub/picture.png", "sub//picture.png", "link.png", "folder/picture.png"]
+)
+def test_files_below_the_root_are_read(root: Path, path: str) -> None:
+    (root / "link.png").symlink_to("sub/picture.png")
+    (root / "folder").symlink_to(root / "sub")
+    assert load_image(ImageRef(path=path, root=str(root))).getpixel((0, 0)) == RED
+
+
+def test_the_root_may_be_a_link_or_relative(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root.parent / "alias").symlink_to(root)
+    monkeypatch.chdir(root.parent)
+    for name in ("alias", "media", str(root.parent / "alias")):
+        assert load_image(ImageRef(path="sub/picture.png", root=name)).getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/etc/hostname", "must be relative"),
+        ("../picture.png", "must be relative"),
+        ("sub/../../picture.png", "must be relative"),
+        ("sub/../sub/picture.png", "must be relative"),
+        ("..\\picture.png", "must be relative"),
+        ("C:\\picture.png", "must be relative"),
+        ("sub/picture.png\0.txt", "must be relative"),
+        ("http://127.0.0.1/picture.png", "is a URL"),
+        ("https://example.org/picture.png", "is a URL"),
+        ("file:///etc/hostname", "is a URL"),
+        ("file:/etc/hostname", "is a URL"),
+        ("s3://bucket/picture.png", "is a URL"),
+        ("data:image/png;base64,iVBORw0KGgo=", "is a URL"),
+        ("outside.png", "leads out"),
+        ("outside/picture.png", "leads out"),
+        ("outside", "leads out"),
+        ("loop", "cannot be followed|no file"),
+        ("sub", "no file"),
+        ("", "no file"),
+        ("%2e%2e/picture.png", "no file"),
+        ("~/picture.png", "no file"),
+        ("missing.png", "no file"),
+        ("pipe", "no file"),
+        ("x" * 5000, "cannot be followed|no file"),
+    ],
+)
+def test_other_paths_are_refused(root: Path, path: str, reason: str) -> None:
+    (root / "outside.png").symlink_to(root.parent / "picture.png")
+    (root / "outside").symlink_to("..")
+    (root / "loop").symlink_to("loop")
+    os.mkfifo(root / "pipe")  # opening it would wait for ever
+    with pytest.raises(ImageError, match=reason):
+        load_image(ImageRef(path=path, root=str(root)))
+
+
+def test_a_root_with_the_same_beginning_is_another_root(root: Path) -> None:
+    neighbour = root.parent / "media2"
+    neighbour.mkdir()
+    (neighbour / "picture.png").write_bytes(encode(Image.new("RGB", (4, 4)), "PNG"))
+    (root / "link.png").symlink_to(neighbour / "picture.png")
+    with pytest.raises(ImageError, match="leads out"):
+        load_image(ImageRef(path="link.png", root=str(root)))
+
+
+def test_a_huge_file_is_not_read(root: Path) -> None:
+    with (root / "huge.png").open("wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    with pytest.raises(ImageError, match="bytes"):
+        images.image_path(ImageRef(path="huge.png", root=str(root)))

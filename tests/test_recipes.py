@@ -1,0 +1,718 @@
+"""Recipes are read strictly; rows become problems or reasons; every shipped recipe runs on a fixture in its schema."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+
+from spark_vl.data.images import load_image
+from spark_vl.data.problems import ProblemSet, check, open_recipe
+from spark_vl.data.recipes import load_recipe, recipes
+from spark_vl.data.sources import open_rows
+from spark_vl.prompts import Templater
+from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
+from spark_vl.verifiers.base import check_gold, run_verifier
+
+TEMPLATER = Templater.load()
+
+
+def png(colour: Any = "red", size: tuple[int, int] = (8, 6)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def lines(file: Path, rows: list[Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+FIELDS = {
+    "name": "mine",
+    "description": "a test",
+    "license": "MIT",
+    "source": {"jsonl": "data"},
+    "splits": {"train": "train.jsonl"},
+    "columns": {"question": "q", "answer": "a", "images": "images", "choices": "choices", "verifier": "v"},
+    "verifier": "math",
+}
+ROW = {"q": "What is shown?", "a": "5", "images": [], "choices": None, "v": None}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path):
+    """Writes a recipe, and returns its path."""
+
+    def write(**fields: Any) -> Path:
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump({k: v for k, v in (FIELDS | fields).items() if v is not ...}))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def problems(tmp_path: Path, recipe_file):
+    """Opens rows, given as what differs from `ROW`, as the train split of a recipe."""
+
+    def opened(*rows: Any, **fields: Any) -> ProblemSet:
+        lines(tmp_path / "data" / "train.jsonl", [ROW | row if isinstance(row, dict) else row for row in rows])
+        return open_recipe(load_recipe(recipe_file(**fields)), "train", TEMPLATER)
+
+    return opened
+
+
+def reason(problems: ProblemSet, index: int = 0) -> str:
+    with pytest.raises(BadRecordError) as caught:
+        problems[index]
+    return caught.value.reason
+
+
+# ── the recipe file ──
+
+
+def test_a_recipe_file_is_read_with_paths_relative_to_it(recipe_file, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir("/")
+    recipe = load_recipe(recipe_file(media_root="pictures"))
+    assert (recipe.name, recipe.license, recipe.verifier_of("train")) == ("mine", "MIT", "math")
+    assert recipe.source.location == str(tmp_path / "data")
+    assert recipe.media_root == str(tmp_path / "pictures")
+    assert recipe.columns.used == ("q", "a", "images", "choices", "v")
+
+
+def test_overrides_replace_fields_with_paths_relative_to_the_working_directory(
+    recipe_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe = load_recipe(recipe_file(), source={"parquet": "p"}, splits={"test": "x.parquet"})
+    assert (recipe.source.kind, recipe.source.location) == ("parquet", str(tmp_path / "elsewhere" / "p"))
+    assert recipe.splits == {"test": "x.parquet"}
+    assert recipe.name == "mine"
+
+
+def test_a_recipe_may_start_from_another(tmp_path: Path, recipe_file) -> None:
+    recipe_file()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.yaml").write_text("{base: ../mine.yaml, media_root: pictures, license: CC0-1.0}")
+    recipe = load_recipe(tmp_path / "sub" / "b.yaml")
+    assert recipe.media_root == str(tmp_path / "sub" / "pictures")
+    assert recipe.source.location == str(tmp_path / "data")
+    assert (recipe.name, recipe.license) == ("mine", "CC0-1.0")
+    (tmp_path / "c.yaml").write_text("{base: virl39k, media_root: x}")
+    assert load_recipe(tmp_path / "c.yaml").source == load_recipe("virl39k").source
+
+
+def test_a_circle_of_bases_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"a base of itself.*a\.yaml → .*b\.yaml → "):
+        load_recipe("a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"licence": "MIT"}, "licence: is no field; allowed: name, description, license, source"),
+        ({"license": ...}, "license: is missing"),
+        ({"license": ""}, "license: found ''"),
+        ({"name": "a/b"}, "name: found 'a/b'; allowed: letters"),
+        ({"name": 5}, "name: found 5"),
+        ({"source": "data"}, "source: found 'data'; allowed: one of hub, jsonl, parquet, folder, factory"),
+        ({"source": {"jsonl": "a", "hub": {"id": "b"}}}, "allowed: one of hub, jsonl"),
+        ({"source": {"csv": "a"}}, "source: found {'csv': 'a'}"),
+        ({"source": {"hub": "x/y"}}, "source.hub: found 'x/y'; allowed: a mapping"),
+        ({"source": {"hub": {"name": "x/y"}}}, "source.hub: found .*; allowed: id, and optionally config, revision"),
+        ({"source": {"hub": {"id": "x/y", "revision": 1}}}, "source.hub.revision: found 1"),
+        ({"source": {"factory": "os.system"}}, "source.factory: found 'os.system'; allowed: module:function"),
+        ({"splits": {}}, "splits: found {}; allowed: one or more of train, validation, test"),
+        ({"splits": {"dev": "dev.jsonl"}}, "splits: found .*dev.*; allowed: one or more of train"),
+        ({"splits": ["train"]}, "splits: found .*; allowed: a mapping"),
+        ({"columns": {"question": "q"}}, "columns.answer: is missing"),
+        (
+            {"columns": {"question": "q", "answer": "a", "picture": "p"}},
+            "columns.picture: is no field; allowed: question",
+        ),
+        ({"columns": {"question": "q", "answer": 3}}, "columns.answer: found 3"),
+        ({"verifier": {"test": "math"}}, "verifier: found .*; allowed: a name, or one for each of train"),
+        ({"verifier": 5}, "verifier: found 5"),
+        ({"image_placeholder": " "}, "image_placeholder: found ' '"),
+        ({"media_root": 3}, "media_root: found 3"),
+    ],
+)
+def test_a_bad_field_is_named_with_what_is_allowed(recipe_file, fields: dict[str, Any], message: str) -> None:
+    file = recipe_file(**fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a", "5", ""])
+def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml: (is not YAML|found)"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no recipe 'geometry'; allowed: digits, geometry3k"):
+        load_recipe("geometry")
+    with pytest.raises(ValueError, match="there is no such recipe file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="limit: is no field"):
+        load_recipe("digits", limit=5)
+
+
+def test_what_a_recipe_names_must_be_there(recipe_file, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="recipe mine: splits: found 'test'; allowed: train"):
+        open_recipe(load_recipe(recipe_file()), "test", TEMPLATER)
+    with pytest.raises(ValueError, match=r"recipe mine: source: no file 'train\.jsonl'"):
+        open_recipe(load_recipe(recipe_file()), "train", TEMPLATER)
+    lines(tmp_path / "data" / "train.jsonl", [ROW])
+    with pytest.raises(ValueError, match=r"recipe mine: media_root: found .*nowhere"):
+        open_recipe(load_recipe(recipe_file(media_root="nowhere")), "train", TEMPLATER)
+    Dataset.from_dict({"q": ["?"], "x": ["1"]}).to_parquet(tmp_path / "data" / "t.parquet")
+    with pytest.raises(ValueError, match="no column a, choices, images, v; the columns are q, x"):
+        open_recipe(
+            load_recipe(recipe_file(source={"parquet": "data"}, splits={"train": "*.parquet"})), "train", TEMPLATER
+        )
+
+
+# ── good rows ──
+
+
+def test_a_row_becomes_a_problem(problems, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png("red"))
+    (tmp_path / "data" / "b.png").write_bytes(png("blue"))
+    row = {"q": " Is <image> larger than <image>? \n", "images": ["a.png", "b.png"], "a": " yes "}
+    record = problems(row)[0]
+    root = str(tmp_path / "data")
+    first, second = ImageRef(path="a.png", root=root), ImageRef(path="b.png", root=root)
+    assert record.question == ("Is ", first, " larger than ", second, "?")
+    assert record.messages == TEMPLATER.problem(record.question)
+    assert (record.id, record.kind, record.gold, record.recipe) == ("mine/train/#0", "problem", "yes", "mine")
+    assert (record.verifier, record.choices, record.origin) == ("math", (), None)
+
+
+def test_without_placeholders_images_go_first(problems, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    opened = problems({"images": "a.png"}, {"images": ["a.png", "a.png"]}, {"images": None})
+    assert [plain_text(record.question) for record in opened] == [
+        "<image>What is shown?",
+        "<image><image>What is shown?",
+        "What is shown?",
+    ]
+
+
+def test_a_placeholder_of_its_own(problems, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    record = problems({"q": "See <image1> (not <image>).", "images": "a.png"}, image_placeholder="<image1>")[0]
+    assert record.question == ("See ", record.images[0], " (not <image>).")
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"First \boxed{3}, no: \boxed{ 4 }.", "4"),
+        ("  12 cm ", "12 cm"),
+    ],
+)
+def test_gold_is_the_last_box_or_the_whole_answer(problems, answer: str, gold: str) -> None:
+    assert problems({"a": answer})[0].gold == gold
+
+
+def test_choices_are_shown_and_the_gold_is_a_letter(problems) -> None:
+    opened = problems(
+        {"q": "How long?", "choices": ["5 cm", "6 cm"], "a": "B"},
+        {"q": "How long?", "choices": ["5 cm", "6 cm"], "a": "6 cm"},
+        {"q": "How long?\nChoices:\n(A) 5 cm\n(B) 6 cm", "choices": ["5 cm", "6 cm"], "a": r"\boxed{5 cm}"},
+        {"q": "Which figure?", "choices": ["A", "B", "C"], "a": "C"},
+        {"q": "How long?", "choices": [], "a": "5 cm"},
+    )
+    assert [plain_text(record.question) for record in opened] == [
+        "How long?\nA. 5 cm\nB. 6 cm",
+        "How long?\nA. 5 cm\nB. 6 cm",
+        "How long?\nChoices:\n(A) 5 cm\n(B) 6 cm",
+        "Which figure?",
+        "How long?",
+    ]
+    assert [record.gold for record in opened] == ["B", "B", "A", "C", "5 cm"]
+    assert [record.verifier for record in opened] == ["choice"] * 4 + ["math"]
+    assert opened[0].choices == ("5 cm", "6 cm")
+
+
+def test_choices_may_hold_images(problems, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    row = {"q": "Which?", "choices": ["<image>", "<image>"], "images": ["a.png", "a.png"], "a": "A"}
+    assert plain_text(problems(row)[0].question) == "Which?\nA. <image>\nB. <image>"
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "verifier"),
+    [
+        ("How long is it?\nA. 5\nB. 6\nC. 7", "B", "choice"),
+        ("How long is it? (A) 5 (B) 6", r"\boxed{A}", "choice"),
+        ("长度是多少？A、5 B、6", "B", "choice"),
+        ("How long is it? (A) 5 (B) 6", "6", "math"),
+        ("How long is it? (A) 5 (B) 6", "D", "math"),  # no option of that letter
+        ("Which variable is the area?", "A", "math"),
+        ("What is USA. and LAB. here?", "A", "math"),
+    ],
+)
+def test_a_letter_to_a_lettered_question_is_a_choice(problems, question: str, answer: str, verifier: str) -> None:
+    assert problems({"q": question, "a": answer})[0].verifier == verifier
+
+
+def test_a_row_may_name_its_verifier(problems) -> None:
+    opened = problems({"v": "number"}, {"v": None}, {"v": "my.module:check", "choices": ["5", "6"]})
+    assert [record.verifier for record in opened] == ["number", "math", "my.module:check"]
+
+
+# ── bad and hostile rows ──
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"q": ""}, "'q' is empty"),
+        ({"q": " \n"}, "'q' is empty"),
+        ({"q": None}, "'q' is null; text is allowed"),
+        ({"q": 5}, "'q' is int 5; text is allowed"),
+        ({"q": ["?"]}, "'q' is list"),
+        ({"q": "\ud800 half of a pair"}, "'q' is not valid Unicode"),
+        ({"a": ""}, "'a' is empty"),
+        ({"a": None}, "'a' is null"),
+        ({"a": 5}, "'a' is int 5"),
+        ({"a": r"\boxed{}"}, "box is empty or does not close"),
+        ({"a": r"\boxed{5"}, "box is empty or does not close"),
+        ({"q": "<image> and <image>", "images": []}, "2 placeholders '<image>' for 0 images"),
+        ({"q": "<image>?", "images": []}, "1 placeholders '<image>' for 0 images"),
+        ({"q": "<image> ", "images": []}, "no words"),
+        ({"choices": "A, B"}, "'choices' is 'A, B'; a list of texts"),
+        ({"choices": [1, 2]}, r"'choices' is \[1, 2\]; a list of texts"),
+        ({"choices": ["5", ""]}, "a list of texts that are not empty"),
+        ({"choices": ["5"]}, "'choices' has 1 options; 2 to 26"),
+        ({"choices": ["x"] * 27}, "'choices' has 27 options; 2 to 26"),
+        ({"choices": ["6", "7"]}, "the answer '5' names no single option"),
+        ({"choices": ["5", "5"]}, "the answer '5' names no single option"),
+        ({"choices": ["B", "A"], "a": "A"}, "the answer 'A' names no single option"),
+        ({"v": "choice", "a": "A, C"}, "the answer 'A, C' names no single option"),
+        ({"v": ""}, "'v' is empty"),
+        ({"v": 3}, "'v' is int 3"),
+        ({"images": [None]}, "an image is null"),
+        ({"images": [3]}, "an image is int 3"),
+        ({"images": [["a.png"]]}, "an image is list"),
+        ({"images": {}}, "an image is a mapping of nothing"),
+        ({"images": {"bytes": None, "path": None}}, "an image is a mapping of 'bytes': NoneType, 'path': NoneType"),
+        ({"images": {"bytes": "iVBORw0KGgo=", "path": "a.png"}}, "an image is a mapping of 'bytes': str"),
+        ({"images": {"bytes": None, "path": "/etc/hostname"}}, "'/etc/hostname' must be relative"),
+        ({"images": ["/etc/hostname"]}, "'/etc/hostname' must be relative"),
+        ({"images": ["../mine.yaml"]}, "'../mine.yaml' must be relative"),
+        ({"images": ["link.png"]}, "'link.png' leads out of the media root"),
+        ({"images": ["http://127.0.0.1:1/a.png"]}, "is a URL"),
+        ({"images": ["file:///etc/hostname"]}, "is a URL"),
+        ({"images": ["missing.png"]}, "'missing.png' is no file"),
+        ([1], "the line is a JSON list; an object is allowed"),
+        (None, "the line is a JSON NoneType"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_reason(problems, tmp_path: Path, row: Any, expected: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link.png").symlink_to("/etc/hostname")
+    opened = problems({}, row, {})
+    with pytest.raises(BadRecordError, match=expected) as caught:
+        opened[1]
+    assert caught.value.record_id == "mine/train/#1"
+    assert [opened[0].gold, opened[2].gold] == ["5", "5"]  # its neighbours are well
+
+
+def test_broken_lines_are_bad_rows(tmp_path: Path, recipe_file) -> None:
+    (tmp_path / "data").mkdir()
+    good = json.dumps(ROW).encode()
+    (tmp_path / "data" / "train.jsonl").write_bytes(
+        b"\n".join(
+            [good, b'{"q": "cut o', b"", b'{"q": "\xff\xfe"}', b"[" * 100_000, b"   ", good]
+        )  # no newline at the end
+    )
+    opened = open_recipe(load_recipe(recipe_file()), "train", TEMPLATER)
+    assert len(opened) == 5
+    assert [isinstance(row, PromptRecord) for row in check(opened)] == [True, False, False, False, True]
+    assert all("not JSON" in reason(opened, index) for index in (1, 2, 3))
+
+
+def test_a_missing_key_is_a_bad_row_not_a_missing_image(problems) -> None:
+    row = {key: value for key, value in ROW.items() if key != "images"}
+    opened = problems()
+    lines(Path(opened.recipe.source.location) / "train.jsonl", [row])
+    opened = open_recipe(opened.recipe, "train", TEMPLATER)
+    assert reason(opened) == "no column 'images'; the row has 'q', 'a', 'choices', 'v'"
+
+
+def test_ids_are_checked(problems) -> None:
+    columns = {"question": "q", "answer": "a", "id": "n"}
+    opened = problems(*({"n": n} for n in ("x-1", 7, "x-1", "", None, True, "a\nb", 1.5)), columns=columns)
+    assert [opened[0].id, opened[1].id] == ["mine/train/x-1", "mine/train/7"]
+    for index, expected in ((3, "is empty"), (4, "is null"), (5, "is bool"), (6, "printable"), (7, "is float")):
+        assert expected in reason(opened, index)
+    checked = list(check(opened))
+    assert isinstance(checked[2], BadRecordError)
+    assert checked[2].reason == "row 2 has the id of an earlier row"
+    assert checked[3].record_id == "mine/train/#3"
+
+
+def test_rows_out_of_range_are_index_errors(problems) -> None:
+    opened = problems({}, {})
+    for index in (2, -1):
+        with pytest.raises(IndexError):
+            opened[index]
+
+
+def test_check_opens_the_images(problems, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "good.png").write_bytes(png())
+    (tmp_path / "data" / "cut.png").write_bytes(png(size=(64, 64))[:60])
+    (tmp_path / "data" / "text.png").write_text("hello")
+    checked = list(check(problems(*({"images": [f"{name}.png"]} for name in ("good", "cut", "text")))))
+    assert isinstance(checked[0], PromptRecord)
+    assert "broken image" in checked[1].reason
+    assert "not an image in one of the formats" in checked[2].reason
+
+
+def test_a_bad_row_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(BadRecordError("a/b", "because")))
+    assert (error.record_id, error.reason) == ("a/b", "because")
+
+
+# ── sources ──
+
+IMAGE = datasets.Image()
+PLAIN = {"question": "q", "answer": "a", "images": "image"}
+
+
+def test_parquet_shards_are_read_without_decoding(tmp_path: Path, recipe_file) -> None:
+    for shard in range(2):
+        rows = {"q": [f"row {shard}"], "a": ["1"], "image": [{"bytes": b"not an image", "path": "x.png"}]}
+        features = Features({"q": Value("string"), "a": Value("string"), "image": IMAGE})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"train-{shard}.parquet")
+    recipe = load_recipe(recipe_file(source={"parquet": "data"}, splits={"train": "train-*.parquet"}, columns=PLAIN))
+    opened = open_recipe(recipe, "train", TEMPLATER)
+    assert [record.question for record in opened] == [
+        (ImageRef(data=b"not an image"), "row 0"),
+        (ImageRef(data=b"not an image"), "row 1"),
+    ]
+
+
+def test_a_parquet_row_that_names_a_readable_file_is_refused(tmp_path: Path, recipe_file) -> None:
+    paths = ["/etc/hostname", "../secret.png", "good.png", "link.png"]
+    rows = [{"q": "?", "a": "1", "image": {"bytes": None, "path": path}} for path in paths]
+    features = Features({"q": Value("string"), "a": Value("string"), "image": IMAGE})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "data" / "good.png").write_bytes(png())
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), tmp_path / "data" / "t.parquet")
+    recipe = load_recipe(recipe_file(source={"parquet": "data"}, splits={"train": "t.parquet"}, columns=PLAIN))
+    checked = list(check(open_recipe(recipe, "train", TEMPLATER)))
+    assert isinstance(checked[2], PromptRecord)
+    assert [error.reason.split("' ")[1].split(" ")[0] for i, error in enumerate(checked) if i != 2] == [
+        "must",
+        "must",
+        "leads",
+    ]
+
+
+def test_a_folder_of_images_with_metadata(tmp_path: Path, recipe_file) -> None:
+    folder = tmp_path / "data" / "training"
+    lines(folder / "metadata.jsonl", [{"file_name": "img/a.png", "q": "Colour?", "a": "red"}])
+    (folder / "img").mkdir()
+    (folder / "img" / "a.png").write_bytes(png())
+    columns = {"question": "q", "answer": "a", "images": "file_name"}
+    recipe = load_recipe(recipe_file(source={"folder": "data"}, splits={"train": "training"}, columns=columns))
+    record = open_recipe(recipe, "train", TEMPLATER)[0]
+    assert load_image(record.images[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_factory_makes_rows(tmp_path: Path, recipe_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rows.py").write_text(
+        "class Rows(list):\n"
+        "    def __getitem__(self, index):\n"
+        "        if index == 1:\n"
+        "            raise ValueError('row 1 is out')\n"
+        "        return {'q': f'{self.split} {index}', 'a': '1', 'image': {'bytes': b'png'}}\n"
+        "def make(split):\n"
+        "    rows = Rows(range(2))\n"
+        "    rows.split = split\n"
+        "    return rows\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = load_recipe(recipe_file(source={"factory": "my_rows:make"}, splits={"train": "easy"}, columns=PLAIN))
+    opened = open_recipe(recipe, "train", TEMPLATER)
+    assert opened[0].question == (ImageRef(data=b"png"), "easy 0")
+    assert reason(opened, 1) == "row 1 is out"
+
+
+def test_json_lines_are_not_held_in_memory(tmp_path: Path, recipe_file) -> None:
+    lines(tmp_path / "data" / "train.jsonl", [ROW | {"q": f"{n} {'x' * 10_000}"} for n in range(300)])
+    rows, root = open_rows(load_recipe(recipe_file()).source, "train.jsonl", ())
+    assert len(pickle.dumps(rows)) < 10_000 < os.path.getsize(tmp_path / "data" / "train.jsonl") / 100
+    assert root == tmp_path / "data"
+    assert [rows[n]["q"].split()[0] for n in (299, 0, 150)] == ["299", "0", "150"]
+
+
+# ── the shipped recipes, each on a copy of its dataset's repository in its schema ──
+
+TEXT, TEXTS = Value("string"), List(Value("string"))
+FIXTURES: dict[str, tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]] = {
+    "virl39k": (
+        {
+            "question": TEXT,
+            "answer": TEXT,
+            "PassRate_32BTrained": Value("float64"),
+            "PassRate_7BBase": Value("float64"),
+            "category": TEXT,
+            "source": TEXT,
+            "qid": TEXT,
+            "image": TEXTS,
+        },
+        {
+            "train": [
+                {
+                    "question": "<image>\nFind x.",
+                    "answer": r"\boxed{\frac{1}{2}}",
+                    "qid": "Geo-1",
+                    "image": ["images/1.png"],
+                },
+                {
+                    "question": "<image>What? (A) 3 (B) 4",
+                    "answer": r"\boxed{B}",
+                    "qid": "Geo-2",
+                    "image": ["images/1.png"],
+                },
+            ]
+        },
+    ),
+    "geometry3k": (
+        {"images": List(IMAGE), "problem": TEXT, "answer": TEXT},
+        {
+            split: [{"images": [{"bytes": png()}], "problem": "<image>Find x.", "answer": r"3 \sqrt { 2 }"}]
+            for split in ("train", "validation", "test")
+        },
+    ),
+    "mmk12": (
+        {"id": TEXT, "question": TEXT, "answer": TEXT, "subject": TEXT, "image": IMAGE},
+        {
+            "train": [{"id": "1", "question": "As shown <image>, find x.", "answer": "$2$", "image": {"bytes": png()}}],
+            "test": [{"id": "2", "question": "<image>Which?\nA. 1\nB. 2", "answer": "B", "image": {"bytes": png()}}],
+        },
+    ),
+    "mathvista": (
+        {
+            "pid": TEXT,
+            "question": TEXT,
+            "image": TEXT,
+            "decoded_image": IMAGE,
+            "choices": TEXTS,
+            "unit": TEXT,
+            "precision": Value("float64"),
+            "answer": TEXT,
+            "question_type": TEXT,
+            "answer_type": TEXT,
+            "metadata": {"split": TEXT, "skills": TEXTS},
+            "query": TEXT,
+        },
+        {
+            "testmini": [
+                {
+                    "pid": "1",
+                    "query": "Hint: Answer with a number with one decimal place.\nQuestion: How far? (Unit: m)",
+                    "decoded_image": {"bytes": png()},
+                    "answer": "1.2",
+                    "image": "images/1.jpg",
+                },
+                {
+                    "pid": "2",
+                    "query": "Question: Which is larger?\nChoices:\n(A) the left\n(B) the right",
+                    "choices": ["the left", "the right"],
+                    "decoded_image": {"bytes": png()},
+                    "answer": "the right",
+                    "image": "images/2.jpg",
+                },
+            ]
+        },
+    ),
+    "mathvision": (
+        {
+            "id": TEXT,
+            "question": TEXT,
+            "options": TEXTS,
+            "image": TEXT,
+            "decoded_image": IMAGE,
+            "answer": TEXT,
+            "level": Value("int64"),
+            "subject": TEXT,
+        },
+        {
+            split: [
+                {
+                    "id": "4",
+                    "question": "Which figure is cut?\n<image1>",
+                    "options": ["A", "B", "C", "D", "E"],
+                    "decoded_image": {"bytes": png()},
+                    "answer": "E",
+                },
+                {
+                    "id": "5",
+                    "question": "<image1>\nHow many?",
+                    "options": [],
+                    "decoded_image": {"bytes": png()},
+                    "answer": "7",
+                },
+            ]
+            for split in ("testmini", "test")
+        },
+    ),
+    "logicvista": (
+        {"question": TEXT, "answer": TEXT, "reasoning": TEXT, "image": IMAGE},
+        {
+            "test": [
+                {"question": "Which comes next? Options: A, B, C, D.", "answer": "C", "image": {"bytes": png()}},
+                {"question": "Which two fit? Options: A, B, C, D.", "answer": "A, C", "image": {"bytes": png()}},
+            ]
+        },
+    ),
+}
+BAD = {("logicvista", "test", 1): "the answer 'A, C' names no single option"}
+"""The rows of `FIXTURES` that are refused, as their recipes say."""
+
+
+@pytest.fixture
+def repository(tmp_path: Path):
+    """Writes a copy of a dataset's repository, and returns the recipe of the dataset that reads the copy."""
+
+    def written(name: str):
+        columns, splits = FIXTURES[name]
+        for split, rows in splits.items():
+            table = {column: [row.get(column) for row in rows] for column in columns}
+            file = tmp_path / "repo" / "data" / f"{split}-00000-of-00001.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Dataset.from_dict(table, features=Features(columns)).to_parquet(file)
+        media = {}
+        if name == "virl39k":
+            (tmp_path / "images").mkdir()
+            (tmp_path / "images" / "1.png").write_bytes(png())
+            media = {"media_root": str(tmp_path)}
+        return load_recipe(name, source={"hub": {"id": str(tmp_path / "repo")}}, **media)
+
+    return written
+
+
+@pytest.mark.parametrize("name", sorted(FIXTURES))
+def test_shipped_recipe_reads_its_schema(name: str, repository) -> None:
+    recipe = repository(name)
+    assert sorted(recipe.splits.values()) == sorted(FIXTURES[name][1])
+    for split, source_split in recipe.splits.items():
+        opened = open_recipe(recipe, split, TEMPLATER)
+        assert len(opened) == len(FIXTURES[name][1][source_split])
+        for index, row in enumerate(check(opened)):
+            if (name, source_split, index) in BAD:
+                assert BAD[name, source_split, index] in row.reason
+                continue
+            assert isinstance(row, PromptRecord), row
+            check_gold(row)  # its verifier gives its own gold full marks,
+            assert run_verifier(r"\boxed{no such answer}", row).score == 0  # and nothing to another
+            assert row.id.startswith(f"{name}/{split}/")
+            assert len(row.images) == 1
+            assert "<image1>" not in plain_text(row.question)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "expected"),
+    [
+        (
+            "virl39k",
+            "train",
+            [(r"\frac{1}{2}", "math", "<image>\nFind x."), ("B", "choice", "<image>What? (A) 3 (B) 4")],
+        ),
+        ("geometry3k", "validation", [(r"3 \sqrt { 2 }", "math", "<image>Find x.")]),
+        ("mmk12", "train", [("$2$", "math", "As shown <image>, find x.")]),
+        ("mmk12", "test", [("B", "choice", "<image>Which?\nA. 1\nB. 2")]),
+        (
+            "mathvista",
+            "test",
+            [
+                (
+                    "1.2",
+                    "math",
+                    "<image>Hint: Answer with a number with one decimal place.\nQuestion: How far? (Unit: m)",
+                ),
+                ("B", "choice", "<image>Question: Which is larger?\nChoices:\n(A) the left\n(B) the right"),
+            ],
+        ),
+        (
+            "mathvision",
+            "validation",
+            [("E", "choice", "Which figure is cut?\n<image>"), ("7", "math", "<image>\nHow many?")],
+        ),
+        ("logicvista", "test", [("C", "choice", "<image>Which comes next? Options: A, B, C, D.")]),
+    ],
+)
+def test_rows_of_shipped_recipes(name: str, split: str, expected: list[tuple[str, str, str]], repository) -> None:
+    checked = check(open_recipe(repository(name), split, TEMPLATER))
+    found = [(r.gold, r.verifier, plain_text(r.question)) for r in checked if isinstance(r, PromptRecord)]
+    assert found == expected
+
+
+def test_image_paths_without_a_media_root_are_told_at_once(repository) -> None:
+    recipe = load_recipe("virl39k", source={"hub": {"id": repository("virl39k").source.location}})
+    with pytest.raises(ValueError, match="recipe virl39k: media_root: is missing, and the column 'image' holds paths"):
+        open_recipe(recipe, "train", TEMPLATER)
+
+
+def test_an_unknown_split_of_a_hub_dataset_is_named(repository) -> None:
+    recipe = load_recipe(
+        "mmk12", source={"hub": {"id": repository("mmk12").source.location}}, splits={"train": "training"}
+    )
+    with pytest.raises(ValueError, match=r"recipe mmk12: source: .*training"):
+        open_recipe(recipe, "train", TEMPLATER)
+
+
+def test_digits_run_out_of_the_box() -> None:
+    for split in load_recipe("digits").splits:
+        opened = open_recipe(load_recipe("digits"), split, TEMPLATER)
+        for index in range(0, len(opened), len(opened) // 20):
+            record = opened[index]
+            assert load_image(record.images[0]).size == (56, 56)
+            check_gold(record)
+
+
+def test_every_shipped_recipe_is_exercised_here() -> None:
+    assert recipes() == sorted({*FIXTURES, "digits"})
+    for name in recipes():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.source.kind in ("hub", "factory")  # no path of ours
+        assert recipe.license

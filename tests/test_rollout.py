@@ -1,0 +1,166 @@
+"""The transformers engine against `model.generate` and against the trainer's own log-probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spark_vl.policy.packing import PackItem, pack_items
+from spark_vl.rollout import Sampling, TransformersEngine
+from spark_vl.rollout.transformers_engine import nucleus
+from tests.conftest import make_image, make_record
+from tests.test_packing import make_prompts
+
+NEW_TOKENS = 24
+
+
+@pytest.fixture
+def prompts(processor):
+    """Ragged prompts with 1, 0, 3 and 1 images; the last shares its image with the first."""
+    shared = make_record("shared", make_image(1), "And which one is the smaller of the two digits that you see?")
+    return [*make_prompts(processor), processor.process(shared)]
+
+
+@pytest.fixture
+def policy(make_policy):
+    return make_policy()
+
+
+@pytest.fixture
+def engine(policy, processor):
+    return TransformersEngine(policy, processor, rows_at_once=256)
+
+
+def rows(groups):
+    return [r for g in groups for r in g.rollouts]
+
+
+def test_greedy_equals_generate_token_by_token(engine, policy, processor, prompts):
+    groups = engine.generate(prompts, 2, Sampling(temperature=0, max_new_tokens=NEW_TOKENS))
+    for prompt, group in zip(prompts, groups, strict=True):
+        ids = prompt.input_ids[None]
+        images = {}
+        if prompt.images:
+            images = {
+                "pixel_values": torch.cat([i.pixel_values for i in prompt.images]),
+                "image_grid_thw": torch.stack([i.grid_thw for i in prompt.images]),
+            }
+        output = policy.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == processor.image_token_id).int(),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            suppress_tokens=list(processor.suppressed_token_ids),
+            **images,
+        )
+        expected = tuple(output[0, len(prompt.input_ids) :].tolist())
+        assert group.record is prompt.record
+        assert [r.token_ids for r in group.rollouts] == [expected, expected]
+
+
+def test_sampled_logprobs_equal_the_trainers(engine, policy, processor, prompts):
+    groups = engine.generate(prompts, 6, Sampling(max_new_tokens=NEW_TOKENS, seed=3))
+    assert len({r.token_ids for r in rows(groups)}) > 12, "nothing would be compared if all were equal"
+    items = [
+        PackItem(p, [r.token_ids for r in g.rollouts], range(6 * i, 6 * i + 6))
+        for i, (p, g) in enumerate(zip(prompts, groups, strict=True))
+    ]
+    (pack,) = pack_items(
+        items, tokens_per_pack=4096, dummy_image=processor.dummy_image, image_token_id=processor.image_token_id
+    )
+    engine_logprobs = torch.tensor([value for r in rows(groups) for value in r.logprobs])
+    torch.testing.assert_close(policy(pack).logprobs, engine_logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_seed_fixes_the_completions_and_restores_the_policy(engine, policy, prompts):
+    policy.train()
+    sampling = Sampling(max_new_tokens=8, seed=5)
+    first, again = (engine.generate(prompts, 4, sampling) for _ in range(2))
+    other = engine.generate(prompts, 4, Sampling(max_new_tokens=8, seed=6))
+    assert [r.token_ids for r in rows(first)] == [r.token_ids for r in rows(again)]
+    assert [r.token_ids for r in rows(first)] != [r.token_ids for r in rows(other)]
+    assert policy.training
+
+
+def test_small_batches_give_the_same_greedy_completions(policy, processor, prompts):
+    sampling = Sampling(temperature=0, max_new_tokens=NEW_TOKENS)
+    together = TransformersEngine(policy, processor, rows_at_once=256).generate(prompts, 1, sampling)
+    one_by_one = TransformersEngine(policy, processor, rows_at_once=1).generate(prompts, 1, sampling)
+    assert [r.token_ids for r in rows(together)] == [r.token_ids for r in rows(one_by_one)]
+
+
+def test_stop_tokens_end_a_completion_and_the_limit_cuts_it(engine, policy, processor, prompts):
+    finished = []
+    with torch.no_grad():  # make the stop token likely, so that rows end at different steps
+        policy.model.lm_head.weight[processor.stop_token_ids[0]] *= 3
+    groups = engine.generate(prompts, 16, Sampling(max_new_tokens=6, seed=1), finished.append)
+    assert sum(finished) == 16 * len(prompts)
+    lengths = set()
+    for rollout in rows(groups):
+        stops = [i for i, token in enumerate(rollout.token_ids) if token in processor.stop_token_ids]
+        assert len(rollout.token_ids) == len(rollout.logprobs)
+        if rollout.finish == "stop":
+            assert stops == [len(rollout.token_ids) - 1]
+        else:
+            assert not stops
+            assert len(rollout.token_ids) == 6
+        assert "<|im_end|>" not in rollout.text
+        lengths.add((rollout.finish, len(rollout.token_ids)))
+    assert {finish for finish, _ in lengths} == {"stop", "length"}
+    assert len(lengths) > 3
+
+
+def test_trap_10_vision_tokens_are_never_sampled(make_policy, processor, prompts):
+    sampled = {}
+    for suppress in (False, True):
+        policy = make_policy(suppress=suppress)
+        with torch.no_grad():  # the policy now loves image tokens
+            policy.model.lm_head.weight[processor.image_token_id] = 1.0
+        engine = TransformersEngine(policy, processor, rows_at_once=256)
+        groups = engine.generate(prompts[:1], 32, Sampling(max_new_tokens=8, seed=0))
+        sampled[suppress] = {token for r in rows(groups) for token in r.token_ids}
+    assert processor.image_token_id in sampled[False]
+    assert not sampled[True] & set(processor.suppressed_token_ids)
+
+
+def test_each_image_and_prompt_is_processed_once(engine, policy, prompts):
+    patches, prompt_tokens = [], []
+    visual, language = policy.model.model.visual, policy.model.model.language_model
+    hooks = [
+        visual.register_forward_pre_hook(lambda module, args: patches.append(len(args[0]))),
+        language.register_forward_pre_hook(
+            lambda module, args, kwargs: prompt_tokens.append(tuple(kwargs["inputs_embeds"].shape[:2])),
+            with_kwargs=True,
+        ),
+    ]
+    engine.generate(prompts, 8, Sampling(max_new_tokens=3))
+    for hook in hooks:
+        hook.remove()
+    unique = {image for p in prompts for image in p.images}
+    assert len(unique) == 4, "two prompts show the same image"
+    assert patches == [sum(len(image.pixel_values) for image in unique)]
+    assert prompt_tokens[0] == (len(prompts), max(len(p.input_ids) for p in prompts))
+    assert prompt_tokens[1] == (8 * len(prompts), 1)
+
+
+def test_finished_rows_are_dropped(engine, policy, processor, prompts):
+    decoded = []
+    with torch.no_grad():
+        policy.model.lm_head.weight[processor.stop_token_ids[0]] *= 3
+    hook = policy.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: decoded.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    groups = engine.generate(prompts, 16, Sampling(max_new_tokens=6, seed=1))
+    hook.remove()
+    lengths = [len(r.token_ids) for r in rows(groups)]
+    expected = [sum(length > step for length in lengths) for step in range(1, 6)]
+    assert decoded[1:] == [n for n in expected if n]
+
+
+def test_nucleus_keeps_the_smallest_set():
+    probs = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]])
+    assert nucleus(probs, 0.7).tolist() == [
+        pytest.approx([0, 0.5, 0, 0.25]),
+        pytest.approx([0.97, 0, 0, 0]),
+    ]

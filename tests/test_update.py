@@ -1,0 +1,168 @@
+"""The whole update against another library: TRL's `GRPOTrainer` on the same batch."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoProcessor, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from spark_vl.config import ObjectiveConfig, OptimizerConfig
+from spark_vl.data.images import load_image
+from spark_vl.demo.tiny import random_tiny
+from spark_vl.policy.policy import Policy
+from spark_vl.policy.update import Updater
+from spark_vl.records import Rollout, RolloutGroup, Verdict
+from tests.conftest import make_image, make_record
+
+G = 4
+QUESTIONS = ["Which digit is larger?", "What is the difference of these two?"]
+
+
+def tokens_reward(completions, completion_ids, **_):
+    """Anything in [0, 1] that differs between completions."""
+    return [sum(ids) % 11 / 10 for ids in completion_ids]
+
+
+class Recorder(TrainerCallback):
+    """What TRL put in and got out of its first optimizer step."""
+
+    inputs = None
+    loss = 0.0
+    gradients = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class RecordingGRPOTrainer(GRPOTrainer):
+    """TRL's trainer, unchanged, that remembers the batch of its loss."""
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        self.recorder.inputs, self.recorder.loss = inputs, loss.detach().clone()
+        return loss
+
+
+def make_model():
+    """The random tiny model in float64, with a likely stop token so that completions are ragged."""
+    model, _ = random_tiny(seed=0, dtype=torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight[model.generation_config.eos_token_id[0]] *= 3
+    return model
+
+
+def shift(model):
+    """Move `model` a little away from the reference."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("objective", "trl_options", "beta"),
+    [
+        ("grpo", {"loss_type": "grpo"}, 0.04),
+        ("dr_grpo", {"loss_type": "dr_grpo", "scale_rewards": "none"}, 0.0),
+        ("dapo", {"loss_type": "dapo"}, 0.04),
+        ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}, 0.0),
+    ],
+)
+def test_loss_and_gradient_equal_trl(tmp_path, processor, objective, trl_options, beta):
+    make_model().save_pretrained(tmp_path / "model")
+    processor.hf.save_pretrained(tmp_path / "model")
+    records = [make_record(f"r{i}", make_image(i), text) for i, text in enumerate(QUESTIONS)]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+            "image": load_image(record.images[0]),
+        }
+        for record, text in zip(records, QUESTIONS, strict=True)
+    ]
+    recorder = Recorder()
+    trl = RecordingGRPOTrainer(
+        model=str(tmp_path / "model"),
+        reward_funcs=tokens_reward,
+        args=GRPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            use_cpu=True,
+            bf16=False,
+            num_generations=G,
+            per_device_train_batch_size=2 * G,
+            gradient_accumulation_steps=1,
+            max_completion_length=10,
+            max_steps=1,
+            beta=beta,
+            use_bias_correction_kl=False,  # the plain k3 term
+            max_grad_norm=1e9,
+            shuffle_dataset=False,
+            gradient_checkpointing=False,
+            model_init_kwargs={"dtype": torch.float64},
+            report_to=[],
+            save_strategy="no",
+            seed=0,
+            **trl_options,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        # TRL pads on the left but its vision token types on the side that the tokenizer says.
+        processing_class=AutoProcessor.from_pretrained(tmp_path / "model", padding_side="left"),
+        callbacks=[recorder],
+    )
+    trl.recorder = recorder
+    shift(trl.model)
+    trl.train()
+
+    # TRL shuffles the rows of a batch: find the group of each by its prompt.
+    prompts = {record.id: processor.process(record) for record in records}
+    completions = {record.id: [] for record in records}
+    for row in range(2 * G):
+        prompt_ids, ids = (
+            recorder.inputs[f"{part}_ids"][row][recorder.inputs[f"{part}_mask"][row].bool()].tolist()
+            for part in ("prompt", "completion")
+        )
+        (record_id,) = (name for name, prompt in prompts.items() if prompt.input_ids.tolist() == prompt_ids)
+        completions[record_id].append(tuple(ids))
+    groups = []
+    for record in records:
+        rollouts = tuple(Rollout(ids, (0.0,) * len(ids), "", "stop") for ids in completions[record.id])
+        verdicts = tuple(Verdict(score, None) for score in tokens_reward(None, completions[record.id]))
+        groups.append(RolloutGroup(record, rollouts, verdicts))
+    assert [len(group.rollouts) for group in groups] == [G, G]
+    lengths = {len(r.token_ids) for g in groups for r in g.rollouts}
+    assert len(lengths) > 1, "ragged completions are the point"
+
+    def policy(model):
+        return Policy(model, attention="sdpa", temperature=1.0, suppressed_token_ids=())
+
+    ours = policy(shift(make_model()))
+    before = {name: p.detach().clone() for name, p in ours.model.named_parameters()}
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)  # so that the step is the gradient
+    updater = Updater(
+        accelerator,
+        ours,
+        policy(make_model()).eval() if beta else None,
+        optimizer,
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        processor,
+        ObjectiveConfig(loss=objective, beta=beta),
+        OptimizerConfig(max_grad_norm=1e9, tokens_per_pack=60),
+        max_new_tokens=10,
+    )
+    sums = updater.update(groups, prompts, seed="0")
+
+    # Advantages are float32 in TRL, and that is the tolerance. On-policy a surrogate adds up to about 0.
+    assert sums["update/loss"][0] == pytest.approx(float(recorder.loss), rel=1e-5, abs=1e-6)
+    if beta:
+        assert sums["update/kl"][0] / sums["update/kl"][1] > 1e-4, "the KL term would not be compared"
+    compared = 0
+    for name, parameter in ours.model.named_parameters():
+        expected = recorder.gradients[name]
+        gradient = before[name] - parameter.detach()
+        assert float((gradient - expected).norm()) <= 1e-5 * float(expected.norm()), name
+        compared += bool(expected.norm() > 0)
+    assert compared == len(before)

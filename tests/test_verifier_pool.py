@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from spark_vl.records import ImageRef, Message, PromptRecord, Verdict
+from spark_vl.verifiers.pool import VerifierPool
+
+YES_NO = ("Yes", "No")
+
+
+def record(verifier: str, gold: str = "5", choices: tuple[str, ...] = ()) -> PromptRecord:
+    return PromptRecord("toy/7", "problem", (), (), gold, verifier, "toy", choices)
+
+
+def obey(*commands: str) -> list[tuple[str, PromptRecord]]:
+    return [(command, record("tests.misbehaving:obey")) for command in commands]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists, as a zombie too."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process runs; a zombie, which only its adoptive parent can reap, does not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+def wait_until_gone(*pids: int, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while running := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < end, f"still running: {running}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Shared by the tests that do no harm to it."""
+    with VerifierPool(workers=2, timeout_s=20.0) as pool:
+        yield pool
+
+
+def test_every_kind_in_one_call_in_order(pool: VerifierPool) -> None:
+    rows = [
+        (r"\boxed{1/2}", record("math", "0.5"), 1.0),
+        (r"\boxed{Yes}", record("judgment", "No", YES_NO), 0.0),
+        ("no box", record("math", "0.5"), 0.0),
+        (r"\boxed{5}", record("number"), 1.0),
+        ("anything", record("tests.misbehaving:half"), 0.5),
+        (r"\boxed{A}", record("choice", "A"), 1.0),
+        (r"\boxed{0.25}", record("math", "0.5"), 0.0),
+    ] * 20
+    verdicts = pool.verify([row[:2] for row in rows])
+    assert [verdict.score for verdict in verdicts] == [row[2] for row in rows]
+    assert [verdict.parsed for verdict in verdicts[:7]] == ["1/2", "Yes", None, "5", "anything", "A", "0.25"]
+
+
+def test_nothing_to_verify(pool: VerifierPool) -> None:
+    assert pool.verify([]) == []
+
+
+def test_order_is_kept_when_items_take_different_times(pool: VerifierPool) -> None:
+    commands = [f"sleep {0.001 * (i * 7 % 11)}" for i in range(150)]
+    assert [verdict.parsed for verdict in pool.verify(obey(*commands))] == commands
+
+
+def test_exceptions_are_verdicts_and_are_counted(pool: VerifierPool) -> None:
+    before = pool.errors
+    kinds = ["raises", "not_a_verdict", "too_good", "out_of_memory", "half"]
+    verdicts = pool.verify([("x", record(f"tests.misbehaving:{kind}")) for kind in kinds])
+    assert [(verdict.score, verdict.status) for verdict in verdicts] == [(0.0, "error")] * 4 + [(0.5, "ok")]
+    assert [verdict.detail.split(":")[0] for verdict in verdicts[:4]] == [
+        "KeyError",
+        "TypeError",
+        "TypeError",
+        "MemoryError",
+    ]
+    assert "the verifier's own bug" in verdicts[0].detail
+    assert pool.errors - before == 4
+    assert pool.restarts == 0
+
+
+def test_a_bad_gold_is_an_error_of_its_own_item(pool: VerifierPool) -> None:
+    bad, good, inline = pool.verify(
+        [(r"\boxed{5}", record("math", "5?")), (r"\boxed{5}", record("math")), (r"\boxed{5}", record("number", "five"))]
+    )
+    assert (bad.status, good.score, inline.status) == ("error", 1.0, "error")
+    assert "toy/7" in bad.detail
+    assert "toy/7" in inline.detail
+
+
+def test_workers_get_neither_pixels_nor_the_parents_modules() -> None:
+    image = ImageRef(data=b"0" * 1_000_000)
+    question = ("How many? ", image)
+    full = PromptRecord(
+        "r", "problem", (Message("user", question),), question, "5", "tests.misbehaving:received", "toy"
+    )
+    with VerifierPool(workers=1) as own:
+        received = json.loads(own.verify([("x", full)])[0].parsed)
+    assert received == {"messages": [], "question": ["How many? <image>"], "heavy": [], "main": None}
+
+
+def test_prints_of_a_verifier_stay_out_of_standard_output(
+    pool: VerifierPool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with VerifierPool(workers=1) as own:
+        assert own.verify(obey("print"))[0].score == 1.0
+    assert capfd.readouterr().out == ""
+
+
+def test_from_a_thread(pool: VerifierPool) -> None:
+    results: list[float] = []
+
+    def judge() -> None:
+        with VerifierPool(workers=1) as own:  # started, used and closed off the main thread
+            results.append(own.verify([(r"\boxed{5}", record("math"))])[0].score)
+        results.append(pool.verify([(r"\boxed{5}", record("math"))])[0].score)
+
+    threads = [threading.Thread(target=judge) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == [1.0] * 4
+
+
+def test_big_completions(pool: VerifierPool) -> None:
+    text = "x" * 1_000_000
+    verdicts = pool.verify(obey(*[text] * 8))
+    assert [len(verdict.parsed) for verdict in verdicts] == [1_000_000] * 8
+
+
+def test_throughput(pool: VerifierPool) -> None:
+    judgments = [(r"It is wrong: \boxed{No}", record("judgment", "No", YES_NO))] * 5000
+    piped = [("x", record("tests.misbehaving:half"))] * 2000
+    for items in (judgments, piped):
+        start = time.perf_counter()
+        assert len(pool.verify(items)) == len(items)
+        assert time.perf_counter() - start < 5
+
+
+def test_cheap_kinds_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with VerifierPool() as own:
+        assert own.verify([(r"\boxed{No}", record("judgment", "No", YES_NO))])[0].score == 1.0
+
+
+# ── hangs and deaths ──
+
+
+def test_a_tower_of_powers_is_killed_at_the_deadline() -> None:
+    with VerifierPool(workers=2, timeout_s=1.5) as own:
+        own.verify([(r"\boxed{4}", record("math"))] * 4)
+        items = [(r"\boxed{5}" if i != 30 else r"\boxed{9^{9^9}}", record("math")) for i in range(60)]
+        start = time.perf_counter()
+        verdicts = own.verify(items)
+        elapsed = time.perf_counter() - start
+        assert [i for i, verdict in enumerate(verdicts) if verdict != Verdict(1.0, "5")] == [30]
+        assert (verdicts[30].score, verdicts[30].status) == (0.0, "timeout")
+        assert "1.5 s" in verdicts[30].detail
+        assert (own.timeouts, own.errors, own.restarts) == (1, 0, 1)
+        assert 1.5 <= elapsed < 6
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "detail"),
+    [
+        ("hang", "timeout", "more than 0.4 s"),
+        ("hang_in_c", "timeout", "more than 0.4 s"),
+        ("ignore_signals", "timeout", "more than 0.4 s"),
+        ("exit", "error", "died, exit code 7"),
+        ("sys_exit", "error", "died, exit code 7"),
+        ("segfault", "error", f"died, exit code {-signal.SIGSEGV}"),
+    ],
+)
+def test_a_hang_or_a_death_costs_one_item(command: str, status: str, detail: str) -> None:
+    commands = ["fine"] * 20
+    commands[3] = commands[4] = commands[17] = command
+    with VerifierPool(workers=2, timeout_s=0.4) as own:
+        verdicts = own.verify(obey(*commands))
+        for said, verdict in zip(commands, verdicts, strict=True):
+            assert (verdict.score, verdict.status) == ((1.0, "ok") if said == "fine" else (0.0, status))
+            assert detail in verdict.detail or said == "fine"
+        assert (own.timeouts, own.errors) == ((3, 0) if status == "timeout" else (0, 3))
+        assert own.restarts == 3
+
+
+def test_the_deadline_is_per_item_not_per_batch() -> None:
+    with VerifierPool(workers=1, timeout_s=0.6) as own:
+        verdicts = own.verify(obey(*["sleep 0.1"] * 16))
+    assert {verdict.status for verdict in verdicts} == {"ok"}
+
+
+def test_imports_do_not_count_towards_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_import.py").write_text(
+        "import time; time.sleep(0.8)\n"
+        "from spark_vl.records import Verdict\n"
+        "def f(completion, record): return Verdict(1.0, 'x')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)  # and what the parent can import, the workers can
+    with VerifierPool(workers=1, timeout_s=0.3) as own:
+        assert own.verify([("x", record("slow_to_import:f"))]) == [Verdict(1.0, "x")]
+
+
+def test_no_process_is_left_after_close(tmp_path: Path) -> None:
+    with VerifierPool(workers=2, timeout_s=0.5) as own:
+        pids = {int(v.parsed) for v in own.verify([("x", record("tests.misbehaving:pid"))] * 50)}
+        assert all(alive(pid) for pid in pids)
+        child = tmp_path / "pids"
+        own.verify(obey("exit", "hang", f"start_child {child}"))
+        pids |= {int(v.parsed) for v in own.verify([("x", record("tests.misbehaving:pid"))] * 50)}
+    worker, grandchild = map(int, child.read_text().split())
+    assert not any(alive(pid) for pid in pids | {worker})  # a zombie would still be there
+    wait_until_gone(grandchild)
+    own.close()  # twice is fine
+    with own:
+        assert own.verify(obey("fine"))[0].score == 1.0  # and it can start again
+
+
+def test_a_worker_that_dies_between_calls_is_replaced_at_no_cost() -> None:
+    with VerifierPool(workers=1) as own:
+        first = int(own.verify([("x", record("tests.misbehaving:pid"))])[0].parsed)
+        os.kill(first, signal.SIGKILL)
+        verdicts = own.verify([("x", record("tests.misbehaving:pid"))] * 3)
+        assert {verdict.status for verdict in verdicts} == {"ok"}
+        assert int(verdicts[0].parsed) != first
+        assert (own.errors, own.restarts) == (0, 1)
+
+
+PARENT = """
+    import sys, threading, time
+    from spark_vl.records import PromptRecord
+    from spark_vl.verifiers.pool import VerifierPool
+    def record(name): return PromptRecord("r", "problem", (), (), "5", "tests.misbehaving:" + name, "toy")
+    pool = VerifierPool(workers=1, timeout_s=0.5 if "busy" in sys.argv else 60)
+    print(pool.verify([("x", record("pid"))])[0].parsed, flush=True)
+    if "busy" in sys.argv:
+        pool.timeout_s = 60  # so that the parent is killed before it kills
+        pool.verify([("hang_in_c", record("obey"))])
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_workers_end_when_the_parent_is_killed(state: str) -> None:
+    """An idle worker at once, one that is stuck in a verifier soon after the deadline."""
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT), state], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        worker = int(parent.stdout.readline())
+        time.sleep(0.3)
+        assert alive(worker)
+        parent.kill()
+    wait_until_gone(worker)
+
+
+# ── mistakes of the caller ──
+
+
+def test_unknown_verifiers_are_refused_before_anything_runs(pool: VerifierPool) -> None:
+    with pytest.raises(ValueError, match="unknown verifier 'maths'; allowed: choice"):
+        pool.verify([(r"\boxed{5}", record("math")), (r"\boxed{5}", record("maths"))])
+
+
+def test_a_verifier_that_workers_cannot_import_is_an_error_not_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("only_in_the_parent")
+    module.f = lambda completion, record: Verdict(1.0, "x")
+    monkeypatch.setitem(sys.modules, "only_in_the_parent", module)
+    with VerifierPool(workers=2) as own:
+        with pytest.raises(RuntimeError, match="did not start"):
+            own.verify([*obey("sleep 0.2", "sleep 0.2", "sleep 0.2"), ("x", record("only_in_the_parent:f"))])
+        # Answers to the call that failed are not taken for answers to the next.
+        assert [verdict.parsed for verdict in own.verify(obey("one", "two"))] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("workers", "timeout_s"), [(0, 1.0), (1, 0.0)])
+def test_bad_sizes(workers: int, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match="workers must be at least 1 and timeout_s above 0"):
+        VerifierPool(workers, timeout_s)
