@@ -1,4 +1,4 @@
-"""Builds the checkpoint of the demo in about seven minutes on one core: `python scripts/build_tiny_checkpoint.py [FOLDER]`.
+"""Builds the checkpoint of the demo, in about seven minutes: `python scripts/build_tiny_checkpoint.py [FOLDER]`.
 
 Without FOLDER it replaces the checkpoint that is installed with the package. What it writes depends on the seed in
 `build` alone, up to rounding that differs between machines.

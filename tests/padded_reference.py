@@ -1,4 +1,4 @@
-"""The plain padded computation that packing must equal: one row for each completion, its own copy of prompt and images."""
+"""The plain padded computation that packing must equal: each completion in a row of its own, with prompt and images."""
 
 from __future__ import annotations
 

@@ -21,16 +21,17 @@ Measure = Callable[[Sequence[RolloutGroup]], float]
 """The groups of one problem → a value in [0, 1]."""
 
 
-def wilson(value: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share `value` among `n` (E. B. Wilson, JASA 22, 1927).
+def wilson(value: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share `value` among `n` (E. B. Wilson, JASA 22, 1927).
 
     For a mean of `n` values in [0, 1] it is conservative: no such mean varies more than a share does.
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf(0.975)
     centre = value + z * z / (2 * n)
     half = z * sqrt(value * (1 - value) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # It always holds `value`; rounding would have it miss 0 and 1.
+    return max(0.0, min(value, (centre - half) / scale)), min(1.0, max(value, (centre + half) / scale))
 
 
 def estimate(value: float, n: int) -> Estimate:

@@ -1,0 +1,41 @@
+# make demo: a small, real SPARK run on this machine; make test: the test suite; make lint: style and layers.
+# Each does its own set-up. PYTHON names the interpreter that makes .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread a process: small tensors gain nothing from more.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint format checkpoint clean
+
+.venv/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[demo]" --constraint constraints.txt
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[test]" --constraint constraints.txt
+	touch $@
+
+demo: .venv/.installed
+	rm -rf runs/demo
+	$(BIN)/python -m spark_vl train --config scripts/configs/digits/spark.yaml --output_dir runs/demo
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Rebuilds the demo's warm-started checkpoint from the digits.
+checkpoint: .venv/.installed
+	$(BIN)/python scripts/build_tiny_checkpoint.py
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,211 @@
+"""The loop: it goes on after an interruption as if there had been none, and each schedule does what it says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from spark_vl.checkpoint import CheckpointError, find_checkpoint
+from spark_vl.config import ConfigError, parse_train_config
+from spark_vl.demo.tiny import CHECKPOINT
+from spark_vl.trainer import Trainer
+
+TEMPLATES = Path(CHECKPOINT).parent / "templates.yaml"
+
+
+def make_config(output: Path, *overrides: str):
+    """A run of seconds on the shipped checkpoint; `overrides` as on the command line."""
+    return parse_train_config(
+        [
+            f"--output_dir={output}",
+            "--data.recipes=[digits]",
+            f"--model.path={CHECKPOINT}",
+            "--model.dtype=float32",
+            "--model.gradient_checkpointing=false",
+            f"--prompts.templates=[{TEMPLATES}]",
+            "--prompts.builtin_templates=false",
+            "--data.prompts_per_step=4",
+            "--data.max_prompt_tokens=512",
+            "--rollout.n=4",
+            "--rollout.max_new_tokens=24",
+            "--recycle.max_judge=3",
+            "--recycle.max_reflection=2",
+            "--optimizer.lr=1e-4",
+            "--optimizer.tokens_per_pack=1024",
+            "--objective.beta=0.01",
+            "--checkpoint.every=3",
+            "--steps=6",
+            *overrides,
+        ]
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what a clock measured."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--recycle.schedule=merged",),
+        ("--recycle.schedule=sequential", "--recycle.judge_reflections=true", "--optimizer.updates_per_batch=2"),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
+    Trainer(make_config(tmp_path / "whole", *overrides)).train()
+
+    # The interrupted run: its folder is as a run leaves it that is killed in step 5, after the checkpoint of step 3.
+    Trainer(make_config(tmp_path / "cut", *overrides, "--steps=5")).train()
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-000005")
+    (checkpoints / "latest").write_text("step-000003")
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "half a li')
+    resumed = Trainer(make_config(tmp_path / "cut", *overrides))
+    resumed.train(resume="auto")
+
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    start = load_file(CHECKPOINT / "model.safetensors")
+    assert whole.keys() == cut.keys() == start.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert any(not torch.equal(whole[name], start[name]) for name in whole), "nothing was trained"
+
+
+def test_trap_7_the_recycled_prompts_are_in_the_checkpoint(tmp_path):
+    trainer = Trainer(make_config(tmp_path / "run", "--steps=3"))
+    trainer.train()
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000003" / "trainer.json").read_text())
+    assert state["step"] == 3
+    assert [record["id"] for record in state["waiting"]] == [record.id for record in trainer.waiting]
+    assert state["waiting"], "the run recycled nothing"
+    resumed = Trainer(make_config(tmp_path / "run"))
+    resumed._load(tmp_path / "run" / "checkpoints" / "step-000003")
+    assert resumed.waiting == trainer.waiting
+
+
+def test_schedules_sample_what_they_say(tmp_path):
+    kinds = {}
+    for schedule in ("off", "merged", "sequential"):
+        trainer = Trainer(make_config(tmp_path / schedule, f"--recycle.schedule={schedule}", "--steps=2"))
+        calls = []
+
+        def generate(prompts, *args, calls=calls, engine=trainer.engine, **kwargs):
+            calls.append([prompt.record.kind for prompt in prompts])
+            return type(engine).generate(engine, prompts, *args, **kwargs)
+
+        trainer.engine.generate = generate
+        trainer.train()
+        kinds[schedule] = [sorted(set(call)) for call in calls]
+    assert kinds["off"] == [["problem"], ["problem"]]
+    assert kinds["merged"][0] == ["problem"]  # nothing is waiting yet
+    assert "problem" in kinds["merged"][1]
+    assert "reflection" in kinds["merged"][1]
+    assert len(kinds["merged"]) == 2
+    assert [call == ["problem"] for call in kinds["sequential"]] == [True, False, True, False]
+    assert all("problem" not in call for call in kinds["sequential"][1::2])
+
+
+def test_trap_7_the_learning_rate_counts_optimizer_updates(tmp_path):
+    overrides = ("--steps=4", "--optimizer.schedule=linear", "--optimizer.updates_per_batch=2", "--optimizer.lr=1e-4")
+    trainer = Trainer(make_config(tmp_path / "run", *overrides, "--recycle.schedule=off"))
+    trainer.train()
+    assert trainer.updater.scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
+    # The mean of a step's two rates: 8 updates from 1e-4 down to 1e-4/8.
+    expected = [(2 * 8 - 4 * step - 1) / 16 * 1e-4 for step in range(4)]
+    assert [line["update/lr"] for line in metrics(tmp_path / "run")] == pytest.approx(expected)
+
+
+def test_dynamic_sampling_replaces_groups_without_variance(tmp_path):
+    rounds = "--objective.refill_rounds={problem: 3}"
+    trainer = Trainer(make_config(tmp_path / "run", rounds, "--rollout.n=2", "--recycle.schedule=off", "--steps=4"))
+    sizes, updated = [], []
+    update, sample = trainer.updater.update, trainer._sample
+    trainer._sample = lambda prompts: (sizes.append(len(prompts)), sample(prompts))[1]
+    trainer.updater.update = lambda groups, *a, **k: (updated.append(groups), update(groups, *a, **k))[1]
+    trainer.train()
+    assert all(len(groups) == 4 for groups in updated)
+    flat_at_first = [line["problem/zero_variance"] for line in metrics(tmp_path / "run")]
+    flat_updated = sum(group.zero_variance for groups in updated for group in groups) / 16
+    assert len(sizes) > 4, "no group was refilled"
+    assert all(size <= 4 for size in sizes)
+    assert len(sizes) <= 4 * (1 + 3)
+    assert flat_updated < sum(flat_at_first) / 4
+
+
+def test_the_exported_model_loads_with_plain_transformers_and_sees(tmp_path, processor):
+    Trainer(make_config(tmp_path / "run", "--steps=1")).train()
+    folder = tmp_path / "run" / "model"
+    model, hf_processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    from spark_vl.data.images import load_image
+    from tests.conftest import make_image
+
+    chat = hf_processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit is larger?"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = hf_processor(text=[chat], images=[load_image(make_image(1))], return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert output.shape[1] > inputs["input_ids"].shape[1]
+    assert not list(folder.glob("*.bin"))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    config = make_config(tmp_path / "run", "--steps=1")
+    Trainer(config).train()
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume auto"):
+        Trainer(config).train()
+
+
+def test_no_half_written_checkpoint_is_resumed_from(tmp_path):
+    Trainer(make_config(tmp_path / "run", "--steps=3", "--checkpoint.every=1", "--checkpoint.keep=2")).train()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000002", "step-000003"]
+    (checkpoints / ".step-000004.partial").mkdir()
+    assert find_checkpoint(checkpoints, "auto").name == "step-000003"
+    assert find_checkpoint(checkpoints, "none") is None
+    assert find_checkpoint(tmp_path / "nothing", "auto") is None
+    with pytest.raises(CheckpointError, match=r"partial: is no checkpoint"):
+        find_checkpoint(checkpoints, str(checkpoints / ".step-000004.partial"))
+
+
+def test_bad_rows_are_quarantined_and_too_many_stop_the_run(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    from tests.conftest import make_image
+
+    (images / "good.png").write_bytes(make_image(1).data)
+    (images / "bad.png").write_bytes(b"no image")
+    rows = [{"question": "Which is larger?", "answer": "5", "image": "good.png"} for _ in range(30)]
+    rows[7]["image"] = "bad.png"
+    rows[11]["image"] = "../../etc/passwd"
+    (images / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "name: mine\ndescription: test rows\nlicense: none\n"
+        f"source: {{jsonl: {images}}}\nsplits: {{train: train.jsonl}}\n"
+        "columns: {question: question, answer: answer, images: image}\nverifier: number\n"
+    )
+    run = ("--steps=8", f"--data.recipes=[{recipe}]", "--recycle.schedule=off")
+    trainer = Trainer(make_config(tmp_path / "run", *run, "--data.max_quarantined_fraction=0.2"))
+    trainer.train()
+    bad = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert len(bad) == 2
+    assert metrics(tmp_path / "run")[-1]["data/quarantined"] == 2
+    from spark_vl.data.quarantine import TooManyBadRowsError
+
+    with pytest.raises(TooManyBadRowsError, match=r"quarantine\.jsonl"):
+        Trainer(make_config(tmp_path / "strict", *run, "--data.max_quarantined_fraction=0.01")).train()
