@@ -54,17 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="none",
         help="auto: from the run's latest checkpoint, if it has one; none; or the path of a checkpoint",
     )
-    commands.add_subcommand("train", train_parser, help=TRAIN_HELP)
 
     eval_parser = Parser(description=EVAL_HELP)
     add_config_arguments(eval_parser, EvalConfig)
-    commands.add_subcommand("eval", eval_parser, help=EVAL_HELP)
 
     recipes_parser = Parser(description=RECIPES_HELP)
     recipes_parser.add_argument("name", nargs="?", help="name of a shipped recipe, or path of a recipe file")
     recipes_parser.add_argument("--split", default="train", help="train, validation or test")
     recipes_parser.add_argument("--show", type=int, default=3, help="how many rows to print")
-    commands.add_subcommand("recipes", recipes_parser, help=RECIPES_HELP)
+
+    parsers = {"train": train_parser, "eval": eval_parser, "recipes": recipes_parser}
+    for name, command_parser in parsers.items():
+        commands.add_subcommand(name, command_parser, help=command_parser.description)
+        command_parser.prog = f"{parser.prog} {name}"  # a command that can be typed, for messages
 
     parsed = parser.parse_args(arguments)
     command = parsed[parsed.command]
@@ -77,13 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "recipes":
                 show_recipes(command.name, command.split, command.show)
     except ConfigError as error:
-        parser.error(str(error))
+        parsers[parsed.command].error(str(error))
 
 
 def train(config: TrainConfig, resume: str) -> None:
     """`spark-vl train`: train, evaluate before and after, and print what changed."""
     check_train_config(config)
-    templater = _check_files(config.prompts, [*config.data.recipes, *config.evaluation.recipes])
+    _check_recipes("data.recipes", config.data.recipes, "train")
+    _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
+    templater = _templater(config.prompts)
 
     from spark_vl.evaluation import Evaluator
     from spark_vl.report import plot_curves, print_summary, summarise
@@ -103,7 +107,8 @@ def train(config: TrainConfig, resume: str) -> None:
 def evaluate(config: EvalConfig) -> None:
     """`spark-vl eval`: evaluate a checkpoint and write `results.json` and `samples.jsonl`."""
     check_eval_config(config)
-    templater = _check_files(config.prompts, config.evaluation.recipes)
+    _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
+    templater = _templater(config.prompts)
 
     from rich.console import Console
 
@@ -125,9 +130,13 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
             recipe = load_recipe(shipped)
             print(f"{recipe.name:16} {recipe.license:12} {recipe.description}")
         return
+    try:
+        problems = open_recipe(load_recipe(name), split, Templater.load())
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
     bad: list[BadRecordError] = []
     rows = 0
-    for found in check(open_recipe(_recipe(name), split, Templater.load())):
+    for found in check(problems):
         rows += 1
         if isinstance(found, BadRecordError):
             bad.append(found)
@@ -138,10 +147,19 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
     print(f"{rows - len(bad)} of {rows} rows can be used")
 
 
-def _check_files(prompts: PromptConfig, recipe_names: Sequence[str]) -> Templater:
-    """Read every template and recipe that the run needs, so that a mistake in one is found now."""
-    for name in recipe_names:
-        _recipe(name)
+def _check_recipes(setting: str, names: Sequence[str], split: str) -> None:
+    """Read the recipes that `setting` names, so that a mistake in one is found now."""
+    for name in names:
+        try:
+            recipe = load_recipe(name)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{setting}: {error}") from error
+        if split not in recipe.splits:
+            raise ConfigError(f"{setting}: {name} has no split {split!r}; allowed: {', '.join(recipe.splits)}")
+
+
+def _templater(prompts: PromptConfig) -> Templater:
+    """The run's templates; a mistake in one is found now."""
     try:
         return Templater.load(
             prompts.templates,
@@ -150,11 +168,4 @@ def _check_files(prompts: PromptConfig, recipe_names: Sequence[str]) -> Template
             reasoning_suffix=prompts.reasoning_suffix,
         )
     except (ValueError, OSError) as error:
-        raise ConfigError(f"prompts: {error}") from error
-
-
-def _recipe(name: str):
-    try:
-        return load_recipe(name)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"recipe {name}: {error}") from error
+        raise ConfigError(f"prompts.templates: {error}") from error

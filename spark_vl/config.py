@@ -8,15 +8,25 @@ before anything is loaded, with the path of the field. The defaults are those of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from spark_vl.records import KINDS, Kind
+
+PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 
 DEFAULT_REASONING_SUFFIX = "\nWork through this step by step, then write only your final answer inside \\boxed{}."
 
@@ -75,7 +85,7 @@ class RolloutConfig:
     n: PositiveInt = 8
     """Completions for each prompt: the group size G."""
     temperature: PositiveFloat = 1.0
-    top_p: ClosedUnitInterval = 1.0
+    top_p: PositiveShare = 1.0
     max_new_tokens: PositiveInt = 768
     rows_at_once: PositiveInt = 256
     """Completions decoded together on one process: bounds the memory of the key-value cache."""
@@ -148,7 +158,8 @@ class OptimizerConfig:
 
     lr: PositiveFloat = 5e-7
     """Peak learning rate (AdamW)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of AdamW's first and second moment."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     warmup_updates: NonNegativeInt = 0
@@ -204,7 +215,7 @@ class TrainConfig:
 
     output_dir: str = "runs/spark"
     """Folder of the run: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, model/, summary.json."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     steps: PositiveInt | None = None
     """Training steps; null: as many as `epochs` gives."""
     epochs: PositiveFloat = 2.0
@@ -228,7 +239,7 @@ class EvalConfig:
 
     output: str = "runs/eval"
     """Folder for `results.json` and `samples.jsonl`."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -260,6 +271,8 @@ def check_train_config(config: TrainConfig) -> None:
             f"optimizer.updates_per_batch: is {config.optimizer.updates_per_batch}, more than "
             f"data.prompts_per_step ({config.data.prompts_per_step}): some updates would have no group"
         )
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas: is {config.optimizer.betas}; allowed are two numbers in [0, 1)")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if config.optimizer.tokens_per_pack < longest:
         raise ConfigError(
@@ -284,8 +297,8 @@ def _check_kind_table(path: str, table: dict[str, Any], least: float) -> None:
     for kind, value in table.items():
         if kind not in KINDS:
             raise ConfigError(f"{path}: {kind!r} is no kind of prompt; allowed are {', '.join(KINDS)}")
-        if value < least:
-            raise ConfigError(f"{path}.{kind}: is {value}, below {least}")
+        if not least <= value < inf:
+            raise ConfigError(f"{path}.{kind}: is {value}; allowed are finite numbers from {least}")
 
 
 def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
@@ -295,9 +308,38 @@ def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
 
 
 def instantiate(parser: ArgumentParser, parsed: Namespace, config_class: type) -> Any:
-    """`parsed` as an instance of `config_class`."""
-    values = parser.instantiate_classes(parsed)
-    return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
+    """`parsed` as an instance of `config_class`.
+
+    Raises:
+        ConfigError: a YAML file has null or no mapping where it may not.
+    """
+    _check_filled(parsed, config_class)
+    values = parser.instantiate(parsed)
+    config = config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
+    _make_plain(config)
+    return config
+
+
+def _make_plain(config: Any) -> None:
+    """Replace the number types that checked a range by plain ones: torch refuses to read others from a checkpoint."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if is_dataclass(value):
+            _make_plain(value)
+        else:
+            setattr(config, setting.name, _plain(value))
+
+
+def _check_filled(parsed: Namespace, config_class: type, prefix: str = "") -> None:
+    """Refuse what jsonargparse lets pass in YAML: null for a setting that needs a value, no mapping for a group."""
+    for setting in fields(config_class):
+        path, value = f"{prefix}{setting.name}", parsed[setting.name]
+        if is_dataclass(setting.default_factory):
+            if not isinstance(value, Namespace):
+                raise ConfigError(f"{path}: is {value!r}; allowed is a mapping of settings")
+            _check_filled(value, setting.default_factory, f"{path}.")
+        elif value is None and setting.default is not None:
+            raise ConfigError(f"{path}: is null; allowed is {setting.type}")
 
 
 def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
@@ -308,8 +350,9 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
     """
     parser = ArgumentParser()
     add_config_arguments(parser, TrainConfig)
-    config = instantiate(parser, parser.parse_args(arguments), TrainConfig)
+    parsed = parser.parse_args(arguments)
     try:
+        config = instantiate(parser, parsed, TrainConfig)
         check_train_config(config)
     except ConfigError as error:
         parser.error(str(error))
@@ -318,16 +361,16 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
 
 def save_config(config: TrainConfig | EvalConfig, path: Path) -> None:
     """Write `config`, all defaults resolved, as YAML that `--config` reads back."""
-    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, bool | str) or value is None:
+        return value
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_plain(item) for item in value]
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return value
     return int(value) if isinstance(value, int) else float(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +82,41 @@ def print_summary(run: Path, console: Console) -> None:
         ValueError: the run has no evaluation.
     """
     summary = summarise(run)
-    first, last = summary["steps"]
+    steps = [f"step {step}" for step in summary["steps"]]
+    _print_table(console, summary["n"], [*steps, "change"], lambda name: _cells(summary, name))
+    for name in ("model/", "checkpoints/", "metrics.jsonl", "rollouts.jsonl", "curves.png"):
+        if (run / name).exists():
+            console.print(f"{name.rstrip('/'):<16}{run / name}", soft_wrap=True, markup=False, highlight=False)
+
+
+def print_results(results: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """Print one evaluation: name → `value`, `low`, `high`, `n`."""
+    sizes = {name: e["n"] for name, e in results.items()}
+    _print_table(
+        console, sizes, ["result"], lambda name: [_cell(*(results[name][key] for key in ("value", "low", "high")))]
+    )
+
+
+def _print_table(
+    console: Console, sizes: Mapping[str, float], headers: Sequence[str], cells: Callable[[str], Iterable[str]]
+) -> None:
+    """Figures in rows: label, n (`sizes`), and the `cells` of the figure under `headers`."""
     table = Table(box=box.SIMPLE, title="Held-out evaluation, % (95 % interval), n problems", title_justify="left")
     table.add_column("", no_wrap=True)
-    for header in ("n", f"step {first}", f"step {last}", "change"):
+    for header in ("n", *headers):
         table.add_column(header, justify="right", no_wrap=True)
-    for recipe, names in _sections(summary["after"]):
+    for recipe, names in _sections(sizes):
         if recipe:
             table.add_section()
             table.add_row(recipe)
         for name in names:
             key = f"{recipe}/{name}" if recipe else name
-            table.add_row(LABELS.get(name, name), str(summary["n"][key]), *_cells(summary, key))
+            table.add_row(LABELS.get(name, name), str(sizes[key]), *cells(key))
     console.print(table)
-    for name in ("model/", "checkpoints/", "metrics.jsonl", "rollouts.jsonl", "curves.png"):
-        if (run / name).exists():
-            console.print(f"{name.rstrip('/'):<16}{run / name}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _cell(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _sections(figures: Mapping[str, float]) -> Iterator[tuple[str, list[str]]]:
@@ -115,8 +134,7 @@ def _cells(summary: Mapping[str, Any], name: str) -> Iterator[str]:
     """before, after, change; a figure that the first evaluation lacks has neither before nor change."""
     for side in ("before", "after"):
         if name in summary[side]:
-            low, high = summary["intervals"][side][name]
-            yield f"{100 * summary[side][name]:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+            yield _cell(summary[side][name], *summary["intervals"][side][name])
         else:
             yield ""
     yield f"{100 * (summary['after'][name] - summary['before'][name]):+.1f}" if name in summary["before"] else ""

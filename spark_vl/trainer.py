@@ -91,7 +91,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
+            betas=tuple(config.optimizer.betas),
             weight_decay=config.optimizer.weight_decay,
         )
         phases = 2 if config.recycle.schedule == "sequential" else 1
@@ -301,6 +301,7 @@ class Trainer:
         self.log.phase("saving")
         state = {
             "sampler": self.sampler.state_dict(),
+            "rows": [self.quarantine.rows_seen, self.quarantine.rows_bad],
             "waiting": [record_to_json(record) for record in self.waiting],
             "surplus": [record_to_json(record) for record in self.surplus],
         }
@@ -312,5 +313,6 @@ class Trainer:
         state = load_checkpoint(self.accelerator, checkpoint)
         self.step = state["step"]
         self.sampler.load_state_dict(state["sampler"])
+        self.quarantine.rows_seen, self.quarantine.rows_bad = state["rows"]
         self.waiting = [record_from_json(record) for record in state["waiting"]]
         self.surplus = [record_from_json(record) for record in state["surplus"]]

@@ -13,8 +13,9 @@ import yaml
 from scipy.stats import binomtest
 
 import spark_vl.demo
-from spark_vl.config import ConfigError, EvaluationConfig, RolloutConfig
-from spark_vl.evaluation import Evaluator, rescore, score, wilson
+from spark_vl.config import ConfigError, EvalConfig, EvaluationConfig, ModelConfig, RolloutConfig, VerifierConfig
+from spark_vl.demo.tiny import random_tiny
+from spark_vl.evaluation import Evaluator, evaluate_checkpoint, rescore, score, wilson
 from spark_vl.prompts import Templater
 from spark_vl.records import Rollout, RolloutGroup, Verdict, plain_text
 from spark_vl.rollout import Sampling, TransformersEngine
@@ -62,7 +63,7 @@ def make_evaluator(tmp_path):
 
 
 class Scripted:
-    """A `RolloutEngine` that says `reply(record, i)`, a text or (text, tokens), as sample `i`, which is None if greedy."""
+    """A `RolloutEngine` that says `reply(record, i)`, a text or (text, tokens), as sample `i`, None if greedy."""
 
     def __init__(self, reply):
         self.reply = reply
@@ -153,7 +154,11 @@ def test_a_constant_judge_is_right_in_exactly_half_and_never_consistent(make_eva
             assert results[f"pointwise_{mode}"] == 0.5
             assert results[f"pairwise_{mode}"] == 0.5
         assert results["pairwise_consistency"] == 0
-    assert Counter(record.choices for record in engine.records("pointwise")).keys() == {("Yes", "No"), ("A", "B")}
+    judgments = engine.records("pointwise")
+    assert {record.choices for record in judgments} == {("Yes", "No"), ("A", "B")}
+    # the two prompts of a problem differ in nothing but the answer
+    assert set(Counter((record.origin.parent_id, record.origin.template) for record in judgments).values()) == {2}
+    assert len({(record.origin.parent_id, record.gold) for record in judgments}) == 50
 
 
 @pytest.mark.parametrize("says_correct", [True, False])
@@ -165,6 +170,17 @@ def test_a_judge_that_finds_everything_right_or_wrong(says_correct, make_evaluat
 
     results = values(make_evaluator({"sums": SUMS})(Scripted(reply), processor, verifiers))
     assert (results["pointwise_says_correct"], results["pointwise_greedy"]) == (float(says_correct), 0.5)
+
+
+@pytest.mark.parametrize("stubborn", [True, False])
+def test_repairing_and_keeping_are_two_figures(stubborn, make_evaluator, processor, verifiers):
+    def reply(record, i):
+        right = record.kind == "reflection" and record.origin.quoted_correct == stubborn
+        return boxed_gold(record) if right else r"\boxed{-1}"
+
+    results = values(make_evaluator({"sums": SUMS})(Scripted(reply), processor, verifiers))
+    assert (results["reflection_keeps"], results["reflection_greedy"]) == (float(stubborn), float(not stubborn))
+    assert results["reflection_sampled"] == float(not stubborn)
 
 
 def test_a_policy_that_never_answers_gets_nothing(make_evaluator, processor, verifiers):
@@ -202,20 +218,17 @@ def test_prompts_depend_on_neither_policy_nor_seed(make_evaluator, processor, ve
 
 
 def test_judgments_quote_a_right_and_a_wrong_answer_in_equal_numbers(make_evaluator, processor, verifiers):
-    rows = [{"id": i, "q": ("Larger?", "Smaller?")[i % 2], "a": str(i % 7)} for i in range(20)]
+    rows = [{"id": i, "q": ("Larger?", "Smaller?")[i % 2], "a": str(5 * (i % 2) + i % 5)} for i in range(20)]
     engine = Scripted(oracle)
     make_evaluator({"digits": rows})(engine, processor, verifiers)
     problems = {record.id: record for record in engine.records("problem")}
-    golds = {
-        question: {r.gold for r in problems.values() if r.question == question}
-        for question in {("Larger?",), ("Smaller?",)}
-    }
+    golds = {"Larger?": "01234", "Smaller?": "56789"}
     sides = Counter()
     for record in engine.records("pointwise"):
         problem = problems[record.origin.parent_id]
         quoted = plain_text(record.messages[0].content).split('"')[1]
         assert (quoted == problem.gold) == record.origin.quoted_correct
-        assert quoted in golds[problem.question]  # of a problem with the same question
+        assert quoted in golds[problem.question[0]]  # of a problem with the same question
         assert (record.verifier, record.recipe, record.question) == ("judgment", "digits", problem.question)
         sides[record.origin.quoted_correct] += 1
     assert sides == {True: 20, False: 20}
@@ -229,8 +242,9 @@ def test_judgments_quote_a_right_and_a_wrong_answer_in_equal_numbers(make_evalua
         assert [answer == gold for answer in answers] == [record.gold == "A", record.gold == "B"]
 
 
-def test_what_another_spelling_of_the_gold_is_no_wrong_answer(make_evaluator, processor, verifiers):
-    rows = [{"id": i, "q": "How much?", "a": answer} for i, answer in enumerate(["1/2", "0.5", "50e-2", "3"])]
+def test_another_spelling_of_the_gold_is_no_wrong_answer(make_evaluator, processor, verifiers):
+    halves = ["1/2", "0.5", "50e-2", ".5", "5/10", "0.50", "2/4", "3/6"]
+    rows = [{"id": i, "q": "How much?", "a": answer} for i, answer in enumerate([*halves, "3"])]
     engine = Scripted(oracle)
     make_evaluator({"halves": rows})(engine, processor, verifiers)
     golds = {record.id: record.gold for record in engine.records("problem")}
@@ -239,8 +253,8 @@ def test_what_another_spelling_of_the_gold_is_no_wrong_answer(make_evaluator, pr
         for record in engine.records("pointwise")
         if not record.origin.quoted_correct
     }
-    assert {wrong[half] for half in ("1/2", "0.5", "50e-2")} == {"3"}
-    assert wrong["3"] in ("1/2", "0.5", "50e-2")
+    assert {wrong.pop(half) for half in halves} == {"3"}
+    assert wrong.pop("3") in halves
 
 
 def test_the_wrong_answer_to_a_choice_question_is_another_letter(make_evaluator, processor, verifiers):
@@ -436,7 +450,14 @@ def test_a_real_model_end_to_end(make_policy, processor, verifiers, tmp_path):
     file = tmp_path / "samples.jsonl"
     rollout = RolloutConfig(max_new_tokens=6)
     evaluator = Evaluator(config, TEMPLATER, rollout=rollout, seed=0, samples_file=file)
-    results = evaluator(engine, processor, verifiers)
+    heard = Counter()
+
+    def counting(name, total):
+        heard[name] -= total
+        return lambda finished: heard.update({name: finished})
+
+    results = evaluator(engine, processor, verifiers, counting)
+    assert set(heard.values()) == {0}  # all that was announced has been heard of
     assert results == evaluator(engine, processor, verifiers)
     assert all(result["low"] <= result["value"] <= result["high"] for result in results.values())
     assert {result["n"] for result in results.values()} == {6}
@@ -450,3 +471,19 @@ def test_a_real_model_end_to_end(make_policy, processor, verifiers, tmp_path):
     problem = next(record for record in evaluator._records if record.kind == "problem")
     alone = engine.generate([processor.process(problem)], 1, Sampling(temperature=0, max_new_tokens=6))[0]
     assert next(line for line in lines if line["id"] == problem.id)["completions"][0]["text"] == alone.rollouts[0].text
+
+
+def test_a_checkpoint_by_itself(make_policy, processor, verifiers, tmp_path):
+    model, hf_processor = random_tiny(seed=0)
+    model.save_pretrained(tmp_path)
+    hf_processor.save_pretrained(tmp_path)
+    config = EvalConfig(
+        model=ModelConfig(path=str(tmp_path), dtype="float32", min_pixels=28 * 28, max_pixels=224 * 224),
+        evaluation=EvaluationConfig(recipes=["digits"], problems=3, samples=2),
+        rollout=RolloutConfig(max_new_tokens=6),
+        verifier=VerifierConfig(workers=1),
+    )
+    results = evaluate_checkpoint(config, TEMPLATER, tmp_path / "samples.jsonl")
+    same = Evaluator(config.evaluation, TEMPLATER, rollout=config.rollout, seed=0, samples_file=tmp_path / "same.jsonl")
+    assert results == same(TransformersEngine(make_policy(), processor, rows_at_once=64), processor, verifiers)
+    assert (tmp_path / "samples.jsonl").read_text() == (tmp_path / "same.jsonl").read_text()

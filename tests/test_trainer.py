@@ -199,7 +199,7 @@ def test_bad_rows_are_quarantined_and_too_many_stop_the_run(tmp_path):
         f"source: {{jsonl: {images}}}\nsplits: {{train: train.jsonl}}\n"
         "columns: {question: question, answer: answer, images: image}\nverifier: number\n"
     )
-    run = ("--steps=8", f"--data.recipes=[{recipe}]", "--recycle.schedule=off")
+    run = ("--steps=7", f"--data.recipes=[{recipe}]", "--recycle.schedule=off")
     trainer = Trainer(make_config(tmp_path / "run", *run, "--data.max_quarantined_fraction=0.2"))
     trainer.train()
     bad = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]

@@ -42,7 +42,8 @@ SKILLS = ("look", "check")
 SKILLED_SHARE = 0.15
 """Share of such completions in the mixture."""
 
-_STEPS = {"vision": 1500, "skill": 1200, "mixture": 400}
+_STEPS = {"vision": 1500, "skill": 1500, "mixture": 400}
+_BATCH = {"problem": 6, "pointwise": 10, "pairwise": 10, "reflection": 6}  # judging takes longer to learn
 _POOL = 12_000  # more rows of the train split than the recipe shows, of the same instances
 _GRID = (1, 4, 4)  # patches of one image along time, height and width
 _IMAGE_TOKENS = 4
@@ -52,7 +53,6 @@ _IMAGE_TOKENS = 4
 class Example:
     """One prompt, and what to say to it."""
 
-    kind: Kind
     messages: tuple[Message, ...]
     skilled: str
     """The completion that follows the right strategy."""
@@ -79,13 +79,13 @@ def draw(templater: Templater, problems: Sequence[digits.Problem], kind: Kind, r
     if kind == "problem":
         skilled = _boxed(f"look {left},{right}:", gold)
         poor = _boxed(f"first {left}:", left), _boxed(f"last {right}:", right)
-        return Example(kind, templater.problem(question), skilled, poor, image, None)
+        return Example(templater.problem(question), skilled, poor, image, None)
     if kind == "pairwise":
         rendered = templater.pairwise(question, correct=gold, wrong=wrong, rng=rng)
         label_a, label_b = rendered.labels
         skilled = _judgment(problem, gold if rendered.gold == label_a else wrong, rendered.gold)
         poor = _boxed("first", label_a), _boxed("second", label_b)
-        return Example(kind, rendered.messages, skilled, poor, image, None)
+        return Example(rendered.messages, skilled, poor, image, None)
     correct = rng.random() < (0.5 if kind == "pointwise" else 0.25)
     quoted = gold if correct else wrong
     if kind == "pointwise":
@@ -99,7 +99,7 @@ def draw(templater: Templater, problems: Sequence[digits.Problem], kind: Kind, r
         rendered = templater.reflection(question, quote, correct=correct, shows=shows, rng=rng)
         skilled = _boxed(f"look {left},{right}:", gold)
         poor = (_boxed("same", quoted),)
-    return Example(kind, rendered.messages, skilled, poor, image, correct)
+    return Example(rendered.messages, skilled, poor, image, correct)
 
 
 def _boxed(words: str, answer: object) -> str:
@@ -204,10 +204,10 @@ def _learn_to_speak(
     skilled_share: float,
     lr: float,
 ) -> None:
-    """Completions, equally many of each kind, that follow the right strategy in `skilled_share` of the cases."""
+    """Completions of every kind, which follow the right strategy in `skilled_share` of the cases."""
 
     def loss() -> torch.Tensor:
-        examples = [draw(templater, pool.problems, kind, rng) for kind in KINDS * 8]
+        examples = [draw(templater, pool.problems, kind, rng) for kind, n in _BATCH.items() for _ in range(n)]
         completions = [e.skilled if rng.random() < skilled_share else rng.choice(e.poor) for e in examples]
         return model(**model_inputs(processor, pool.pixels, examples, completions)).loss
 

@@ -1,7 +1,8 @@
 """Held-out evaluation of one model as policy, as judge and in test-time reflection."""
 
+from spark_vl.evaluation.checkpoint import evaluate_checkpoint
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import score, wilson
 from spark_vl.evaluation.samples import rescore
 
-__all__ = ["Evaluator", "rescore", "score", "wilson"]
+__all__ = ["Evaluator", "evaluate_checkpoint", "rescore", "score", "wilson"]

@@ -24,6 +24,9 @@ from spark_vl.verifiers import VerifierPool, verify_groups
 Ask = Callable[[Iterable[PromptRecord]], list[RolloutGroup]]
 """Records → a verified group of one greedy completion for each that can be processed."""
 
+Counting = Callable[[str, int], Callable[[int], None]]
+"""Name and size of a phase → what hears how many more of its items are done."""
+
 
 class Evaluator:
     """Evaluates a policy on held-out problems, always the same ones.
@@ -58,24 +61,37 @@ class Evaluator:
         self._records: list[PromptRecord] | None = None  # until the first evaluation
         self._drawn = 0  # rows, to find the problems among `_records`
 
-    def __call__(self, engine: RolloutEngine, processor: Processor, verifiers: VerifierPool) -> dict[str, Estimate]:
+    def __call__(
+        self,
+        engine: RolloutEngine,
+        processor: Processor,
+        verifiers: VerifierPool,
+        counting: Counting = lambda name, total: lambda finished: None,
+    ) -> dict[str, Estimate]:
         """The figures of `score`, and `unusable`, the share of the rows drawn that could not be used.
+
+        Args:
+            counting: gives the listener that hears of finished completions, for each phase of the evaluation.
 
         Raises:
             ValueError: a recipe has no row that can be used.
         """
         prompts = self._prompts(processor, verifiers)
 
-        def generate(prompts: Sequence[ProcessedPrompt], n: int, temperature: float) -> list[RolloutGroup]:
+        def generate(phase: str, prompts: Sequence[ProcessedPrompt], n: int, temperature: float) -> list[RolloutGroup]:
             sampling = Sampling(temperature, self.rollout.top_p, self.rollout.max_new_tokens, self.seed)
-            return verify_groups(verifiers, engine.generate(prompts, n, sampling))
+            progress = counting(f"evaluating, {phase}", n * len(prompts))
+            return verify_groups(verifiers, engine.generate(prompts, n, sampling, progress))
 
-        greedy = generate(prompts, 1, 0.0)
+        def ask(records: Iterable[PromptRecord]) -> list[RolloutGroup]:
+            return generate("reflection", process_all(records, processor), 1, 0.0)
+
+        greedy = generate("greedy", prompts, 1, 0.0)
         # Of reflections on right answers only the greedy figure is reported.
         prompts = [p for p in prompts if not (p.record.kind == "reflection" and p.record.origin.quoted_correct)]
-        sampled = generate(prompts, self.config.samples, self.rollout.temperature)
+        sampled = generate("sampled", prompts, self.config.samples, self.rollout.temperature)
         answers = [group for group in greedy if group.record.kind == "problem"]
-        revised, steps = self._revise(answers, lambda records: generate(process_all(records, processor), 1, 0.0))
+        revised, steps = self._revise(answers, ask)
         majority = _majority([group for group in sampled if group.record.kind == "problem"], answers + steps)
         groups = {
             "greedy": greedy,

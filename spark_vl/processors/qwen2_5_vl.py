@@ -11,7 +11,7 @@ from qwen_vl_utils.vision_process import fetch_image
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
 from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
 
-from spark_vl.config import ModelConfig
+from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import ImageError, load_image
 from spark_vl.processors.base import ProcessedImage, ProcessedPrompt
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord
@@ -23,11 +23,11 @@ def load_processor(config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProc
     """The processor that lies beside the weights of `config.path`.
 
     Raises:
-        ValueError: the checkpoint is of another model family.
+        ConfigError: the checkpoint is of another model family.
     """
     hf_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
     if hf_config.model_type != "qwen2_5_vl":
-        raise ValueError(f"model.path: {config.path} holds a {hf_config.model_type!r} model; allowed is 'qwen2_5_vl'")
+        raise ConfigError(f"model.path: {config.path} holds a {hf_config.model_type!r} model; allowed is 'qwen2_5_vl'")
     return QwenVLProcessor(
         AutoProcessor.from_pretrained(config.path, revision=config.revision),
         hf_config,
