@@ -93,6 +93,17 @@ def add_balanced_accuracy(metrics: dict[str, float]) -> None:
             metrics[f"{kind}/balanced_accuracy"] = sum(by_label) / len(by_label)
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    """Nested settings as `group.name` → number or text, the only values that all trackers take."""
+    result: dict[str, int | float | str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = value if isinstance(value, int | float) else str(value)
+    return result
+
+
 class Timer:
     """Seconds spent in each phase of a step."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,20 @@ from spark_vl.data.problems import open_recipe
 from spark_vl.data.quarantine import Quarantine
 from spark_vl.data.recipes import load_recipe
 from spark_vl.data.sampler import PromptSampler
-from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
+from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, flat, group_metrics
 from spark_vl.policy.policy import load_policy
 from spark_vl.policy.update import Updater
-from spark_vl.processors import ProcessedPrompt, Processor, load_processor
+from spark_vl.processors import ProcessedPrompt, load_processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup, record_from_json, record_to_json
 from spark_vl.recycle import recycle
-from spark_vl.rollout import RolloutEngine, Sampling, TransformersEngine
+from spark_vl.rollout import Sampling, TransformersEngine
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
 
-Evaluate = Callable[[RolloutEngine, Processor, VerifierPool], Mapping[str, Any]]
-"""Held-out evaluation of the current policy: name → estimate (`value`, `low`, `high`, `n`)."""
+Evaluate = Callable[..., Mapping[str, Any]]
+"""Held-out evaluation of the current policy: (engine, processor, verifiers, counting=RunLog.counting) → name → estimate
+(`value`, `low`, `high`, `n`)."""
 
 
 class Trainer:
@@ -143,7 +144,7 @@ class Trainer:
         if checkpoint:
             self._load(checkpoint)
         if self.config.logging.trackers:
-            self.accelerator.init_trackers("spark-vl", config={"step": self.step})
+            self.accelerator.init_trackers("spark-vl", config=flat(asdict(self.config)))
         with (
             self.verifiers,
             RunLog(self.accelerator, self.folder, steps=self.steps, start=self.step) as self.log,
@@ -291,9 +292,8 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
-        self.log.phase("evaluating")
         with self.accelerator.autocast():
-            results = self.evaluate(self.engine, self.processor, self.verifiers)
+            results = self.evaluate(self.engine, self.processor, self.verifiers, counting=self.log.counting)
         self.processor.forget_images()
         self.log.evaluation(self.step, results)
 

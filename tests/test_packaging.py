@@ -18,10 +18,10 @@ from spark_vl.demo.warm_start import TEMPLATES
 from spark_vl.prompts import Templater
 
 ROOT = Path(__file__).parents[1]
-MAPPED = {
-    "spark_vl/data_recipes": "data_recipes",
-    "spark_vl/model_cards": "model_cards",
-}  # in the package → in the tree
+MAPPED = {"spark_vl/data_recipes": "data_recipes", "spark_vl/model_cards": "model_cards"}
+"""Folder in the package → in the tree."""
+SETUP = ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
 
 PROBE = """
 import json, sys
@@ -35,13 +35,6 @@ print(json.dumps({
     "demo templates": sorted(Templater.load([files("spark_vl.demo") / "templates.yaml"], builtin=False).templates),
 }))
 """
-
-SETUP = ConfigParser()
-SETUP.read(ROOT / "setup.cfg")
-
-
-def packages() -> list[str]:
-    return SETUP["options"]["packages"].split()
 
 
 def tree() -> list[str]:
@@ -80,31 +73,31 @@ def installed(tmp_path_factory) -> Path:
 
 def test_setup_cfg_lists_every_package():
     folders = {str(Path(path).parent) for path in tree() if path.endswith("__init__.py")}
-    in_package = [name.replace(".", "/") for name in packages()]
+    in_package = [name.replace(".", "/") for name in SETUP["options"]["packages"].split()]
     assert sorted(MAPPED.get(name, name) for name in in_package) == sorted(folders - {"tests"})
     mapping = dict(line.split(" = ") for line in SETUP["options"]["package_dir"].strip().splitlines())
     assert mapping == {"spark_vl": "spark_vl"} | {k.replace("/", "."): v for k, v in MAPPED.items()}
 
 
 def test_every_file_of_the_package_is_installed(installed):
-    expected = {}
-    for path in tree():
-        for inside, outside in {"spark_vl": "spark_vl", **MAPPED}.items():
-            if path.startswith(f"{outside}/"):
-                expected[inside + path.removeprefix(outside)] = (ROOT / path).read_bytes()
-    found = {
-        str(file.relative_to(installed)): file.read_bytes()
-        for file in (installed / "spark_vl").rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
-    }
+    def contents(folder: Path) -> dict[str, bytes]:
+        files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+    source = installed.with_name("source")
+    expected = contents(source / "spark_vl")
+    for inside, outside in MAPPED.items():
+        expected |= {f"{Path(inside).name}/{file}": data for file, data in contents(source / outside).items()}
+    found = contents(installed / "spark_vl")
     assert sorted(found) == sorted(expected)
-    assert [path for path in found if found[path] != expected[path]] == []
+    assert [file for file in found if found[file] != expected[file]] == []
 
 
 def test_the_installed_package_finds_its_own_files(installed, tmp_path):
-    found = json.loads(python("-c", PROBE, *packages(), cwd=tmp_path, PYTHONPATH=str(installed)))
+    with_data = list(SETUP["options.package_data"])
+    found = json.loads(python("-c", PROBE, *with_data, cwd=tmp_path, PYTHONPATH=str(installed)))
     # An editable install on the same interpreter would answer for whatever the wheel lacks.
-    assert found["folders"] == {package: str(installed / package.replace(".", "/")) for package in packages()}
+    assert found["folders"] == {package: str(installed / package.replace(".", "/")) for package in with_data}
     assert sorted(found["recipes"]) == sorted(file.stem for file in (ROOT / "data_recipes").glob("*.yaml"))
     assert all(found["recipes"].values())
     assert found["templates"] == sorted(Templater.load().templates)

@@ -163,6 +163,16 @@ def test_the_exported_model_loads_with_plain_transformers_and_sees(tmp_path, pro
     assert not list(folder.glob("*.bin"))
 
 
+def test_trackers_get_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Trainer(make_config(tmp_path / "run", "--steps=2", "--logging.trackers=[tensorboard]")).train()
+    (events,) = {path.parent for path in (tmp_path / "run").rglob("events.*") if path.parent.name == "spark-vl"}
+    accumulator = EventAccumulator(str(events)).Reload()
+    tracked = [event.value for event in accumulator.Scalars("problem/reward")]
+    assert tracked == pytest.approx([line["problem/reward"] for line in metrics(tmp_path / "run")])
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     config = make_config(tmp_path / "run", "--steps=1")
     Trainer(config).train()

@@ -1,0 +1,320 @@
+r"""Settings: every mistake is named before anything is loaded, the defaults are the paper's, files round-trip."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spark_vl.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RecycleConfig,
+    RolloutConfig,
+    TrainConfig,
+    VerifierConfig,
+    check_eval_config,
+    check_train_config,
+    parse_train_config,
+    save_config,
+)
+from spark_vl.data.recipes import load_recipe
+from spark_vl.prompts import Templater
+from spark_vl.records import KINDS
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "scripts" / "configs").rglob("*.yaml"))
+RECIPE = "--data.recipes=[digits]"
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """What `arguments` print to stderr when they are refused."""
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_config(arguments)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.partition("error: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("argument", "field", "allowed"),
+    [
+        ("--optimizer.lrr=1", "optimizer.lrr", ""),
+        ("--optimzer.lr=1", "optimzer.lr", ""),
+        ("--optimizer.lr=fast", "optimizer.lr", "PositiveFloat"),
+        ("--optimizer.lr=0", "optimizer.lr", "v>0"),
+        ("--optimizer.lr=nan", "optimizer.lr", "v>0"),
+        ("--rollout.n=2.5", "rollout.n", "PositiveInt"),
+        ("--rollout.n=true", "rollout.n", "PositiveInt"),
+        ("--rollout.top_p=1.5", "rollout.top_p", "v<=1"),
+        ("--rollout.top_p=0", "rollout.top_p", "v>0"),  # no word would be left to sample
+        ("--rollout.temperature=0", "rollout.temperature", "v>0"),
+        ("--recycle.pairwise_share=-0.1", "recycle.pairwise_share", "v>=0"),
+        ("--recycle.max_judge=-1", "recycle.max_judge", "v>=0"),
+        ("--recycle.schedule=parallel", "recycle.schedule", "'merged', 'sequential', 'off'"),
+        ("--objective.loss=ppo", "objective.loss", "'grpo', 'dr_grpo', 'dapo', 'gspo'"),
+        ("--model.gradient_checkpointing=maybe", "model.gradient_checkpointing", "bool"),
+        ("--optimizer.betas=[0.9]", "optimizer.betas", "2 elements"),
+        ("--seed=-1", "seed", "v>=0"),
+        ("--steps=0", "steps", "v>0"),
+        ("--data.recipes=digits", "data.recipes", "list"),
+        ("--objective.refill_rounds={problem: 1.5}", "objective.refill_rounds", "int"),
+    ],
+)
+def test_mistakes_that_types_find_are_named_on_the_command_line(capsys, argument, field, allowed):
+    message = error_of(capsys, RECIPE, argument)
+    assert field in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "allowed"),
+    [
+        ("optimizer: {lrr: 1}", "'optimizer' does not accept option 'lrr'", ""),
+        ("optimzer: {lr: 1}", "'optimzer.lr' is not accepted", ""),
+        ("optimizer: {lr: fast}", "optimizer.lr", "PositiveFloat"),
+        ("rollout: {n: 0}", "rollout.n", "v>0"),
+        ("rollout: {n: true}", "rollout.n", "PositiveInt"),
+        ("recycle: {schedule: off}", "recycle.schedule", "'off'"),  # YAML reads a bare `off` as false
+        ("model: {path: 3}", "model.path", "str"),
+        ("objective: {weights: 3}", "objective.weights", "dict"),
+        ("evaluation: {recipes: [null]}", "evaluation.recipes", "str"),
+        ("model: [7B]", "model: is ['7B']", "a mapping of settings"),
+        ("model:", "model: is None", "a mapping of settings"),
+        ("rollout: {n: null}", "rollout.n: is null", "PositiveInt"),
+        ("output_dir: null", "output_dir: is null", "str"),
+        ("objective: {weights: null}", "objective.weights: is null", "dict[str, float]"),
+        ("[1, 2]", "Unexpected config", ""),
+        ("seed: [", "Problems parsing config", ""),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, capsys, text, field, allowed):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    message = error_of(capsys, "--config", str(file), RECIPE)
+    assert field in message
+    assert allowed in message
+
+
+def test_a_setting_without_a_value_may_be_null_where_null_means_something(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: null\nmodel: {revision: null}\nprompts: {system: null}\n")
+    assert parse_train_config(["--config", str(file), RECIPE]) == parse_train_config([RECIPE])
+
+
+def with_weights(**changes: float) -> str:
+    return "--objective.weights=" + str(dict.fromkeys(KINDS, 1.0) | changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "data.recipes: is empty; name at least one recipe"),
+        (["--data.recipes=[]"], "data.recipes: is empty"),
+        ([RECIPE, "--rollout.n=1"], "rollout.n: is 1; a group needs at least 2"),
+        (
+            [RECIPE, "--objective.weights={problem: 1, pairwise: 1}"],
+            "objective.weights: lacks pointwise, reflection; all of problem, pointwise, pairwise, reflection are needed",
+        ),
+        (
+            [RECIPE, with_weights(judge=1)],
+            "objective.weights: 'judge' is no kind of prompt; allowed are problem, pointwise, pairwise, reflection",
+        ),
+        ([RECIPE, with_weights(pairwise=-1)], "objective.weights.pairwise: is -1.0; allowed are finite numbers from 0"),
+        (
+            [RECIPE, "--objective.weights={problem: .nan, pointwise: 1, pairwise: 1, reflection: 1}"],
+            "objective.weights.problem: is nan",
+        ),
+        ([RECIPE, "--objective.refill_rounds={problem: -1}"], "objective.refill_rounds.problem: is -1"),
+        ([RECIPE, "--objective.refill_rounds={all: 1}"], "objective.refill_rounds: 'all' is no kind of prompt"),
+        (
+            [RECIPE, "--model.min_pixels=900", "--model.max_pixels=800"],
+            "model.min_pixels: is 900, above model.max_pixels",
+        ),
+        (
+            [RECIPE, "--data.prompts_per_step=2", "--optimizer.updates_per_batch=3"],
+            "optimizer.updates_per_batch: is 3, more than data.prompts_per_step (2)",
+        ),
+        ([RECIPE, "--optimizer.betas=[0.9, 1.0]"], "optimizer.betas: holds 1.0; allowed are numbers from 0"),
+        (
+            [RECIPE, "--data.max_prompt_tokens=100", "--rollout.max_new_tokens=20", "--optimizer.tokens_per_pack=119"],
+            "optimizer.tokens_per_pack: is 119, less than the longest prompt with one completion (120 = ",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(capsys, arguments, message):
+    assert error_of(capsys, *arguments).startswith(message)
+
+
+def test_the_smallest_settings_that_go_together_are_accepted():
+    config = parse_train_config(
+        [RECIPE, "--data.max_prompt_tokens=100", "--rollout.max_new_tokens=20", "--optimizer.tokens_per_pack=120"]
+        + ["--rollout.n=2", "--data.prompts_per_step=1", with_weights(pairwise=0), "--optimizer.betas=[0, 0.5]"]
+    )
+    assert (config.rollout.n, config.objective.weights["pairwise"]) == (2, 0)
+
+
+def test_an_evaluation_is_checked_too():
+    with pytest.raises(ConfigError, match=r"^evaluation\.recipes: is empty"):
+        check_eval_config(EvalConfig())
+    evaluation = EvaluationConfig(recipes=["digits"])
+    with pytest.raises(ConfigError, match=r"^model\.min_pixels: is 2, above model\.max_pixels \(1\)"):
+        check_eval_config(EvalConfig(evaluation=evaluation, model=ModelConfig(min_pixels=2, max_pixels=1)))
+    check_eval_config(EvalConfig(evaluation=evaluation))
+
+
+def paper(config: TrainConfig) -> dict:
+    """The settings of the released SPARK-VL-7B run, as `config` has them."""
+    return {
+        "prompts a step": config.data.prompts_per_step,
+        "rollouts": config.rollout.n,
+        "temperature": config.rollout.temperature,
+        "prompt": config.data.max_prompt_tokens,
+        "completion": config.rollout.max_new_tokens,
+        "lr": config.optimizer.lr,
+        "KL": config.objective.beta,
+        "loss": config.objective.loss,
+        "dtype": config.model.dtype,
+        "gradient checkpointing": config.model.gradient_checkpointing,
+        "epochs": (config.steps, config.epochs),
+        "judge, reflection": (config.recycle.max_judge, config.recycle.max_reflection),
+        "pairwise share": config.recycle.pairwise_share,
+        "max_pixels": config.model.max_pixels,
+        "box": r"\boxed{}" in config.prompts.reasoning_suffix,
+    }
+
+
+@pytest.mark.parametrize("arguments", [[RECIPE], ["--config", str(ROOT / "scripts/configs/qwen2_5_vl_7b/spark.yaml")]])
+def test_the_defaults_and_the_7b_configuration_are_those_of_the_paper(arguments):
+    assert paper(parse_train_config(arguments)) == {
+        "prompts a step": 64,
+        "rollouts": 8,
+        "temperature": 1.0,
+        "prompt": 8192,
+        "completion": 768,
+        "lr": 5e-7,
+        "KL": 0.001,
+        "loss": "grpo",
+        "dtype": "bfloat16",
+        "gradient checkpointing": True,
+        "epochs": (None, 2.0),
+        "judge, reflection": (32, 32),
+        "pairwise share": 0.7,
+        "max_pixels": 1048576,
+        "box": True,
+    }
+
+
+def literal(config_class: type, name: str) -> st.SearchStrategy:
+    return st.sampled_from(get_args(get_type_hints(config_class)[name]))
+
+
+text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12) | st.sampled_from(
+    ["null", "off", "1e-3", "007", "{a: b}", "# no", " two\n lines ", "~", "", "${x}", "\\boxed{}"]
+)
+positive = st.floats(1e-12, 1e12)
+count = st.integers(1, 10**6)
+share = st.floats(0, 1)
+configs = st.builds(
+    TrainConfig,
+    output_dir=text,
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.none() | count,
+    epochs=positive,
+    model=st.builds(
+        ModelConfig,
+        path=text,
+        revision=st.none() | text,
+        dtype=literal(ModelConfig, "dtype"),
+        min_pixels=st.just(1),
+        max_pixels=count,
+        gradient_checkpointing=st.booleans(),
+    ),
+    prompts=st.builds(PromptConfig, system=st.none() | text, reasoning_suffix=text, templates=st.lists(text)),
+    data=st.builds(
+        DataConfig,
+        recipes=st.lists(text, min_size=1),
+        max_prompt_tokens=st.integers(1, 90),
+        max_quarantined_fraction=share,
+    ),
+    rollout=st.builds(
+        RolloutConfig, n=st.integers(2, 64), temperature=positive, max_new_tokens=st.integers(1, 10), rows_at_once=count
+    ),
+    verifier=st.builds(VerifierConfig, workers=count, timeout_s=positive),
+    recycle=st.builds(
+        RecycleConfig,
+        schedule=literal(RecycleConfig, "schedule"),
+        judge_sees=literal(RecycleConfig, "judge_sees"),
+        pairwise_share=share,
+        recycle_truncated=st.booleans(),
+    ),
+    objective=st.builds(
+        ObjectiveConfig,
+        beta=st.just(0.0) | positive,
+        weights=st.fixed_dictionaries(dict.fromkeys(KINDS, positive)),
+        refill_rounds=st.dictionaries(st.sampled_from(KINDS), st.integers(0, 5)),
+    ),
+    optimizer=st.builds(
+        OptimizerConfig,
+        lr=positive,
+        betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+        tokens_per_pack=st.integers(100, 10**6),
+    ),
+    evaluation=st.builds(EvaluationConfig, recipes=st.lists(text), split=text, every=st.integers(0, 9)),
+    checkpoint=st.builds(CheckpointConfig, every=st.integers(0, 9), keep=count),
+    logging=st.builds(LoggingConfig, trackers=st.lists(text)),
+)
+
+
+@given(config=configs)
+@settings(max_examples=50, deadline=None)
+def test_a_saved_configuration_reads_back_equal(tmp_path_factory, config):
+    check_train_config(config)
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    save_config(config, file)
+    assert parse_train_config(["--config", str(file)]) == config
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    save_config(TrainConfig(data=DataConfig(recipes=["digits"]), seed=3, steps=9), file)
+    config = parse_train_config(["--config", str(file), "--seed=4", "--optimizer.lr=1e-3"])
+    assert (config.seed, config.steps, config.optimizer.lr) == (4, 9, 1e-3)
+
+
+def test_the_shipped_configurations_are_here():
+    assert {"digits/spark.yaml", "digits/grpo.yaml", "qwen2_5_vl_7b/spark.yaml"} <= {
+        f"{file.parent.name}/{file.name}" for file in SHIPPED
+    }
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_shipped_configuration_is_complete(file, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the paths in them are relative to the repository
+    config = parse_train_config(["--config", str(file)])
+    splits = [(name, "train") for name in config.data.recipes]
+    splits += [(name, config.evaluation.split) for name in config.evaluation.recipes]
+    for name, split in splits:
+        assert split in load_recipe(name).splits
+    assert Templater.load(config.prompts.templates, builtin=config.prompts.builtin_templates).templates
+    assert config.model.path.startswith("Qwen/Qwen2.5-VL-") or Path(config.model.path, "config.json").is_file()
+
+
+def test_the_control_of_the_demo_differs_in_recycling_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spark, grpo = (
+        parse_train_config(["--config", f"scripts/configs/digits/{name}.yaml"]) for name in ("spark", "grpo")
+    )
+    assert spark.recycle.schedule != grpo.recycle.schedule == "off"
+    assert asdict(replace(grpo, output_dir=spark.output_dir, recycle=spark.recycle)) == asdict(spark)
