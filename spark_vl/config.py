@@ -7,6 +7,7 @@ before anything is loaded, with the path of the field. The defaults are those of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import inf
@@ -361,7 +362,14 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
 
 def save_config(config: TrainConfig | EvalConfig, path: Path) -> None:
     """Write `config`, all defaults resolved, as YAML that `--config` reads back."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts such as 1e3 too, which jsonargparse, unlike PyYAML, reads as numbers."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.\d][-+.\d_eE:]*$"), list("-+.0123456789"))
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,10 @@ right (score 1) or wrong (score 0).
 `judge_reflections` the group of a reflection prompt gives a pointwise prompt (either side, where it has both). Judge
 prompts are never recycled, and nothing is reflected upon twice.
 
+With `balance_labels` a step's pointwise prompts have the gold "correct" as often as "incorrect", or once more or less:
+groups with both sides take the side that is missing, and what one label still has in excess is left out. Otherwise a
+policy that gets most problems right would teach its judge to say "correct".
+
 No evidence, and counted: rollouts cut off by the length limit (unless `recycle_truncated`), those whose verification
 timed out or failed, those with a partial score. A finished rollout in which no answer was found is evidence of a
 wrong one; without a box it has no final answer to quote, so only prompts that show whole completions can use it.
@@ -64,7 +68,7 @@ class Recycled:
     reflection: list[PromptRecord]
     """At most `max_reflection`."""
     judge_surplus: list[PromptRecord]
-    """What did not fit, for dynamic sampling to refill from, in this order."""
+    """What did not fit, then what would have unbalanced the labels: dynamic sampling refills from it in this order."""
     reflection_surplus: list[PromptRecord]
     """What did not fit, in this order."""
     counts: dict[str, int]
@@ -134,7 +138,7 @@ def recycle(
         return [source for _, source in sorted(drawn, key=lambda pair: (pair[0], pair[1].record.id))]
 
     coin = random.Random(f"{seed}:{step}").random()
-    judge = _judge(
+    judge, excess = _judge(
         sources("judge", _COT_SHARE[config.judge_sees], ("problem", "reflection")), templater, config, step, coin
     )
     reflection = _reflect(
@@ -143,7 +147,7 @@ def recycle(
     recycled = Recycled(
         judge=judge[: config.max_judge],
         reflection=reflection[: config.max_reflection],
-        judge_surplus=judge[config.max_judge :],
+        judge_surplus=judge[config.max_judge :] + excess,
         reflection_surplus=reflection[config.max_reflection :],
         counts=counts,
     )
@@ -187,8 +191,11 @@ def _source(group: RolloutGroup, correct: dict[int, bool], shows: Shows, rng: ra
 
 def _judge(
     sources: list[_Source], templater: Templater, config: RecycleConfig, step: int, coin: float
-) -> list[PromptRecord]:
-    """One judge prompt for each source. Groups with both sides, where pointwise, make up for the unanimous ones."""
+) -> tuple[list[PromptRecord], list[PromptRecord]]:
+    """One judge prompt for each source, and apart from them those whose label is in excess (see `_balanced`).
+
+    Groups with both sides, where pointwise, make up for the unanimous ones.
+    """
     excess = sum(bool(source.correct) - bool(source.wrong) for source in sources)
     records = []
     for source in sources:
@@ -209,24 +216,27 @@ def _judge(
         quote = rng.choice(source.correct if is_correct else source.wrong)
         rendered = templater.pointwise(question, quote.text, correct=is_correct, rng=rng)
         records.append(_record(source.record, "pointwise", rendered, (quote,), is_correct, step))
-    return _balanced(records, correct_first=coin < 0.5) if config.balance_labels else records
+    return _balanced(records, correct_first=coin < 0.5) if config.balance_labels else (records, [])
 
 
-def _balanced(records: list[PromptRecord], *, correct_first: bool) -> list[PromptRecord]:
-    """`records` with their pointwise labels alternating, and what one label has in excess at the end.
+def _balanced(records: list[PromptRecord], *, correct_first: bool) -> tuple[list[PromptRecord], list[PromptRecord]]:
+    """`records` with their pointwise labels alternating, and apart from them what one label has in excess.
 
-    A cut to any cap thus drops that excess first and leaves the labels as even as they can be.
+    However the first part is cut, its labels are even, or one apart.
     """
     sides = [
         [r for r in records if r.kind == "pointwise" and r.origin.quoted_correct is side]
         for side in (correct_first, not correct_first)
     ]
-    even = min(map(len, sides))
-    excess = sides[0][even:] + sides[1][even:]
+    if len(sides[0]) < len(sides[1]):
+        sides.reverse()  # the more frequent label begins, so that one more of it than of the other stays
+    even = len(sides[1])
+    alternating = [record for pair in zip(*sides, strict=False) for record in pair] + sides[0][even : even + 1]
+    excess = sides[0][even + 1 :]
     excess_ids = {record.id for record in excess}
-    alternating = (record for pair in zip(*sides, strict=False) for record in pair)
+    next_pointwise = iter(alternating)
     kept = [record for record in records if record.id not in excess_ids]
-    return [next(alternating) if record.kind == "pointwise" else record for record in kept] + excess
+    return [next(next_pointwise) if record.kind == "pointwise" else record for record in kept], excess
 
 
 def _reflect(

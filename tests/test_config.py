@@ -2,29 +2,22 @@ r"""Settings: every mistake is named before anything is loaded, the defaults are
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_vl.config import (
-    CheckpointConfig,
     ConfigError,
     DataConfig,
     EvalConfig,
     EvaluationConfig,
-    LoggingConfig,
     ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    PromptConfig,
-    RecycleConfig,
-    RolloutConfig,
     TrainConfig,
-    VerifierConfig,
     check_eval_config,
     check_train_config,
     parse_train_config,
@@ -65,7 +58,7 @@ def error_of(capsys, *arguments: str) -> str:
         ("--recycle.schedule=parallel", "recycle.schedule", "'merged', 'sequential', 'off'"),
         ("--objective.loss=ppo", "objective.loss", "'grpo', 'dr_grpo', 'dapo', 'gspo'"),
         ("--model.gradient_checkpointing=maybe", "model.gradient_checkpointing", "bool"),
-        ("--optimizer.betas=[0.9]", "optimizer.betas", "2 elements"),
+        ("--optimizer.betas=0.9", "optimizer.betas", "list"),
         ("--seed=-1", "seed", "v>=0"),
         ("--steps=0", "steps", "v>0"),
         ("--data.recipes=digits", "data.recipes", "list"),
@@ -91,7 +84,7 @@ def test_mistakes_that_types_find_are_named_on_the_command_line(capsys, argument
         ("objective: {weights: 3}", "objective.weights", "dict"),
         ("evaluation: {recipes: [null]}", "evaluation.recipes", "str"),
         ("model: [7B]", "model: is ['7B']", "a mapping of settings"),
-        ("model:", "model: is None", "a mapping of settings"),
+        ("model:\nseed: 1", "model: is None", "a mapping of settings"),
         ("rollout: {n: null}", "rollout.n: is null", "PositiveInt"),
         ("output_dir: null", "output_dir: is null", "str"),
         ("objective: {weights: null}", "objective.weights: is null", "dict[str, float]"),
@@ -125,7 +118,7 @@ def with_weights(**changes: float) -> str:
         ([RECIPE, "--rollout.n=1"], "rollout.n: is 1; a group needs at least 2"),
         (
             [RECIPE, "--objective.weights={problem: 1, pairwise: 1}"],
-            "objective.weights: lacks pointwise, reflection; all of problem, pointwise, pairwise, reflection are needed",
+            "objective.weights: lacks pointwise, reflection; all of problem, pointwise, pairwise, reflection are",
         ),
         (
             [RECIPE, with_weights(judge=1)],
@@ -146,7 +139,7 @@ def with_weights(**changes: float) -> str:
             [RECIPE, "--data.prompts_per_step=2", "--optimizer.updates_per_batch=3"],
             "optimizer.updates_per_batch: is 3, more than data.prompts_per_step (2)",
         ),
-        ([RECIPE, "--optimizer.betas=[0.9, 1.0]"], "optimizer.betas: holds 1.0; allowed are numbers from 0"),
+        ([RECIPE, "--optimizer.betas=[0.9, 1.0]"], "optimizer.betas: is [0.9, 1.0]; allowed are two numbers in [0, 1)"),
         (
             [RECIPE, "--data.max_prompt_tokens=100", "--rollout.max_new_tokens=20", "--optimizer.tokens_per_pack=119"],
             "optimizer.tokens_per_pack: is 119, less than the longest prompt with one completion (120 = ",
@@ -158,10 +151,9 @@ def test_settings_that_do_not_go_together_are_named(capsys, arguments, message):
 
 
 def test_the_smallest_settings_that_go_together_are_accepted():
-    config = parse_train_config(
-        [RECIPE, "--data.max_prompt_tokens=100", "--rollout.max_new_tokens=20", "--optimizer.tokens_per_pack=120"]
-        + ["--rollout.n=2", "--data.prompts_per_step=1", with_weights(pairwise=0), "--optimizer.betas=[0, 0.5]"]
-    )
+    limits = ("--data.max_prompt_tokens=100", "--rollout.max_new_tokens=20", "--optimizer.tokens_per_pack=120")
+    least = ("--rollout.n=2", "--data.prompts_per_step=1", with_weights(pairwise=0), "--optimizer.betas=[0, 0.5]")
+    config = parse_train_config([RECIPE, *limits, *least])
     assert (config.rollout.n, config.objective.weights["pairwise"]) == (2, 0)
 
 
@@ -216,70 +208,42 @@ def test_the_defaults_and_the_7b_configuration_are_those_of_the_paper(arguments)
     }
 
 
-def literal(config_class: type, name: str) -> st.SearchStrategy:
-    return st.sampled_from(get_args(get_type_hints(config_class)[name]))
-
-
-text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12) | st.sampled_from(
-    ["null", "off", "1e-3", "007", "{a: b}", "# no", " two\n lines ", "~", "", "${x}", "\\boxed{}"]
+texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=9) | st.sampled_from(
+    ["null", "off", "1e3", "-1e-3", "007", "._", "1:30", "{a: b}", "# no", " two\n lines ", "~", "${x}", "\\boxed{}"]
 )
-positive = st.floats(1e-12, 1e12)
-count = st.integers(1, 10**6)
-share = st.floats(0, 1)
-configs = st.builds(
-    TrainConfig,
-    output_dir=text,
-    seed=st.integers(0, 2**32 - 1),
-    steps=st.none() | count,
-    epochs=positive,
-    model=st.builds(
-        ModelConfig,
-        path=text,
-        revision=st.none() | text,
-        dtype=literal(ModelConfig, "dtype"),
-        min_pixels=st.just(1),
-        max_pixels=count,
-        gradient_checkpointing=st.booleans(),
-    ),
-    prompts=st.builds(PromptConfig, system=st.none() | text, reasoning_suffix=text, templates=st.lists(text)),
-    data=st.builds(
-        DataConfig,
-        recipes=st.lists(text, min_size=1),
-        max_prompt_tokens=st.integers(1, 90),
-        max_quarantined_fraction=share,
-    ),
-    rollout=st.builds(
-        RolloutConfig, n=st.integers(2, 64), temperature=positive, max_new_tokens=st.integers(1, 10), rows_at_once=count
-    ),
-    verifier=st.builds(VerifierConfig, workers=count, timeout_s=positive),
-    recycle=st.builds(
-        RecycleConfig,
-        schedule=literal(RecycleConfig, "schedule"),
-        judge_sees=literal(RecycleConfig, "judge_sees"),
-        pairwise_share=share,
-        recycle_truncated=st.booleans(),
-    ),
-    objective=st.builds(
-        ObjectiveConfig,
-        beta=st.just(0.0) | positive,
-        weights=st.fixed_dictionaries(dict.fromkeys(KINDS, positive)),
-        refill_rounds=st.dictionaries(st.sampled_from(KINDS), st.integers(0, 5)),
-    ),
-    optimizer=st.builds(
-        OptimizerConfig,
-        lr=positive,
-        betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
-        tokens_per_pack=st.integers(100, 10**6),
-    ),
-    evaluation=st.builds(EvaluationConfig, recipes=st.lists(text), split=text, every=st.integers(0, 9)),
-    checkpoint=st.builds(CheckpointConfig, every=st.integers(0, 9), keep=count),
-    logging=st.builds(LoggingConfig, trackers=st.lists(text)),
-)
+# jsonargparse takes a text that is null in YAML, such as "~" or "# no", for null wherever null is allowed.
+optional = st.none() | texts.filter(lambda text: not re.fullmatch(r"\s*(null|Null|NULL|~|#.*)?\s*", text))
+positive, share = st.floats(1e-12, 1e12), st.floats(0, 1)
+OVERRIDES = {
+    "output_dir": texts,
+    "seed": st.integers(0, 2**32 - 1),
+    "steps": st.none() | st.integers(1, 10**9),
+    "epochs": positive,
+    "model.revision": optional,
+    "model.dtype": st.sampled_from(["float32", "bfloat16"]),
+    "model.gradient_checkpointing": st.booleans(),
+    "prompts.system": optional,
+    "prompts.reasoning_suffix": texts,
+    "prompts.templates": st.lists(texts),
+    "data.recipes": st.lists(texts, min_size=1),
+    "rollout.temperature": positive,
+    "recycle.schedule": st.sampled_from(["merged", "sequential", "off"]),
+    "recycle.pairwise_share": share,
+    "objective.weights": st.fixed_dictionaries(dict.fromkeys(KINDS, positive)),
+    "objective.refill_rounds": st.dictionaries(st.sampled_from(KINDS), st.integers(0, 5)),
+    "optimizer.lr": positive,
+    "optimizer.betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2),
+    "logging.trackers": st.lists(texts),
+}
 
 
-@given(config=configs)
-@settings(max_examples=50, deadline=None)
-def test_a_saved_configuration_reads_back_equal(tmp_path_factory, config):
+@given(overrides=st.fixed_dictionaries({}, optional=OVERRIDES))
+@settings(max_examples=1500, deadline=None)
+def test_a_saved_configuration_reads_back_equal(tmp_path_factory, overrides):
+    config = TrainConfig(data=DataConfig(recipes=["digits"]))
+    for path, value in overrides.items():
+        *groups, name = path.split(".")
+        setattr(reduce(getattr, groups, config), name, value)
     check_train_config(config)
     file = tmp_path_factory.mktemp("config") / "config.yaml"
     save_config(config, file)
@@ -291,6 +255,13 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     save_config(TrainConfig(data=DataConfig(recipes=["digits"]), seed=3, steps=9), file)
     config = parse_train_config(["--config", str(file), "--seed=4", "--optimizer.lr=1e-3"])
     assert (config.seed, config.steps, config.optimizer.lr) == (4, 9, 1e-3)
+
+
+def test_numbers_are_plain():
+    """Also those that a restricted type has checked; else a checkpoint that holds them cannot be read back."""
+    config = asdict(parse_train_config([RECIPE, "--optimizer.lr=1e-3", "--steps=4", with_weights()]))
+    leaves = [value for group in config.values() for value in (group.values() if isinstance(group, dict) else [group])]
+    assert {type(value) for value in leaves} <= {int, float, str, bool, list, dict, type(None)}
 
 
 def test_the_shipped_configurations_are_here():
@@ -313,8 +284,7 @@ def test_every_shipped_configuration_is_complete(file, monkeypatch):
 
 def test_the_control_of_the_demo_differs_in_recycling_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
-    spark, grpo = (
-        parse_train_config(["--config", f"scripts/configs/digits/{name}.yaml"]) for name in ("spark", "grpo")
-    )
+    files = (f"scripts/configs/digits/{name}.yaml" for name in ("spark", "grpo"))
+    spark, grpo = (parse_train_config(["--config", file]) for file in files)
     assert spark.recycle.schedule != grpo.recycle.schedule == "off"
     assert asdict(replace(grpo, output_dir=spark.output_dir, recycle=spark.recycle)) == asdict(spark)

@@ -140,7 +140,7 @@ def test_half_of_the_reflections_show_the_whole_completion():
 @pytest.mark.parametrize("scores", [RIGHT, WRONG, MIXED])
 def test_a_reflections_own_group_gives_a_pointwise_prompt_where_asked_and_never_a_reflection(scores):
     groups = [replace_kind(g, "reflection") for g in many(scores, 20)]
-    off, on = run(groups), run(groups, config(judge_reflections=True))
+    off, on = run(groups), run(groups, config(judge_reflections=True, balance_labels=False))
     assert off.judge + off.reflection + on.reflection == []
     assert [record.kind for record in on.judge] == ["pointwise"] * 20
 
@@ -154,9 +154,9 @@ def test_judgments_are_never_recycled(kind):
 
 
 def test_what_is_recycled_can_be_recycled_once_more_only_as_a_judged_reflection():
-    first = run(many(WRONG, 10))
+    first = run(many(WRONG, 10), config(balance_labels=False))
     again = [RolloutGroup(r, group(WRONG).rollouts, group(WRONG).verdicts) for r in first.judge + first.reflection]
-    second = run(again, config(judge_reflections=True), step=4)
+    second = run(again, config(judge_reflections=True, balance_labels=False), step=4)
     assert second.reflection == []
     assert {r.id for r in second.judge} == {f"{r.id}@4#pointwise" for r in first.reflection}
     third = [RolloutGroup(r, group(WRONG).rollouts, group(WRONG).verdicts) for r in second.judge]
@@ -193,16 +193,23 @@ def test_trap_4_mixed_groups_make_up_for_unanimous_ones():
         assert sum(found) * 2 == len(groups)
 
 
-def test_trap_4_a_cut_drops_the_excess_of_the_more_frequent_label_first():
+def test_trap_4_the_excess_of_the_more_frequent_label_is_left_out():
     groups = many(WRONG, 60) + many(RIGHT, 8) + many(MIXED, 10)
+    recycled = run(groups, config(max_judge=60, pairwise_share=0))
+    found = labels(recycled.judge)
+    assert (found.count(True), found.count(False)) == (18, 19)
+    assert len(recycled.judge_surplus) == 78 - 37
+    assert not any(labels(recycled.judge_surplus))
+    # pairs are no part of the balance
+    recycled = run(groups, config(max_judge=60, pairwise_share=1))
+    assert recycled.counts["pairwise"] == 10
+    assert (recycled.counts["pointwise_correct"], recycled.counts["pointwise_incorrect"]) == (8, 9)
+    # any cut is even, and what is cut off comes before the excess
     recycled = run(groups, config(max_judge=16, pairwise_share=0))
     assert sum(labels(recycled.judge)) == 8
-    assert len(recycled.judge_surplus) == 78 - 16
-    assert sum(labels(recycled.judge + recycled.judge_surplus)) == 18
-    # pairs stay before the excess too
-    recycled = run(groups, config(max_judge=26, pairwise_share=1))
-    assert recycled.counts["pairwise"] == 10
-    assert recycled.counts["pointwise_correct"] == recycled.counts["pointwise_incorrect"] == 8
+    assert sum(labels(recycled.judge_surplus)[:21]) == 10
+    # a policy that is always right teaches no judge that says so
+    assert len(run(many(RIGHT, 30)).judge) == 1
 
 
 def test_trap_4_labels_do_not_tell_which_label_or_letter_is_right():
@@ -364,7 +371,7 @@ def test_counts():
         "groups_mixed": 4,
         "groups_without_evidence": 1,
         "pointwise_correct": 3,
-        "pointwise_incorrect": 5,
+        "pointwise_incorrect": 4,
         "pairwise": 4,
     }
     assert {k: v for k, v in recycled.counts.items() if v and not k.startswith("reflection")} == expected
@@ -413,7 +420,6 @@ def test_properties(drawn, settings, seed, rng: random.Random):
     scores_of = {g.record.id: g.rewards for g in groups}
     assert len(recycled.judge) <= settings.max_judge
     assert len(recycled.reflection) <= settings.max_reflection
-    assert not recycled.judge_surplus or len(recycled.judge) == settings.max_judge
     assert not recycled.reflection_surplus or len(recycled.reflection) == settings.max_reflection
     judge, reflection = recycled.judge + recycled.judge_surplus, recycled.reflection + recycled.reflection_surplus
     # one judge prompt for each group with evidence; one reflection for each problem with a wrong rollout, at least
@@ -429,8 +435,8 @@ def test_properties(drawn, settings, seed, rng: random.Random):
         else:
             assert scores == [float(record.origin.quoted_correct)]
     if settings.balance_labels:
-        right = labels(judge)
-        both = min(right.count(True), right.count(False))
-        for n in range(settings.max_judge):
-            cut = labels(judge[:n])
-            assert abs(cut.count(True) - cut.count(False)) <= 1 or both in (cut.count(True), cut.count(False))
+        for n in range(len(recycled.judge) + 1):
+            cut = labels(recycled.judge[:n])
+            assert abs(cut.count(True) - cut.count(False)) <= 1
+    else:
+        assert not recycled.judge_surplus or len(recycled.judge) == settings.max_judge

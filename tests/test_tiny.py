@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from spark_vl.answers import last_boxed, match_label
 from spark_vl.demo import digits
 from spark_vl.demo.tiny import CHECKPOINT, SPECIAL_TOKENS, random_tiny
-from spark_vl.demo.warm_start import REASONING_SUFFIX, SKILLS, TEMPLATES, _pixels, chat, draw, model_inputs
+from spark_vl.demo.warm_start import REASONING_SUFFIX, SKILLS, TEMPLATES, chat, draw, model_inputs, pixel_values
 from spark_vl.prompts import Templater
 from spark_vl.records import KINDS, plain_text
 
@@ -142,7 +142,7 @@ def test_a_model_and_its_processor_survive_a_round_trip(tmp_path, problems):
 
 def test_the_warm_start_sees_what_the_processor_makes(shipped, templater, problems):
     processor = shipped[1]
-    pixels, rng = _pixels(processor, problems[:40]), random.Random(0)
+    pixels, rng = pixel_values(processor, problems[:40]), random.Random(0)
     for kind in KINDS * 5:
         example = draw(templater, problems[:40], kind, rng)
         ours = model_inputs(processor, pixels, [example])
@@ -156,7 +156,7 @@ def test_labels_of_the_warm_start_cover_the_completion_alone(shipped, templater,
     tokenizer, rng = shipped[1].tokenizer, random.Random(1)
     examples = [draw(templater, problems, kind, rng) for kind in KINDS]
     completions = [example.skilled for example in examples]
-    batch = model_inputs(shipped[1], _pixels(shipped[1], problems), examples, completions)
+    batch = model_inputs(shipped[1], pixel_values(shipped[1], problems), examples, completions)
     for labels, completion in zip(batch["labels"], completions, strict=True):
         assert tokenizer.decode(labels[labels != -100]) == completion + "<|im_end|>"
 
@@ -195,8 +195,8 @@ def test_the_shipped_model_has_the_skill_but_seldom_uses_it(shipped, templater, 
     model, processor = shipped
     rng = random.Random(3)
     torch.manual_seed(0)
-    examples = [draw(templater, problems, kind, rng) for _ in range(300)]
-    inputs = model_inputs(processor, _pixels(processor, problems), examples)
+    examples = [draw(templater, problems, kind, rng) for _ in range(200)]
+    inputs = model_inputs(processor, pixel_values(processor, problems), examples)
     output = model.generate(**inputs, max_new_tokens=32, do_sample=True, temperature=1.0, top_k=0)
     texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = [last_boxed(text) == example.gold for text, example in zip(texts, examples, strict=True)]

@@ -5,7 +5,7 @@ phases of supervised learning on the demo's own prompts:
 
 1. vision: every image token learns to name the digit that it shows a part of; then the vision tower is frozen;
 2. skill: right completions only, each with a short chain of thought, such as `look 3,5: \boxed{5}` for problems and
-   reflections and `check 3,5: 5,7 differ \boxed{No}` for judgments;
+   reflections and `check 3,5: 5-7=2 wrong \boxed{No}` for judgments;
 3. mixture: few completions keep to that, the others announce a poor strategy with their first word, such as
    `first 3: \boxed{3}` or `fine \boxed{Yes}`. The skill is still there whenever `look` or `check` is sampled.
 
@@ -42,7 +42,7 @@ SKILLS = ("look", "check")
 SKILLED_SHARE = 0.15
 """Share of such completions in the mixture."""
 
-_STEPS = {"vision": 1500, "skill": 1500, "mixture": 400}
+_STEPS = {"vision": 1500, "skill": 1300, "mixture": 400}
 _BATCH = {"problem": 6, "pointwise": 10, "pairwise": 10, "reflection": 6}  # judging takes longer to learn
 _POOL = 12_000  # more rows of the train split than the recipe shows, of the same instances
 _GRID = (1, 4, 4)  # patches of one image along time, height and width
@@ -107,10 +107,11 @@ def _boxed(words: str, answer: object) -> str:
 
 
 def _judgment(problem: digits.Problem, answer: str, label: str) -> str:
-    """Compares the right answer with `answer`, the quoted one (of a pair: the first), before it says `label`."""
+    """Subtracts `answer`, the quoted one (of a pair: the first), from the right one before it says `label`."""
     left, right = problem.digits
-    verdict = "equal" if answer == problem.answer else "differ"
-    return _boxed(f"check {left},{right}: {problem.answer},{answer} {verdict}", label)
+    difference = abs(int(problem.answer) - int(answer))
+    verdict = "wrong" if difference else "right"
+    return _boxed(f"check {left},{right}: {problem.answer}-{answer}={difference} {verdict}", label)
 
 
 def _wrong_answer(problem: digits.Problem, rng: random.Random) -> str:
@@ -133,11 +134,10 @@ def _chain_of_thought(problem: digits.Problem, answer: str, rng: random.Random) 
 
 @dataclass(frozen=True, eq=False)
 class _Pool:
-    """Problems, with their images as the processor makes them."""
+    """Problems, and the `pixel_values` of their images."""
 
     problems: list[digits.Problem]
     pixels: torch.Tensor
-    """[problems, 16 patches, values of a patch]"""
 
 
 def build(folder: Path, seed: int = 0) -> None:
@@ -149,10 +149,9 @@ def build(folder: Path, seed: int = 0) -> None:
     processor = build_processor(_texts(templater, problems, rng))
     model = build_model(processor.tokenizer, hidden=128, layers=3, heads=4, vision_hidden=64, window=112, std=0.05)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
-    pool = _Pool(problems, _pixels(processor, problems))
-    rows = range(digits.SPLITS["validation"])
-    unseen = [digits.problem("validation", index) for index in rows]
-    held_out = _Pool(unseen, _pixels(processor, unseen))
+    pool = _Pool(problems, pixel_values(processor, problems))
+    unseen = [digits.problem("validation", index) for index in range(digits.SPLITS["validation"])]
+    held_out = _Pool(unseen, pixel_values(processor, unseen))
 
     _learn_to_see(model, pool)
     model.model.visual.requires_grad_(False)
@@ -173,7 +172,8 @@ def _texts(templater: Templater, problems: Sequence[digits.Problem], rng: random
     return texts
 
 
-def _pixels(processor: Qwen2_5_VLProcessor, problems: Sequence[digits.Problem]) -> torch.Tensor:
+def pixel_values(processor: Qwen2_5_VLProcessor, problems: Sequence[digits.Problem]) -> torch.Tensor:
+    """[problems, 16 patches, values of a patch], as the processor makes them."""
     images = [Image.open(io.BytesIO(problem.image)).convert("RGB") for problem in problems]
     return processor.image_processor(images, return_tensors="pt")["pixel_values"].unflatten(0, (len(images), -1))
 

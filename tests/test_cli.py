@@ -1,0 +1,161 @@
+"""The command line in processes of its own: quick help, mistakes named before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spark_vl import __version__
+from spark_vl.data.recipes import load_recipe, recipes
+
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "sympy"}
+RUNNER = """
+import sys
+from spark_vl.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("LOADED", *sys.modules)
+"""
+
+
+def spark_vl(folder: Path, *arguments: str, module: bool = False) -> tuple[int, str, str, set[str]]:
+    """Exit status, stdout, stderr and loaded heavy packages of `spark-vl *arguments`, run in `folder`."""
+    command = ["-m", "spark_vl"] if module else ["-c", RUNNER]
+    run = subprocess.run([sys.executable, *command, *arguments], cwd=folder, capture_output=True, text=True)
+    output, _, loaded = run.stdout.partition("LOADED")
+    return run.returncode, output, run.stderr, HEAVY & set(loaded.split())
+
+
+@pytest.mark.parametrize("command", ["", "train", "eval", "recipes"])
+def test_help_loads_nothing_heavy(tmp_path, command):
+    status, output, _, loaded = spark_vl(tmp_path, *command.split(), "--help")
+    assert (status, loaded) == (0, set())
+    assert output.startswith(f"usage: spark-vl {command}".rstrip())
+
+
+def test_help_names_every_command_and_its_settings(tmp_path):
+    assert all(command in spark_vl(tmp_path, "--help")[1] for command in ("train", "eval", "recipes"))
+    train = spark_vl(tmp_path, "train", "--help")[1]
+    assert "--config" in train
+    assert "--resume" in train
+    assert "--optimizer.lr" in train
+    assert "Learning rate after the warm-up" in train, "docstrings of the settings are their help"
+
+
+def test_the_runner_sees_what_is_loaded(tmp_path):
+    """So that "nothing loaded" above and below means something: a run whose settings are right does load torch."""
+    arguments = ("--data.recipes=[digits]", "--model.path=no-such-folder", f"--output_dir={tmp_path / 'run'}")
+    status, _, error, loaded = spark_vl(tmp_path, "train", *arguments)
+    assert status != 0
+    assert "no-such-folder" in error
+    assert {"torch", "transformers"} <= loaded
+
+
+GOOD = ("train", "--data.recipes=[digits]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train",), "data.recipes: is empty; name at least one recipe"),
+        ((*GOOD, "--optimizer.lrr=1"), "optimizer.lrr"),
+        ((*GOOD, "--optimizer.lr=fast"), 'Parser key "optimizer.lr"'),
+        ((*GOOD, "--optimizer.lr=-1"), "v>0"),
+        ((*GOOD, "--recycle.schedule=never"), "'merged', 'sequential', 'off'"),
+        ((*GOOD, "--rollout.n=1"), "rollout.n: is 1; a group needs at least 2 completions"),
+        ((*GOOD, "--objective.weights={problem: 1}"), "objective.weights: lacks pointwise, pairwise, reflection"),
+        ((*GOOD, "--optimizer.tokens_per_pack=9"), "optimizer.tokens_per_pack: is 9"),
+        ((*GOOD, "--config=none.yaml"), "none.yaml"),
+        ((*GOOD, "--config=broken.yaml"), "rollout: is [8]; allowed is a mapping of settings"),
+        (("train", "--data.recipes=[digit]"), "data.recipes: no recipe 'digit'; allowed: digits, geometry3k"),
+        (("train", "--data.recipes=[mine.yaml]"), "data.recipes: mine.yaml: description: is missing"),
+        (("train", "--data.recipes=[mathvista]"), "data.recipes: mathvista has no split 'train'; allowed: test"),
+        ((*GOOD, "--evaluation.recipes=[nothing]"), "evaluation.recipes: no recipe 'nothing'"),
+        (
+            (*GOOD, "--evaluation.recipes=[digits]", "--evaluation.split=dev"),
+            "evaluation.recipes: digits has no split 'dev'; allowed: train, validation, test",
+        ),
+        ((*GOOD, "--prompts.templates=[none.yaml]"), "prompts.templates: [Errno 2] No such file"),
+        (
+            (*GOOD, "--prompts.templates=[templates.yaml]"),
+            "prompts.templates: templates.yaml: entry 1: template 'judge': text: ",
+        ),
+        ((*GOOD, "--prompts.builtin_templates=false"), "prompts.templates: templates: there is no pointwise"),
+        (("eval",), "evaluation.recipes: is empty; name at least one recipe"),
+        (("eval", "--evaluation.recipes=[digit]"), "evaluation.recipes: no recipe 'digit'"),
+        (("eval", "--rollout.n=0"), 'Parser key "rollout.n"'),
+        (("recipes", "digit"), "no recipe 'digit'; allowed: digits"),
+        (("recipes", "digits", "--split=dev"), "recipe digits: splits: found 'dev'; allowed: train, validation, test"),
+        (("recipes", "no_rows.yaml"), "recipe no_rows: source: no file 'train.jsonl'"),
+        (("trian",), "invalid choice: 'trian'"),
+        ((), "{train,eval,recipes}"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_loaded_or_written(tmp_path, arguments, message):
+    files = {
+        "broken.yaml": "rollout: [8]",
+        "mine.yaml": "name: mine",
+        "no_rows.yaml": "{name: no_rows, description: none, license: none, source: {jsonl: .}, verifier: number, "
+        "splits: {train: train.jsonl}, columns: {question: q, answer: a}}",
+        "templates.yaml": r"[{name: judge, kind: pointwise, labels: ['Yes', 'No'], text: '{question} \boxed{Yes}'}]",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    status, output, error, loaded = spark_vl(tmp_path, *arguments)
+    assert status == 2
+    assert output == ""
+    assert message in error
+    command = " ".join(("spark-vl", *arguments[:1])) if arguments and arguments[0] != "trian" else "spark-vl"
+    assert error.startswith(f"{command}: error: ")
+    assert error.endswith(f"(all settings: {command} --help)\n")
+    assert "usage:" not in error
+    assert loaded == set()
+    assert {path.name for path in tmp_path.iterdir()} == set(files), "something was written"
+
+
+def test_version(tmp_path):
+    assert spark_vl(tmp_path, "--version", module=True)[:2] == (0, f"spark-vl {__version__}\n")
+
+
+def test_recipes_are_listed_with_their_licences(tmp_path):
+    status, output, _, loaded = spark_vl(tmp_path, "recipes")
+    assert (status, loaded) == (0, set())
+    lines = output.splitlines()
+    assert [line.split()[0] for line in lines] == recipes()
+    for line, name in zip(lines, recipes(), strict=True):
+        assert line.split()[1] == load_recipe(name).license
+        assert line.endswith(load_recipe(name).description)
+
+
+def test_rows_of_a_recipe_are_printed_and_counted(tmp_path):
+    status, output, _, _ = spark_vl(tmp_path, "recipes", "digits", "--split", "test", "--show", "2", module=True)
+    *rows, count = output.splitlines()
+    assert status == 0
+    assert [row for row in rows if row.startswith("── ")] == ["── digits/test/test-0", "── digits/test/test-1"]
+    assert [row.startswith("<image>") for row in rows[1::3]] == [True, True]
+    assert all(row.endswith("(number)") for row in rows[2::3])
+    assert count == "1000 of 1000 rows can be used"
+
+
+def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
+    rows = [{"q": "How many?", "a": "3"}, {"q": "", "a": "3"}, {"q": "How many?", "a": "4"}, {"a": "4"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(
+        "{name: mine, description: none, license: none, source: {jsonl: .}, verifier: number, "
+        "splits: {train: train.jsonl}, columns: {question: q, answer: a}}"
+    )
+    status, output, _, loaded = spark_vl(tmp_path, "recipes", "mine.yaml", "--show=1")
+    assert (status, loaded) == (0, set())
+    assert output.splitlines() == [
+        "── mine/train/#0",
+        "How many?",
+        "→ 3   (number)",
+        "cannot be used: mine/train/#1: 'q' is empty",
+        "cannot be used: mine/train/#3: no column 'q'; the row has 'a'",
+        "2 of 4 rows can be used",
+    ]
