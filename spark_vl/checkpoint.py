@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from spark_vl.config import ConfigError
 from spark_vl.processors import Processor
 
 STATE_FILE = "trainer.json"
 LATEST = "latest"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be resumed from; the message names it."""
 
 

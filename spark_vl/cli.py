@@ -24,6 +24,7 @@ from spark_vl.config import (
     save_config,
 )
 from spark_vl.data.problems import check, open_recipe
+from spark_vl.data.quarantine import TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe, recipes
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, plain_text
@@ -80,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 show_recipes(command.name, command.split, command.show)
     except ConfigError as error:
         parsers[parsed.command].error(str(error))
+    except TooManyBadRowsError as error:
+        parser.exit(1, f"spark-vl: stopped: {error}\n")
 
 
 def train(config: TrainConfig, resume: str) -> None:
@@ -96,8 +99,8 @@ def train(config: TrainConfig, resume: str) -> None:
     evaluator = None
     if config.evaluation.recipes:
         evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
-    trainer = Trainer(config, evaluator)
-    trainer.train(resume)
+    trainer = Trainer(config, evaluator, resume)
+    trainer.train()
     if evaluator and trainer.accelerator.is_main_process:
         summarise(trainer.folder)
         plot_curves(trainer.folder)

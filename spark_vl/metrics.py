@@ -86,10 +86,13 @@ def _truth(judgment: PromptRecord) -> str:
 
 
 def add_balanced_accuracy(metrics: dict[str, float]) -> None:
-    """Add `kind/balanced_accuracy` to `metrics`, the mean of its accuracies for either label: 0.5 is a coin."""
+    """Add `kind/balanced_accuracy` to `metrics`, the mean of its accuracies for either label: 0.5 is a coin.
+
+    It is left out where all judgments had the same label: there, always saying it would be right.
+    """
     for kind in JUDGMENTS:
         by_label = [value for name, value in metrics.items() if name.startswith(f"{kind}/accuracy_")]
-        if by_label:
+        if len(by_label) == 2:
             metrics[f"{kind}/balanced_accuracy"] = sum(by_label) / len(by_label)
 
 
@@ -189,14 +192,15 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=step, rewards=f"reward: {rewards}")
         else:
-            self.console.print(f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s")
+            line = f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s"
+            self.console.print(line, soft_wrap=True)
 
     def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
         """Record an evaluation: name -> estimate with `value`."""
         self._append("evaluations", {"step": step, "results": results})
         self.accelerator.log({f"eval/{name}": result["value"] for name, result in results.items()}, step=step)
         figures = "  ".join(f"{name} {result['value']:.2f}" for name, result in results.items())
-        self.console.print(f"evaluation after {step} steps: {figures}")
+        self.console.print(f"evaluation after {step} steps: {figures}", soft_wrap=True)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations of the run so far, oldest first."""
@@ -235,12 +239,11 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and a last line that was cut off in the writing."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] > step:
+    with path.open("rb+") as lines:
+        kept = 0  # bytes
+        for line in lines:
+            # Only the last line can be incomplete, and the step that wrote it is run again.
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
-        except json.JSONDecodeError:
-            break  # only the last line can be incomplete, and the step that wrote it is run again
-        kept.append(line + "\n")
-    path.write_text("".join(kept))
+            kept += len(line)
+        lines.truncate(kept)

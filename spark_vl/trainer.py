@@ -17,10 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import get_scheduler
 
 from spark_vl.checkpoint import export_model, find_checkpoint, load_checkpoint, save_checkpoint
 from spark_vl.config import ConfigError, TrainConfig, save_config
@@ -29,8 +27,7 @@ from spark_vl.data.quarantine import Quarantine
 from spark_vl.data.recipes import load_recipe
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, flat, group_metrics
-from spark_vl.policy.policy import load_policy
-from spark_vl.policy.update import Updater
+from spark_vl.policy.update import load_updater
 from spark_vl.processors import ProcessedPrompt, load_processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup, record_from_json, record_to_json
@@ -50,12 +47,22 @@ class Trainer:
     Args:
         config: of the run, checked (`check_train_config`).
         evaluate: run before, after and, with `config.evaluation.every`, during training.
+        resume: `auto` (from the run's latest checkpoint, if it has one), `none`, or the path of a checkpoint.
+
+    Raises:
+        ConfigError: `output_dir` holds a run that is not to be resumed.
+        CheckpointError: there is no whole checkpoint at `resume`.
     """
 
-    def __init__(self, config: TrainConfig, evaluate: Evaluate | None = None) -> None:
+    def __init__(self, config: TrainConfig, evaluate: Evaluate | None = None, resume: str = "none") -> None:
         self.config = config
         self.evaluate = evaluate
         self.folder = Path(config.output_dir)
+        checkpoint = find_checkpoint(self.folder / "checkpoints", resume)
+        if resume == "none" and (self.folder / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"output_dir: {self.folder} already holds a run; name another folder, or go on with --resume auto"
+            )
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
             log_with=config.logging.trackers or None,
@@ -79,45 +86,17 @@ class Trainer:
         self.steps = config.steps or math.ceil(config.epochs * n_problems / config.data.prompts_per_step)
 
         self.processor = load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
-        sampled_from = {
-            "temperature": config.rollout.temperature,
-            "suppressed_token_ids": self.processor.suppressed_token_ids,
-        }
-        policy = load_policy(config.model, dtype=torch.float32, **sampled_from)
-        reference = None
-        if config.objective.beta > 0:
-            frozen = getattr(torch, config.model.dtype)
-            reference = load_policy(config.model, dtype=frozen, frozen=True, **sampled_from)
-            reference.to(self.accelerator.device)
-        optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=config.optimizer.lr,
-            betas=tuple(config.optimizer.betas),
-            weight_decay=config.optimizer.weight_decay,
-        )
         phases = 2 if config.recycle.schedule == "sequential" else 1
-        scheduler = get_scheduler(
-            config.optimizer.schedule,
-            optimizer,
-            num_warmup_steps=config.optimizer.warmup_updates,
-            num_training_steps=self.steps * phases * config.optimizer.updates_per_batch,
-        )
-        # The scheduler is not prepared: Accelerate's would step once for each process.
-        policy, optimizer = self.accelerator.prepare(policy, optimizer)
-        self.accelerator.register_for_checkpointing(scheduler)
-        self.engine = TransformersEngine(
-            self.accelerator.unwrap_model(policy), self.processor, rows_at_once=config.rollout.rows_at_once
-        )
-        self.updater = Updater(
+        self.updater = load_updater(
+            config,
             self.accelerator,
-            policy,
-            reference,
-            optimizer,
-            scheduler,
             self.processor,
-            config.objective,
-            config.optimizer,
-            max_new_tokens=config.rollout.max_new_tokens,
+            updates=self.steps * phases * config.optimizer.updates_per_batch,
+        )
+        self.engine = TransformersEngine(
+            self.accelerator.unwrap_model(self.updater.policy),
+            self.processor,
+            rows_at_once=config.rollout.rows_at_once,
         )
         self.verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s)
         rank = self.accelerator.process_index
@@ -129,20 +108,13 @@ class Trainer:
         self.surplus: list[PromptRecord] = []  # more of them, which dynamic sampling refills from
         self.calls = 0  # of `_seed` within the step
 
-    def train(self, resume: str = "none") -> None:
-        """Run to the last step. `resume`: `auto`, `none` or the path of a checkpoint.
-
-        Leaves `model/`, a plain Hugging Face checkpoint, and `summary.json`, the evaluations before and after.
-        """
-        checkpoint = find_checkpoint(self.folder / "checkpoints", resume)
-        if checkpoint is None and (self.folder / "metrics.jsonl").exists() and resume == "none":
-            raise ConfigError(
-                f"output_dir: {self.folder} already holds a run; name another folder, or go on with --resume auto"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.folder / "config.yaml")
         if checkpoint:
             self._load(checkpoint)
+
+    def train(self) -> None:
+        """Run to the last step. Leaves `model/`, a plain Hugging Face checkpoint, in the run's folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.folder / "config.yaml")
         if self.config.logging.trackers:
             self.accelerator.init_trackers("spark-vl", config=flat(asdict(self.config)))
         with (
@@ -155,11 +127,11 @@ class Trainer:
                 metrics = self._train_step()
                 self.step += 1
                 self.log.step(self.step, metrics)
-                last = self.step == self.steps
-                if last or (self.config.checkpoint.every and self.step % self.config.checkpoint.every == 0):
+                if self._due(self.config.checkpoint.every) or self.step == self.steps:
                     self._save()
-                if last or (self.config.evaluation.every and self.step % self.config.evaluation.every == 0):
+                if self._due(self.config.evaluation.every) and self.step < self.steps:
                     self._evaluate()
+            self._evaluate()
             export_model(self.accelerator, self.updater.policy, self.processor, self.folder / "model")
         self.accelerator.end_training()
 
@@ -198,14 +170,14 @@ class Trainer:
         sampled = list(chosen)
         for kind, rounds in self.config.objective.refill_rounds.items():
             for _ in range(rounds):
-                flat = [i for i, group in enumerate(chosen) if group.record.kind == kind and group.zero_variance]
-                fresh = self._fresh(kind, len(flat)) if flat else []
+                dead = [i for i, group in enumerate(chosen) if group.record.kind == kind and group.zero_variance]
+                fresh = self._fresh(kind, len(dead)) if dead else []
                 if not fresh:
                     break
                 by_id |= {prompt.record.id: prompt for prompt in fresh}
                 groups = self._sample(fresh)
                 sampled += groups
-                for i, group in zip(flat, (g for g in groups if not g.zero_variance), strict=False):
+                for i, group in zip(dead, (g for g in groups if not g.zero_variance), strict=False):
                     chosen[i] = group
         means.update(group_metrics(sampled))
         with self.timer("update"):
@@ -288,6 +260,9 @@ class Trainer:
         return f"{self.config.seed}/{self.step}/{self.accelerator.process_index}/{purpose}/{self.calls}"
 
     # ── before, between and after ──
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
     def _evaluate(self) -> None:
         if self.evaluate is None:

@@ -238,7 +238,7 @@ OVERRIDES = {
 
 
 @given(overrides=st.fixed_dictionaries({}, optional=OVERRIDES))
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_saved_configuration_reads_back_equal(tmp_path_factory, overrides):
     config = TrainConfig(data=DataConfig(recipes=["digits"]))
     for path, value in overrides.items():

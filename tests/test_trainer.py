@@ -73,8 +73,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
     (checkpoints / "latest").write_text("step-000003")
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "half a li')
-    resumed = Trainer(make_config(tmp_path / "cut", *overrides))
-    resumed.train(resume="auto")
+    Trainer(make_config(tmp_path / "cut", *overrides), resume="auto").train()
 
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
@@ -92,8 +91,7 @@ def test_trap_7_the_recycled_prompts_are_in_the_checkpoint(tmp_path):
     assert state["step"] == 3
     assert [record["id"] for record in state["waiting"]] == [record.id for record in trainer.waiting]
     assert state["waiting"], "the run recycled nothing"
-    resumed = Trainer(make_config(tmp_path / "run"))
-    resumed._load(tmp_path / "run" / "checkpoints" / "step-000003")
+    resumed = Trainer(make_config(tmp_path / "run"), resume=str(tmp_path / "run" / "checkpoints" / "step-000003"))
     assert resumed.waiting == trainer.waiting
 
 
@@ -177,7 +175,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     config = make_config(tmp_path / "run", "--steps=1")
     Trainer(config).train()
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume auto"):
-        Trainer(config).train()
+        Trainer(config)
 
 
 def test_no_half_written_checkpoint_is_resumed_from(tmp_path):

@@ -13,17 +13,52 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from spark_vl.advantages import group_advantages
-from spark_vl.config import ObjectiveConfig, OptimizerConfig
+from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.policy.losses import StepTotals, policy_loss
 from spark_vl.policy.packing import Pack, PackItem, pack_items
-from spark_vl.policy.policy import Policy
+from spark_vl.policy.policy import Policy, load_policy
 from spark_vl.processors import ProcessedPrompt, Processor
 from spark_vl.records import RolloutGroup
 
 Sums = dict[str, tuple[float, float]]
 """Named sums with the number of observations in them."""
+
+
+def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Processor, *, updates: int) -> Updater:
+    """Load the policy, its reference if `objective.beta` asks for one, and an AdamW for `updates` optimizer updates."""
+    sampled_from = {
+        "temperature": config.rollout.temperature,
+        "suppressed_token_ids": processor.suppressed_token_ids,
+    }
+    policy = load_policy(config.model, dtype=torch.float32, **sampled_from)
+    reference = None
+    if config.objective.beta > 0:
+        dtype = getattr(torch, config.model.dtype)
+        reference = load_policy(config.model, dtype=dtype, frozen=True, **sampled_from).to(accelerator.device)
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay
+    )
+    scheduler = get_scheduler(
+        settings.schedule, optimizer, num_warmup_steps=settings.warmup_updates, num_training_steps=updates
+    )
+    # The scheduler is not prepared: Accelerate's would step once for each process.
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    return Updater(
+        accelerator,
+        policy,
+        reference,
+        optimizer,
+        scheduler,
+        processor,
+        config.objective,
+        settings,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
 
 
 class Updater:

@@ -23,9 +23,12 @@ def load_processor(config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProc
     """The processor that lies beside the weights of `config.path`.
 
     Raises:
-        ConfigError: the checkpoint is of another model family.
+        ConfigError: there is no such checkpoint, or it is of another model family.
     """
-    hf_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
+    try:
+        hf_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
+    except (OSError, ValueError) as error:  # ValueError: of a family that transformers does not know
+        raise ConfigError(f"model.path: {config.path} cannot be loaded: {error}") from error
     if hf_config.model_type != "qwen2_5_vl":
         raise ConfigError(f"model.path: {config.path} holds a {hf_config.model_type!r} model; allowed is 'qwen2_5_vl'")
     return QwenVLProcessor(

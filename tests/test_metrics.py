@@ -1,0 +1,282 @@
+"""Metrics of groups against numbers worked out by hand, and the files that a run writes."""
+
+from __future__ import annotations
+
+import io
+import json
+from math import log
+
+import pytest
+from accelerate import Accelerator
+from rich.console import Console
+
+from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, flat, group_metrics
+from spark_vl.records import Origin, Rollout, RolloutGroup, Verdict
+from tests.conftest import make_image, make_record
+
+
+def make_group(record, scores, *, parsed=None, logprobs=None, finish=None, status=None) -> RolloutGroup:
+    """A group with a completion for each of `scores`; the other arguments have one item for each, too."""
+    n = len(scores)
+    logprobs = logprobs or [(-1.0,)] * n
+    rollouts = [
+        Rollout(tuple(range(len(lp))), tuple(lp), f"text {i}", f)
+        for i, (lp, f) in enumerate(zip(logprobs, finish or ["stop"] * n, strict=True))
+    ]
+    verdicts = [Verdict(*v) for v in zip(scores, parsed or ["5"] * n, status or ["ok"] * n, strict=True)]
+    return RolloutGroup(record, tuple(rollouts), tuple(verdicts))
+
+
+def make_pointwise(name, *, correct: bool, says, labels=("Yes", "No"), gold=None) -> RolloutGroup:
+    """A pointwise group whose completions say `says` (None: nothing that can be read)."""
+    gold = gold or labels[0 if correct else 1]
+    origin = Origin("p", 1, "t", (0,), correct)
+    record = make_record(name, "right?", gold=gold, kind="pointwise", choices=labels, origin=origin)
+    status = ["unparsable" if label is None else "ok" for label in says]
+    return make_group(record, [float(label == gold) for label in says], parsed=says, status=status)
+
+
+def make_pairwise(name, *, gold: str, says) -> RolloutGroup:
+    record = make_record(
+        name, "which?", gold=gold, kind="pairwise", choices=("A", "B"), origin=Origin("p", 1, "t", (0, 1))
+    )
+    return make_group(record, [float(label == gold) for label in says], parsed=says)
+
+
+def test_problems_by_hand():
+    mixed = make_group(
+        make_record("p1", "2+3?"),
+        [1.0, 0.0, 0.0, 0.5],
+        parsed=["5", "4", None, "6"],
+        logprobs=[(log(0.5),), (log(0.5), log(0.25)), (log(0.125),), (0.0, 0.0)],
+        finish=["stop", "stop", "length", "stop"],
+        status=["ok", "ok", "unparsable", "timeout"],
+    )
+    flat_group = make_group(make_record("p2", "1+1?"), [1.0, 1.0], status=["ok", "error"], logprobs=[(log(0.5),)] * 2)
+    assert group_metrics([mixed, flat_group]).result() == pytest.approx(
+        {
+            "problem/reward": 3.5 / 6,
+            "problem/length": 8 / 6,
+            # of tokens, not of completions: seven halvings and two certain tokens in eight tokens, and two halvings
+            "problem/entropy": (1 + 1 + 2 + 3 + 0 + 0 + 1 + 1) * log(2) / 8,
+            "problem/truncated": 1 / 6,
+            "problem/unparsable": 1 / 6,
+            "problem/failed": 2 / 6,
+            "problem/zero_variance": 1 / 2,
+        }
+    )
+
+
+def test_kinds_are_kept_apart_and_nothing_gives_nothing():
+    groups = [
+        make_group(make_record("p", "2+3?"), [1.0]),
+        make_group(make_record("r", "again?", kind="reflection", origin=Origin("p", 1, "t", (0,), False)), [0.0]),
+    ]
+    metrics = group_metrics(groups).result()
+    assert (metrics["problem/reward"], metrics["reflection/reward"]) == (1, 0)
+    assert not [name for name in metrics if "accuracy" in name or "says" in name]
+    assert group_metrics([]).result() == {}
+
+
+def test_trap_4_a_judge_that_always_says_yes_is_a_coin():
+    """Nine in ten answers are right, so it earns 0.9, has no gradient, and knows nothing."""
+    groups = [make_pointwise(f"j{i}", correct=i > 0, says=["Yes"] * 4) for i in range(10)]
+    metrics = group_metrics(groups).result()
+    add_balanced_accuracy(metrics)
+    assert metrics["pointwise/reward"] == pytest.approx(0.9)
+    assert metrics["pointwise/balanced_accuracy"] == 0.5
+    assert metrics["pointwise/accuracy_correct"] == 1
+    assert metrics["pointwise/accuracy_incorrect"] == 0
+    assert metrics["pointwise/says_correct"] == 1
+    assert metrics["pointwise/zero_variance"] == 1
+
+
+def test_pointwise_accuracy_counts_what_is_said_not_which_letter():
+    groups = [
+        make_pointwise("yes", correct=True, says=["Yes", "No", None, "Yes"]),
+        # Here B is the option that calls the answer correct, then A.
+        make_pointwise("b", correct=False, says=["A", "B"], labels=("A", "B"), gold="A"),
+        make_pointwise("a", correct=True, says=["A", "B", "B", "B"], labels=("A", "B"), gold="A"),
+    ]
+    metrics = group_metrics(groups).result()
+    add_balanced_accuracy(metrics)
+    assert metrics["pointwise/accuracy_correct"] == 3 / 8
+    assert metrics["pointwise/accuracy_incorrect"] == 1 / 2
+    assert metrics["pointwise/balanced_accuracy"] == (3 / 8 + 1 / 2) / 2
+    assert metrics["pointwise/says_correct"] == 4 / 10  # a reply that cannot be read does not say it
+    assert metrics["pointwise/unparsable"] == 1 / 10
+
+
+def test_pairwise_accuracy_by_position():
+    groups = [make_pairwise("1", gold="A", says=["A", "A", "B"]), make_pairwise("2", gold="B", says=["A"])]
+    metrics = group_metrics(groups).result()
+    add_balanced_accuracy(metrics)
+    assert metrics["pairwise/says_A"] == 3 / 4
+    assert metrics["pairwise/accuracy_A"] == pytest.approx(2 / 3)
+    assert metrics["pairwise/accuracy_B"] == 0
+    assert metrics["pairwise/balanced_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_there_is_no_balanced_accuracy_of_one_label():
+    metrics = group_metrics([make_pointwise("j", correct=True, says=["Yes", "Yes"])]).result()
+    add_balanced_accuracy(metrics)
+    assert metrics["pointwise/accuracy_correct"] == 1
+    assert "pointwise/balanced_accuracy" not in metrics
+
+
+def test_means_add_up_over_parts_of_any_size():
+    parts = [[1.0], [2.0, 6.0, 7.0], []]
+    total = Means()
+    for part in parts:
+        means = Means()
+        means.add("x", sum(part), len(part))
+        total.update(means)
+    total.add("never", 0.0, 0.0)
+    assert total.result() == {"x": 4.0}
+    assert total.over_processes().result() == {"x": 4.0}
+
+
+def test_a_timer_adds_up_and_starts_anew():
+    timer = Timer()
+    for _ in range(2):
+        with timer("a"):
+            pass
+    with timer("b"):
+        sum(range(10**5))
+    assert timer.seconds["b"] > timer.seconds["a"] > 0
+    assert set(timer.reset()) == {"time/a", "time/b"}
+    assert timer.reset() == {}
+
+
+def test_flat_names_are_paths():
+    settings = {"seed": 1, "model": {"path": "m", "revision": None, "nested": {"on": True}}, "lr": 0.5, "list": [1]}
+    assert flat(settings) == {
+        "seed": 1,
+        "model.path": "m",
+        "model.revision": "None",
+        "model.nested.on": True,
+        "lr": 0.5,
+        "list": "[1]",
+    }
+
+
+# ── the files of a run ──
+
+STEP = {"problem/reward": 0.25, "pairwise/reward": 0.5, "time/step": 1.26}
+
+
+@pytest.fixture
+def open_log(tmp_path):
+    """`open_log(start)`: the run's log, and what it prints, as on a terminal or not."""
+
+    def open_(start: int = 0, *, terminal: bool = False) -> tuple[RunLog, io.StringIO]:
+        log = RunLog(Accelerator(cpu=True), tmp_path, steps=9, start=start)
+        printed = io.StringIO()
+        log.console = Console(file=printed, force_terminal=terminal, highlight=False)
+        return log, printed
+
+    return open_
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_a_resumed_run_drops_later_lines_and_half_a_line(tmp_path, open_log):
+    metrics, rollouts = tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"
+    # Separators that end a line to `str.splitlines`, in a text that a model wrote.
+    group = make_group(make_record("p", "a\u2028b\x85c\x0b?"), [1.0])
+    log, _ = open_log()
+    with log:
+        for step in (1, 2, 3, 4):
+            log.step(step, STEP)
+            log.rollouts(step, [group, group])
+            log.evaluation(step, {"problem": {"value": 0.5}})
+    before = {path: path.read_bytes() for path in (metrics, rollouts)}
+    with metrics.open("ab") as file:
+        file.write('{"step": 5, "text": "½'.encode()[:-1])  # killed inside a character
+
+    log, _ = open_log(start=2)
+    assert [line["step"] for line in lines(metrics)] == [1, 2]
+    assert [line["step"] for line in lines(rollouts)] == [1, 1, 2, 2]
+    assert [line["step"] for line in lines(tmp_path / "evaluations.jsonl")] == [1, 2]
+    assert lines(rollouts)[0]["prompt"] == "a\u2028b\x85c\x0b?"
+    with log:
+        log.step(3, STEP)
+        log.rollouts(3, [group, group])
+        log.step(4, STEP)
+        log.rollouts(4, [group, group])
+    assert {path: path.read_bytes() for path in (metrics, rollouts)} == before
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_half_a_line_of_a_finished_step_is_dropped_too(tmp_path, open_log, cut):
+    log, _ = open_log()
+    log.step(1, STEP)
+    log.step(2, STEP)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-cut])
+    open_log(start=2)
+    assert [line["step"] for line in lines(metrics)] == [1]
+
+
+def test_steps_are_plain_lines_when_not_on_a_terminal(open_log):
+    log, printed = open_log()
+    log.console.width = 40
+    results = {f"figure_{i}": {"value": 0.25 + i / 8, "low": 0.0, "high": 1.0, "n": 8} for i in range(4)}
+    with log:
+        log.phase("sampling", 1, 2)
+        log.counting("sampling", 4)(3)
+        log.step(3, STEP)
+        log.evaluation(3, results)
+    assert printed.getvalue().splitlines() == [
+        "step 3/9  reward: problem 0.25  pairwise 0.50  1.3 s",
+        "evaluation after 3 steps: figure_0 0.25  figure_1 0.38  figure_2 0.50  figure_3 0.62",
+    ]
+    assert log.evaluations() == [{"step": 3, "results": results}]
+
+
+def test_a_terminal_shows_the_progress(open_log):
+    log, printed = open_log(start=2, terminal=True)
+    with log:
+        count = log.counting("sampling", 4)
+        count(1)
+        count(2)
+        log._progress.refresh()
+        log.step(3, STEP)
+    assert "2/9" in printed.getvalue()
+    assert "sampling 3/4" in printed.getvalue()
+    assert "3/9" in printed.getvalue()
+    assert "reward: problem 0.25" in printed.getvalue()
+
+
+def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_log):
+    problem = make_group(
+        make_record("p", make_image(1), "Grösser?"),
+        [1.0, 0.0],
+        parsed=["5", None],
+        finish=["stop", "length"],
+        status=["ok", "unparsable"],
+    )
+    judgment = make_pointwise("p@3#pointwise", correct=True, says=["Yes"])
+    open_log()[0].rollouts(3, [problem, judgment])
+    first, second = lines(tmp_path / "rollouts.jsonl")
+    assert first == {
+        "step": 3,
+        "id": "p",
+        "kind": "problem",
+        "prompt": "<image>Grösser?",
+        "gold": "5",
+        "origin": None,
+        "completions": [
+            {"text": "text 0", "finish": "stop", "score": 1.0, "parsed": "5", "status": "ok", "detail": ""},
+            {"text": "text 1", "finish": "length", "score": 0.0, "parsed": None, "status": "unparsable", "detail": ""},
+        ],
+    }
+    assert second["origin"] == {
+        "parent_id": "p",
+        "step": 1,
+        "template": "t",
+        "rollouts": [0],
+        "quoted_correct": True,
+    }
