@@ -56,7 +56,7 @@ class ImageRef:
             raise ValueError("an ImageRef holds either data, or path and root")
 
     def __repr__(self) -> str:
-        return f"ImageRef({self.path!r})" if self.path else f"ImageRef({len(self.data)} bytes)"
+        return f"ImageRef({self.path!r})" if self.data is None else f"ImageRef({len(self.data)} bytes)"
 
 
 Content = tuple[str | ImageRef, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from math import log
 
 import pytest
@@ -37,9 +38,8 @@ def make_pointwise(name, *, correct: bool, says, labels=("Yes", "No"), gold=None
 
 
 def make_pairwise(name, *, gold: str, says) -> RolloutGroup:
-    record = make_record(
-        name, "which?", gold=gold, kind="pairwise", choices=("A", "B"), origin=Origin("p", 1, "t", (0, 1))
-    )
+    origin = Origin("p", 1, "t", (0, 1))
+    record = make_record(name, "which?", gold=gold, kind="pairwise", choices=("A", "B"), origin=origin)
     return make_group(record, [float(label == gold) for label in says], parsed=says)
 
 
@@ -140,10 +140,10 @@ def test_a_timer_adds_up_and_starts_anew():
     timer = Timer()
     for _ in range(2):
         with timer("a"):
-            pass
+            time.sleep(0.01)
     with timer("b"):
-        sum(range(10**5))
-    assert timer.seconds["b"] > timer.seconds["a"] > 0
+        pass
+    assert timer.seconds["a"] >= 0.02
     assert set(timer.reset()) == {"time/a", "time/b"}
     assert timer.reset() == {}
 

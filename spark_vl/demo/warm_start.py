@@ -42,8 +42,11 @@ SKILLS = ("look", "check")
 SKILLED_SHARE = 0.15
 """Share of such completions in the mixture."""
 
-_STEPS = {"vision": 1500, "skill": 1300, "mixture": 400}
-_BATCH = {"problem": 6, "pointwise": 10, "pairwise": 10, "reflection": 6}  # judging takes longer to learn
+_STEPS = {"vision": 1500, "skill": 1300, "mixture": 450}
+_BATCHES = {  # examples of each kind in a batch
+    "skill": {"problem": 6, "pointwise": 10, "pairwise": 10, "reflection": 6},  # judging takes longer to learn
+    "mixture": {"problem": 10, "pointwise": 7, "pairwise": 7, "reflection": 8},  # subtracting is forgotten first
+}
 _POOL = 12_000  # more rows of the train split than the recipe shows, of the same instances
 _GRID = (1, 4, 4)  # patches of one image along time, height and width
 _IMAGE_TOKENS = 4
@@ -207,7 +210,7 @@ def _learn_to_speak(
     """Completions of every kind, which follow the right strategy in `skilled_share` of the cases."""
 
     def loss() -> torch.Tensor:
-        examples = [draw(templater, pool.problems, kind, rng) for kind, n in _BATCH.items() for _ in range(n)]
+        examples = [draw(templater, pool.problems, kind, rng) for kind, n in _BATCHES[phase].items() for _ in range(n)]
         completions = [e.skilled if rng.random() < skilled_share else rng.choice(e.poor) for e in examples]
         return model(**model_inputs(processor, pool.pixels, examples, completions)).loss
 

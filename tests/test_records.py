@@ -1,0 +1,166 @@
+"""The nouns: what they refuse, what they compute, and that records survive JSON."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark_vl.records import (
+    JUDGMENTS,
+    KINDS,
+    BadRecordError,
+    ImageRef,
+    Message,
+    Origin,
+    PromptRecord,
+    Rollout,
+    RolloutGroup,
+    Verdict,
+    plain_text,
+    record_from_json,
+    record_to_json,
+)
+from tests.conftest import make_image, make_record
+
+images = st.builds(ImageRef, data=st.binary()) | st.builds(ImageRef, path=st.text(), root=st.text())
+contents = st.lists(st.text() | images).map(tuple)
+messages = st.builds(Message, role=st.sampled_from(["system", "user", "assistant"]), content=contents)
+origins = st.builds(
+    Origin,
+    parent_id=st.text(),
+    step=st.integers(0),
+    template=st.text(),
+    rollouts=st.lists(st.integers(0)).map(tuple),
+    quoted_correct=st.none() | st.booleans(),
+)
+records = st.builds(
+    PromptRecord,
+    id=st.text(),
+    kind=st.sampled_from(KINDS),
+    messages=st.lists(messages).map(tuple),
+    question=contents,
+    gold=st.text(),
+    verifier=st.text(),
+    recipe=st.text(),
+    choices=st.lists(st.text()).map(tuple),
+    origin=st.none() | origins,
+)
+
+
+@given(record=records)
+def test_a_record_survives_json(record):
+    text = json.dumps(record_to_json(record))
+    assert record_from_json(json.loads(text)) == record
+
+
+def test_a_record_as_json_is_what_a_checkpoint_holds():
+    origin = Origin("digits/7", 3, "yes_no", (2,), True)
+    record = make_record("digits/7@3#pointwise", ImageRef(data=b"\x89P"), "Right?", gold="Yes", kind="pointwise")
+    record = replace(record, choices=("Yes", "No"), origin=origin, question=(ImageRef("a.png", "/data"), "Larger?"))
+    assert record_to_json(record) == {
+        "id": "digits/7@3#pointwise",
+        "kind": "pointwise",
+        "messages": [{"role": "user", "content": [{"data": "iVA="}, "Right?"]}],
+        "question": [{"path": "a.png", "root": "/data"}, "Larger?"],
+        "gold": "Yes",
+        "verifier": "number",
+        "recipe": "test",
+        "choices": ["Yes", "No"],
+        "origin": {
+            "parent_id": "digits/7",
+            "step": 3,
+            "template": "yes_no",
+            "rollouts": [2],
+            "quoted_correct": True,
+        },
+    }
+    assert record_to_json(record).keys() == {field.name for field in fields(PromptRecord)}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"path": "a.png"},
+        {"root": "/data"},
+        {"data": b"x", "path": "a.png"},
+        {"data": b"x", "root": "/data"},
+        {"data": b"x", "path": "a.png", "root": "/data"},
+    ],
+)
+def test_an_image_is_either_bytes_or_a_path_below_a_root(wrong):
+    with pytest.raises(ValueError, match="an ImageRef holds either data, or path and root"):
+        ImageRef(**wrong)
+
+
+def test_equal_images_are_one_key_and_bytes_are_not_printed():
+    assert len({ImageRef(data=b"x" * 1000), ImageRef(data=b"x" * 1000), ImageRef("a", "/r"), ImageRef("a", "/q")}) == 3
+    assert repr(ImageRef(data=b"x" * 1000)) == "ImageRef(1000 bytes)"
+    assert repr(ImageRef(data=b"")) == "ImageRef(0 bytes)"
+    assert repr(ImageRef("a.png", "/data")) == "ImageRef('a.png')"
+    assert repr(ImageRef("", "/data")) == "ImageRef('')"
+
+
+def test_images_and_text_come_in_reading_order():
+    one, two, three = (make_image(seed) for seed in range(3))
+    record = PromptRecord(
+        id="r",
+        kind="problem",
+        messages=(Message("system", (one, "look")), Message("user", ("a", two, "b", one, three))),
+        question=("a", two),
+        gold="",
+        verifier="math",
+        recipe="test",
+    )
+    assert record.images == (one, two, one, three)
+    assert plain_text(record.messages[1].content) == "a<image>b<image><image>"
+    assert make_record("none", "text").images == ()
+
+
+def test_records_are_values():
+    record = make_record("r", make_image(0), "text")
+    assert record == make_record("r", make_image(0), "text")
+    assert hash(record) == hash(make_record("r", make_image(0), "text"))
+    with pytest.raises(FrozenInstanceError):
+        record.gold = "6"
+
+
+def make_group(*scores: float) -> RolloutGroup:
+    rollouts = tuple(Rollout((i,), (-1.0,), str(i), "stop") for i in range(len(scores)))
+    return RolloutGroup(make_record("r", "text"), rollouts, tuple(Verdict(score, "5") for score in scores))
+
+
+def test_a_group_is_verified_by_as_many_verdicts_as_it_has_rollouts():
+    group = replace(make_group(0, 1), verdicts=())
+    verdicts = (Verdict(1.0, "5"), Verdict(0.0, None, "unparsable"))
+    verified = group.verified(verdicts)
+    assert verified == replace(group, verdicts=verdicts)
+    assert verified.rewards == [1, 0]
+    assert group.verdicts == (), "the group itself is left as it is"
+    for wrong in ((), verdicts[:1], verdicts * 2):
+        with pytest.raises(ValueError, match=f"r: {len(wrong)} verdicts for 2 rollouts"):
+            group.verified(wrong)
+
+
+@pytest.mark.parametrize(
+    ("scores", "zero_variance"), [((), True), ((0.5,), True), ((1, 1, 1), True), ((0, 0, 1), False), ((0, 0.1), False)]
+)
+def test_a_group_without_variance_is_known(scores, zero_variance):
+    assert make_group(*scores).zero_variance == zero_variance
+
+
+def test_kinds():
+    assert KINDS == ("problem", "pointwise", "pairwise", "reflection")
+    assert set(JUDGMENTS) < set(KINDS)
+
+
+def test_a_bad_record_error_names_the_record_also_after_pickling():
+    error = pickle.loads(pickle.dumps(BadRecordError("digits/7", "no image")))
+    assert (type(error), error.record_id, error.reason) == (BadRecordError, "digits/7", "no image")
+    assert str(error) == "digits/7: no image"
+    assert isinstance(error, ValueError)
