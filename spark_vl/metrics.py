@@ -13,8 +13,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, plain_text
 
@@ -141,36 +143,35 @@ class RunLog:
         self.accelerator = accelerator
         self.folder = folder
         self.console = Console(quiet=not accelerator.is_main_process, highlight=False)
-        self._progress: Progress | None = None
-        self._steps, self._start = steps, start
+        self._bar = Progress(
+            TextColumn("{task.description:<26}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._task = self._bar.add_task("starting", total=steps, completed=start)
+        self._rewards = Text()
+        # A pipe or a file gets plain lines instead.
+        self._live = Live(Group(self._bar, self._rewards), console=self.console) if self.console.is_terminal else None
+        self._steps = steps
         if accelerator.is_main_process:
             for name in ("metrics", "evaluations", "rollouts"):
                 _drop_lines_after(self._path(name), start)
 
     def __enter__(self) -> RunLog:
-        if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[rewards]}"),
-                console=self.console,
-            )
-            self._task = self._progress.add_task("training", total=self._steps, completed=self._start, rewards="")
-            self._progress.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
+        if self._live:
+            self._live.stop()
 
     def phase(self, name: str, done: int | None = None, total: int | None = None) -> None:
         """Show what the step is doing."""
-        if self._progress:
-            count = "" if total is None else f" {done}/{total}"
-            self._progress.update(self._task, description=f"{name}{count}")
+        count = "" if total is None else f" {done}/{total}"
+        self._bar.update(self._task, description=f"{name}{count}")
 
     def counting(self, name: str, total: int) -> Callable[[int], None]:
         """A callable that hears of finished items and shows `name done/total`."""
@@ -189,9 +190,9 @@ class RunLog:
         self._append("metrics", {"step": step, **metrics})
         self.accelerator.log(dict(metrics), step=step)
         rewards = "  ".join(f"{kind} {metrics[f'{kind}/reward']:.2f}" for kind in KINDS if f"{kind}/reward" in metrics)
-        if self._progress:
-            self._progress.update(self._task, completed=step, rewards=f"reward: {rewards}")
-        else:
+        self._bar.update(self._task, completed=step)
+        self._rewards.plain = f"reward  {rewards}"
+        if not self._live:
             line = f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s"
             self.console.print(line, soft_wrap=True)
 

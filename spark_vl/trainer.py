@@ -181,8 +181,8 @@ class Trainer:
                     chosen[i] = group
         means.update(group_metrics(sampled))
         with self.timer("update"):
-            self.log.phase("updating")
-            for name, (total, weight) in self.updater.update(chosen, by_id, seed=self._seed("update")).items():
+            sums = self.updater.update(chosen, by_id, seed=self._seed("update"), counting=self.log.counting)
+            for name, (total, weight) in sums.items():
                 means.add(name, total, weight)
             self.engine.sync_weights(self.accelerator.unwrap_model(self.updater.policy))
         if self.config.logging.rollouts_every and self.step % self.config.logging.rollouts_every == 0:

@@ -52,7 +52,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     status, _, error, loaded = spark_vl(tmp_path, *GOOD, "--model.path=empty", "--output_dir=run")
     assert status == 2
-    assert "spark-vl train: error: model.path: empty cannot be loaded: " in error
+    assert "spark-vl train: error: model.path: empty cannot be loaded (AutoConfig): " in error
     assert "Traceback" not in error
     assert {"torch", "transformers"} <= loaded
     assert not (tmp_path / "run").exists()

@@ -315,6 +315,7 @@ def test_a_row_may_name_its_verifier(problems) -> None:
         ({"choices": [1, 2]}, r"'choices' is \[1, 2\]; a list of texts"),
         ({"choices": ["5", ""]}, "a list of texts that are not empty"),
         ({"choices": ["5"]}, "'choices' has 1 options; 2 to 26"),
+        ({"choices": ["5", "\ud800"]}, "'choices' is not valid Unicode"),
         ({"choices": ["x"] * 27}, "'choices' has 27 options; 2 to 26"),
         ({"choices": ["6", "7"]}, "the answer '5' names no single option"),
         ({"choices": ["5", "5"]}, "the answer '5' names no single option"),

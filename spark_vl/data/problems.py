@@ -174,11 +174,15 @@ def _text(row: Row, column: str) -> str:
         raise ValueError(f"{column!r} is {_kind(value)}; text is allowed")
     if not value.strip():
         raise ValueError(f"{column!r} is empty")
+    return _unicode(value, column)
+
+
+def _unicode(text: str, column: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{column!r} is not valid Unicode: {error}") from error
-    return value
+    return text
 
 
 def _id(row: Row, column: str) -> str:
@@ -205,7 +209,7 @@ def _options(row: Row, column: str | None) -> tuple[str, ...]:
         raise ValueError(f"{column!r} is {cell!r:.80}; a list of texts that are not empty is allowed")
     if not 2 <= len(cell) <= len(ascii_uppercase):
         raise ValueError(f"{column!r} has {len(cell)} options; 2 to {len(ascii_uppercase)} are allowed")
-    return tuple(item.strip() for item in cell)
+    return tuple(_unicode(item.strip(), column) for item in cell)
 
 
 def _shows(question: str, options: tuple[str, ...]) -> bool:

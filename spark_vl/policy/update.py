@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -25,6 +25,8 @@ from spark_vl.records import RolloutGroup
 
 Sums = dict[str, tuple[float, float]]
 """Named sums with the number of observations in them."""
+Counting = Callable[[str, int], Callable[[int], None]]
+"""(what is counted, how many there are) → a callable that hears of finished ones."""
 
 
 def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Processor, *, updates: int) -> Updater:
@@ -95,13 +97,21 @@ class Updater:
         self.settings = settings
         self.max_new_tokens = max_new_tokens
 
-    def update(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt], *, seed: str) -> Sums:
+    def update(
+        self,
+        groups: Sequence[RolloutGroup],
+        prompts: Mapping[str, ProcessedPrompt],
+        *,
+        seed: str,
+        counting: Counting = lambda name, total: lambda finished: None,
+    ) -> Sums:
         """Take `updates_per_batch` optimizer steps on verified `groups`, each on its own part of them.
 
         Args:
             groups: of this process. None of them may be empty of rollouts.
             prompts: the processed prompt of each group, by record id.
             seed: fixes which groups make up which part.
+            counting: hears of the progress, as `RunLog.counting`.
         """
         groups = list(groups)
         random.Random(seed).shuffle(groups)
@@ -110,15 +120,18 @@ class Updater:
         # The first update is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
         old = [None if i == 0 else self._scores(self.policy, batch) for i, batch in enumerate(batches)]
         sums: Sums = {}
+        advance = counting("updating", sum(len(batch.packs) for batch in batches))
         for batch, old_logprobs in zip(batches, old, strict=True):
-            for name, (total, weight) in self._optimizer_step(batch, old_logprobs).items():
+            for name, (total, weight) in self._optimizer_step(batch, old_logprobs, advance).items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + total, before[1] + weight)
         return sums
 
     def _pack(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt]) -> _Batch:
         """Lay `groups` out in packs, with the advantages of their completions."""
-        no_gradient_without_variance = self.objective.beta == 0 and self.objective.entropy_bonus == 0
+        # Without a KL term or an entropy bonus, equal rewards mean no gradient at all. One pass is made in any case.
+        skip_flat = self.objective.beta == 0 and self.objective.entropy_bonus == 0
+        skip_flat = skip_flat and not all(group.zero_variance for group in groups)
         items, advantages, weights, kinds, engine_logprobs = [], [], [], [], []
         for group in groups:
             rows = range(len(advantages), len(advantages) + len(group.rollouts))
@@ -126,7 +139,7 @@ class Updater:
             weights += [self.objective.weights[group.record.kind]] * len(rows)
             kinds += [group.record.kind] * len(rows)
             engine_logprobs += [rollout.logprobs for rollout in group.rollouts]
-            if not (no_gradient_without_variance and group.zero_variance):
+            if not (skip_flat and group.zero_variance):
                 completions = [rollout.token_ids for rollout in group.rollouts]
                 items.append(PackItem(prompts[group.record.id], completions, rows))
         packs = pack_items(
@@ -137,7 +150,9 @@ class Updater:
         )
         return _Batch(packs, torch.tensor(advantages), torch.tensor(weights), kinds, engine_logprobs)
 
-    def _optimizer_step(self, batch: _Batch, old_logprobs: list[torch.Tensor] | None) -> Sums:
+    def _optimizer_step(
+        self, batch: _Batch, old_logprobs: list[torch.Tensor] | None, advance: Callable[[int], None]
+    ) -> Sums:
         device = self.accelerator.device
         advantages, weights = batch.advantages.to(device), batch.weights.to(device)
         completions, tokens = self.accelerator.reduce(
@@ -172,6 +187,7 @@ class Updater:
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             if not padding:
                 self._collect(sums, batch, pack, loss, row_sums, scores.logprobs, first=old_logprobs is None)
+                advance(1)
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
         sums["update/grad_norm"] = [float(norm), 1.0]
         sums["update/lr"] = [self.scheduler.get_last_lr()[0], 1.0]

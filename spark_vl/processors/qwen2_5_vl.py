@@ -23,22 +23,26 @@ def load_processor(config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProc
     """The processor that lies beside the weights of `config.path`.
 
     Raises:
-        ConfigError: there is no such checkpoint, or it is of another model family.
+        ConfigError: there is no whole checkpoint, or it is of another model family.
     """
-    try:
-        hf_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
-    except (OSError, ValueError) as error:  # ValueError: of a family that transformers does not know
-        raise ConfigError(f"model.path: {config.path} cannot be loaded: {error}") from error
+    hf_config = _load(AutoConfig, config)
     if hf_config.model_type != "qwen2_5_vl":
         raise ConfigError(f"model.path: {config.path} holds a {hf_config.model_type!r} model; allowed is 'qwen2_5_vl'")
     return QwenVLProcessor(
-        AutoProcessor.from_pretrained(config.path, revision=config.revision),
+        _load(AutoProcessor, config),
         hf_config,
-        GenerationConfig.from_pretrained(config.path, revision=config.revision),
+        _load(GenerationConfig, config),
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
         max_prompt_tokens=max_prompt_tokens,
     )
+
+
+def _load(part: Any, config: ModelConfig) -> Any:
+    try:
+        return part.from_pretrained(config.path, revision=config.revision)
+    except (OSError, ValueError) as error:  # ValueError: of a family that transformers does not know
+        raise ConfigError(f"model.path: {config.path} cannot be loaded ({part.__name__}): {error}") from error
 
 
 class QwenVLProcessor:
@@ -131,10 +135,17 @@ class QwenVLProcessor:
                 decoded = load_image(ref)
             except ImageError as error:
                 raise BadRecordError(record_id, f"image {ref}: {error}") from error
-            resized = fetch_image(
-                {"image": decoded, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels},
-                image_patch_size=self._patch,
-            )
+            try:
+                resized = fetch_image(
+                    {"image": decoded, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels},
+                    image_patch_size=self._patch,
+                )
+            except ValueError as error:  # a long and narrow image, of which too little height would be left
+                raise BadRecordError(
+                    record_id,
+                    f"image {ref}: {decoded.width}×{decoded.height} cannot be resized to {self.min_pixels} to "
+                    f"{self.max_pixels} pixels (model.min_pixels, model.max_pixels): {error}",
+                ) from error
             # No second resize: the processor's own pixel budget need not be ours.
             inputs = self.hf.image_processor(images=[resized], do_resize=False, return_tensors="pt")
             grid_thw = inputs["image_grid_thw"][0]
