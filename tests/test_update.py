@@ -166,3 +166,78 @@ def test_loss_and_gradient_equal_trl(tmp_path, processor, objective, trl_options
         assert float((gradient - expected).norm()) <= 1e-5 * float(expected.norm()), name
         compared += bool(expected.norm() > 0)
     assert compared == len(before)
+
+
+def make_groups(rewards, processor):
+    """A group for each row of `rewards`, with ragged completions, and the prompts."""
+    groups = []
+    for i, scores in enumerate(rewards):
+        rollouts = tuple(
+            Rollout(tuple(range(5, 8 + i + g)), (-1.0,) * (3 + i + g), "", "stop") for g in range(len(scores))
+        )
+        record = make_record(f"g{i}", make_image(i), QUESTIONS[i % 2])
+        groups.append(RolloutGroup(record, rollouts, tuple(Verdict(score, None) for score in scores)))
+    return groups, {group.record.id: processor.process(group.record) for group in groups}
+
+
+def gradient_of(groups, prompts, processor, make_policy, **settings):
+    """What one update with SGD at learning rate 1 takes from the weights, the update's sums, and its forward passes."""
+    policy = make_policy(torch.float64)
+    passes = []
+    policy.register_forward_hook(lambda *_: passes.append(1))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    objective = ObjectiveConfig(beta=0.0, **settings.pop("objective", {}))
+    updater = Updater(
+        Accelerator(cpu=True),
+        policy,
+        None,
+        optimizer,
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        processor,
+        objective,
+        OptimizerConfig(**{"max_grad_norm": 1e9, "tokens_per_pack": 64} | settings),
+        max_new_tokens=10,
+    )
+    sums = updater.update(groups, prompts, seed="0")
+    return {name: before[name] - p.detach() for name, p in policy.named_parameters()}, sums, len(passes)
+
+
+def test_groups_without_variance_cost_no_pass_and_still_count(processor, make_policy):
+    groups, prompts = make_groups([[1, 0, 0, 1], [1, 1, 1, 1]], processor)
+    both, _, passes = gradient_of(groups, prompts, processor, make_policy)
+    alone, _, passes_alone = gradient_of(groups[:1], prompts, processor, make_policy)
+    assert passes == passes_alone
+    for name, gradient in alone.items():
+        torch.testing.assert_close(both[name], gradient / 2, rtol=1e-9, atol=1e-15)  # 4 of 8 completions
+    nothing, sums, passes = gradient_of(groups[1:], prompts, processor, make_policy)
+    assert passes >= 1, "another process may be waiting for this one"
+    assert not any(gradient.any() for gradient in nothing.values())
+    assert sums["update/grad_norm"][0] == 0
+
+
+def test_weights_of_kinds_scale_the_gradient(processor, make_policy):
+    groups, prompts = make_groups([[1, 0, 0, 1]], processor)
+    kinds = dict.fromkeys(("pointwise", "pairwise", "reflection"), 1.0)
+    full, *_ = gradient_of(groups, prompts, processor, make_policy, objective={"weights": kinds | {"problem": 1.0}})
+    half, *_ = gradient_of(groups, prompts, processor, make_policy, objective={"weights": kinds | {"problem": 0.5}})
+    for name, gradient in full.items():
+        torch.testing.assert_close(half[name], gradient / 2, rtol=1e-9, atol=1e-15)
+
+
+def test_where_packs_are_cut_changes_no_gradient(processor, make_policy):
+    groups, prompts = make_groups([[1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 1, 1]], processor)
+    one, _, passes = gradient_of(groups, prompts, processor, make_policy, tokens_per_pack=1000)
+    cut, _, more_passes = gradient_of(groups, prompts, processor, make_policy, tokens_per_pack=45)
+    assert (passes, more_passes) > (1, 3)
+    for name, gradient in one.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_later_updates_on_a_batch_are_off_policy_and_are_corrected(processor, make_policy):
+    groups, prompts = make_groups([[1, 0, 0, 1], [0, 0, 1, 0]], processor)
+    _, once, _ = gradient_of(groups, prompts, processor, make_policy)
+    _, twice, _ = gradient_of(groups, prompts, processor, make_policy, updates_per_batch=2)
+    assert once["update/ratio"][0] == once["update/ratio"][1]
+    assert twice["update/ratio"][0] != pytest.approx(twice["update/ratio"][1], rel=1e-6)
+    assert twice["update/lr"][1] == 2
