@@ -231,8 +231,8 @@ def test_where_packs_are_cut_changes_no_gradient(processor, make_policy):
     cut, _, more_passes = gradient_of(groups, prompts, processor, make_policy, tokens_per_pack=54)
     assert passes == 1
     assert more_passes == 5
-    for name, gradient in one.items():
-        torch.testing.assert_close(cut[name], gradient, rtol=1e-9, atol=1e-12)
+    for name, gradient in one.items():  # Qwen's RMSNorm rounds to float32
+        assert float((cut[name] - gradient).norm()) <= 1e-6 * float(gradient.norm()), name
 
 
 def test_later_updates_on_a_batch_are_off_policy_and_are_corrected(processor, make_policy):
