@@ -28,14 +28,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import floor
 from typing import Literal
 
 from spark_vl.answers import last_boxed
 from spark_vl.config import RecycleConfig
 from spark_vl.prompts.templater import Rendered, Templater
-from spark_vl.records import JUDGMENTS, Kind, Origin, PromptRecord, RolloutGroup
+from spark_vl.records import Kind, PromptRecord, RolloutGroup
 
 _EPS = 1e-6
 _COT_SHARE = {"answer": 0.0, "mixed": 0.5, "cot": 1.0}
@@ -284,15 +284,12 @@ def _record(
     quoted_correct: bool | None,
     step: int,
 ) -> PromptRecord:
-    """A rendered prompt as a record. A reflection is scored as its parent is, a judgment by its label."""
-    judgment = kind in JUDGMENTS
-    return replace(
+    """A rendered prompt that quotes `quotes`, as a record."""
+    return rendered.record(
         parent,
+        kind,
         id=f"{parent.id}@{step}#{kind}",
-        kind=kind,
-        messages=rendered.messages,
-        gold=rendered.gold if judgment else parent.gold,
-        verifier="judgment" if judgment else parent.verifier,
-        choices=rendered.labels if judgment else parent.choices,
-        origin=Origin(parent.id, step, rendered.template, tuple(q.index for q in quotes), quoted_correct),
+        step=step,
+        rollouts=tuple(quote.index for quote in quotes),
+        quoted_correct=quoted_correct,
     )

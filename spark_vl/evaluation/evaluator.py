@@ -13,7 +13,7 @@ from spark_vl.config import ConfigError, EvaluationConfig, RolloutConfig
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipe
 from spark_vl.evaluation.figures import Estimate, estimate, score
-from spark_vl.evaluation.prompts import derived, draw_problems, judge_and_reflect, process_all, wrong_answers
+from spark_vl.evaluation.prompts import draw_problems, judge_and_reflect, process_all, wrong_answers
 from spark_vl.evaluation.samples import append_samples
 from spark_vl.processors import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
@@ -154,7 +154,7 @@ class Evaluator:
         problem = answer.record
         rng = random.Random(f"{problem.id}/judge/{turn}")
         rendered = self.templater.pointwise(problem.question, _quote(answer), correct=True, rng=rng)
-        return derived(problem, "pointwise", f"own_{turn}", rendered, None)
+        return rendered.record(problem, "pointwise", id=f"{problem.id}#pointwise_own_{turn}")
 
     def _reflect(self, answer: RolloutGroup, turn: int) -> PromptRecord:
         """Another try. The prompt says "check it", not "it is wrong", which nobody knows."""
@@ -162,7 +162,7 @@ class Evaluator:
         rng = random.Random(f"{problem.id}/reflect/{turn}")
         shows = "answer" if last_boxed(answer.rollouts[0].text) else "cot"
         rendered = self.templater.reflection(problem.question, _quote(answer), correct=True, shows=shows, rng=rng)
-        return derived(problem, "reflection", f"own_{turn}", rendered, None)
+        return rendered.record(problem, "reflection", id=f"{problem.id}#reflection_own_{turn}")
 
 
 def _quote(answer: RolloutGroup) -> str:

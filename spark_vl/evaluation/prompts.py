@@ -10,13 +10,12 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from string import ascii_uppercase
 
 from spark_vl.data.problems import ProblemSet
 from spark_vl.processors import ProcessedPrompt, Processor
-from spark_vl.prompts import Rendered, Templater
-from spark_vl.records import JUDGMENTS, BadRecordError, Kind, Origin, PromptRecord, plain_text
+from spark_vl.prompts import Templater
+from spark_vl.records import BadRecordError, Kind, PromptRecord, plain_text
 from spark_vl.verifiers import VerifierPool, boxed_gold
 
 logger = logging.getLogger(__name__)
@@ -130,25 +129,8 @@ def judge_and_reflect(problem: PromptRecord, wrong: str, templater: Templater) -
             problem.question, answer, correct=correct, shows="answer", rng=rng("reflection")
         )
         records += [
-            derived(problem, "pointwise", side, judge, correct),
-            derived(problem, "pairwise", f"{side}_first", pair, None),
-            derived(problem, "reflection", side, reflection, correct),
+            judge.record(problem, "pointwise", id=f"{problem.id}#pointwise_{side}", quoted_correct=correct),
+            pair.record(problem, "pairwise", id=f"{problem.id}#pairwise_{side}_first"),
+            reflection.record(problem, "reflection", id=f"{problem.id}#reflection_{side}", quoted_correct=correct),
         ]
     return records
-
-
-def derived(
-    problem: PromptRecord, kind: Kind, name: str, rendered: Rendered, quoted_correct: bool | None
-) -> PromptRecord:
-    """A prompt made from `problem`. A reflection is scored as the problem is, a judgment by its label."""
-    judgment = kind in JUDGMENTS
-    return replace(
-        problem,
-        id=f"{problem.id}#{kind}_{name}",
-        kind=kind,
-        messages=rendered.messages,
-        gold=rendered.gold if judgment else problem.gold,
-        verifier="judgment" if judgment else problem.verifier,
-        choices=rendered.labels if judgment else problem.choices,
-        origin=Origin(problem.id, 0, rendered.template, (), quoted_correct),
-    )

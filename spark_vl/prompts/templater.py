@@ -11,7 +11,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files as package_files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,7 +21,7 @@ import yaml
 
 from spark_vl.answers import last_boxed, match_label
 from spark_vl.config import DEFAULT_REASONING_SUFFIX as REASONING_SUFFIX
-from spark_vl.records import Content, Message
+from spark_vl.records import JUDGMENTS, Content, Kind, Message, Origin, PromptRecord
 
 _SLOTS = {
     "pointwise": ("{question}", "{answer}"),
@@ -108,6 +108,32 @@ class Rendered:
     """The labels of a judgment, for `PromptRecord.choices`; () for a reflection."""
     template: str
     """Name of the template."""
+
+    def record(
+        self,
+        parent: PromptRecord,
+        kind: Kind,
+        *,
+        id: str,
+        step: int = 0,
+        rollouts: tuple[int, ...] = (),
+        quoted_correct: bool | None = None,
+    ) -> PromptRecord:
+        """This prompt, made from `parent`: a reflection is scored as its parent is, a judgment by its label.
+
+        For `step`, `rollouts` and `quoted_correct` see `Origin`.
+        """
+        judgment = kind in JUDGMENTS
+        return replace(
+            parent,
+            id=id,
+            kind=kind,
+            messages=self.messages,
+            gold=self.gold if judgment else parent.gold,
+            verifier="judgment" if judgment else parent.verifier,
+            choices=self.labels if judgment else parent.choices,
+            origin=Origin(parent.id, step, self.template, rollouts, quoted_correct),
+        )
 
 
 class Templater:
