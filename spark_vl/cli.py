@@ -15,9 +15,9 @@ from spark_vl import __version__
 from spark_vl.config import (
     ConfigError,
     EvalConfig,
-    PromptConfig,
     TrainConfig,
     add_config_arguments,
+    blamed_on,
     check_eval_config,
     check_train_config,
     instantiate,
@@ -90,7 +90,7 @@ def train(config: TrainConfig, resume: str) -> None:
     check_train_config(config)
     _check_recipes("data.recipes", config.data.recipes, "train")
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
-    templater = _templater(config.prompts)
+    templater = Templater.from_config(config.prompts)
 
     from spark_vl.evaluation import Evaluator
     from spark_vl.report import plot_curves, print_summary, summarise
@@ -98,7 +98,8 @@ def train(config: TrainConfig, resume: str) -> None:
 
     evaluator = None
     if config.evaluation.recipes:
-        evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
+        with blamed_on("evaluation.recipes"):
+            evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
     trainer = Trainer(config, evaluator, resume)
     trainer.train()
     if evaluator and trainer.accelerator.is_main_process:
@@ -111,7 +112,7 @@ def evaluate(config: EvalConfig) -> None:
     """`spark-vl eval`: evaluate a checkpoint and write `results.json` and `samples.jsonl`."""
     check_eval_config(config)
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
-    templater = _templater(config.prompts)
+    templater = Templater.from_config(config.prompts)
 
     from rich.console import Console
 
@@ -153,22 +154,7 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
 def _check_recipes(setting: str, names: Sequence[str], split: str) -> None:
     """Read the recipes that `setting` names, so that a mistake in one is found now."""
     for name in names:
-        try:
+        with blamed_on(setting):
             recipe = load_recipe(name)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"{setting}: {error}") from error
         if split not in recipe.splits:
             raise ConfigError(f"{setting}: {name} has no split {split!r}; allowed: {', '.join(recipe.splits)}")
-
-
-def _templater(prompts: PromptConfig) -> Templater:
-    """The run's templates; a mistake in one is found now."""
-    try:
-        return Templater.load(
-            prompts.templates,
-            builtin=prompts.builtin_templates,
-            system_prompt=prompts.system,
-            reasoning_suffix=prompts.reasoning_suffix,
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"prompts.templates: {error}") from error

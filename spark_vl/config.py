@@ -8,14 +8,15 @@ before anything is loaded, with the path of the field. The defaults are those of
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -26,6 +27,9 @@ from jsonargparse.typing import (
 )
 
 from spark_vl.records import KINDS, Kind
+
+# The text below a setting is its help on the command line.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 
@@ -54,8 +58,8 @@ class ModelConfig:
 class PromptConfig:
     """How prompts are worded."""
 
-    system: str | None = None
-    """System prompt of every prompt; none when null."""
+    system: str = ""
+    """System prompt of every prompt; empty: none."""
     reasoning_suffix: str = DEFAULT_REASONING_SUFFIX
     """Appended to each problem."""
     templates: list[str] = field(default_factory=list)
@@ -106,11 +110,11 @@ class VerifierConfig:
 class RecycleConfig:
     """How verified rollouts become judge and reflection prompts (§3 of the paper)."""
 
-    schedule: Literal["merged", "sequential", "off"] = "merged"
+    schedule: Literal["merged", "sequential", "none"] = "merged"
     """`sequential`: update on problems, sample the recycled prompts with the updated policy, update again (the
     released code).
     `merged`: this step's problems and the prompts recycled in the last one share one generation and one update.
-    `off`: plain reinforcement learning with verifiable rewards."""
+    `none`: plain reinforcement learning with verifiable rewards."""
     max_judge: NonNegativeInt = 32
     """Judge prompts (pointwise and pairwise) a step, over all processes."""
     max_reflection: NonNegativeInt = 32
@@ -250,6 +254,17 @@ class EvalConfig:
 
 class ConfigError(ValueError):
     """A setting that no run can use; the message starts with the path of the field."""
+
+
+@contextmanager
+def blamed_on(setting: str) -> Iterator[None]:
+    """Turn an error about a file or a value that `setting` names into a `ConfigError` about that setting."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{setting}: {error}") from error
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -399,6 +414,7 @@ __all__ = [
     "TrainConfig",
     "VerifierConfig",
     "add_config_arguments",
+    "blamed_on",
     "check_eval_config",
     "check_train_config",
     "instantiate",

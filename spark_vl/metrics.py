@@ -203,10 +203,6 @@ class RunLog:
         figures = "  ".join(f"{name} {result['value']:.2f}" for name, result in results.items())
         self.console.print(f"evaluation after {step} steps: {figures}", soft_wrap=True)
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """All evaluations of the run so far, oldest first."""
-        return [json.loads(line) for line in self._path("evaluations").read_text().splitlines()]
-
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Write the groups of a step, one a line, with the text of the prompt and all completions."""
         for group in groups:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from spark_vl.checkpoint import export_model, find_checkpoint, load_checkpoint, save_checkpoint
-from spark_vl.config import ConfigError, TrainConfig, save_config
+from spark_vl.config import ConfigError, TrainConfig, blamed_on, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.quarantine import Quarantine
 from spark_vl.data.recipes import load_recipe
@@ -69,13 +69,9 @@ class Trainer:
             project_dir=self.folder,
         )
         set_seed(config.seed)
-        self.templater = Templater.load(
-            config.prompts.templates,
-            builtin=config.prompts.builtin_templates,
-            system_prompt=config.prompts.system,
-            reasoning_suffix=config.prompts.reasoning_suffix,
-        )
-        problems = [open_recipe(load_recipe(name), "train", self.templater) for name in config.data.recipes]
+        self.templater = Templater.from_config(config.prompts)
+        with blamed_on("data.recipes"):
+            problems = [open_recipe(load_recipe(name), "train", self.templater) for name in config.data.recipes]
         self.sampler = PromptSampler(
             problems,
             seed=config.seed,
@@ -144,7 +140,7 @@ class Trainer:
         with self.timer("step"):
             problems = self._draw(self._share(self.config.data.prompts_per_step))
             match self.config.recycle.schedule:
-                case "off":
+                case "none":
                     self._learn_from(problems, means)
                 case "merged":
                     sampled = self._learn_from(problems + self._process(self.waiting), means)

@@ -65,7 +65,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
         ((*GOOD, "--optimizer.lrr=1"), "optimizer.lrr"),
         ((*GOOD, "--optimizer.lr=fast"), 'Parser key "optimizer.lr"'),
         ((*GOOD, "--optimizer.lr=-1"), "v>0"),
-        ((*GOOD, "--recycle.schedule=never"), "'merged', 'sequential', 'off'"),
+        ((*GOOD, "--recycle.schedule=never"), "'merged', 'sequential', 'none'"),
         ((*GOOD, "--rollout.n=1"), "rollout.n: is 1; a group needs at least 2 completions"),
         (
             (*GOOD, "--objective.weights={problem: 1}"),

@@ -55,7 +55,7 @@ def error_of(capsys, *arguments: str) -> str:
         ("--rollout.temperature=0", "rollout.temperature", "v>0"),
         ("--recycle.pairwise_share=-0.1", "recycle.pairwise_share", "v>=0"),
         ("--recycle.max_judge=-1", "recycle.max_judge", "v>=0"),
-        ("--recycle.schedule=parallel", "recycle.schedule", "'merged', 'sequential', 'off'"),
+        ("--recycle.schedule=parallel", "recycle.schedule", "'merged', 'sequential', 'none'"),
         ("--objective.loss=ppo", "objective.loss", "'grpo', 'dr_grpo', 'dapo', 'gspo'"),
         ("--model.gradient_checkpointing=maybe", "model.gradient_checkpointing", "bool"),
         ("--optimizer.betas=0.9", "optimizer.betas", "list"),
@@ -79,7 +79,7 @@ def test_mistakes_that_types_find_are_named_on_the_command_line(capsys, argument
         ("optimizer: {lr: fast}", "optimizer.lr", "PositiveFloat"),
         ("rollout: {n: 0}", "rollout.n", "v>0"),
         ("rollout: {n: true}", "rollout.n", "PositiveInt"),
-        ("recycle: {schedule: off}", "recycle.schedule", "'off'"),  # YAML reads a bare `off` as false
+        ("recycle: {schedule: sometimes}", "recycle.schedule", "'sequential', 'none'"),
         ("model: {path: 3}", "model.path", "str"),
         ("objective: {weights: 3}", "objective.weights", "dict"),
         ("evaluation: {recipes: [null]}", "evaluation.recipes", "str"),
@@ -102,7 +102,7 @@ def test_mistakes_in_a_file_are_named(tmp_path, capsys, text, field, allowed):
 
 def test_a_setting_without_a_value_may_be_null_where_null_means_something(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("steps: null\nmodel: {revision: null}\nprompts: {system: null}\n")
+    file.write_text("steps: null\nmodel: {revision: null}\n")
     assert parse_train_config(["--config", str(file), RECIPE]) == parse_train_config([RECIPE])
 
 
@@ -222,12 +222,12 @@ OVERRIDES = {
     "model.revision": optional,
     "model.dtype": st.sampled_from(["float32", "bfloat16"]),
     "model.gradient_checkpointing": st.booleans(),
-    "prompts.system": optional,
+    "prompts.system": texts,
     "prompts.reasoning_suffix": texts,
     "prompts.templates": st.lists(texts),
     "data.recipes": st.lists(texts, min_size=1),
     "rollout.temperature": positive,
-    "recycle.schedule": st.sampled_from(["merged", "sequential", "off"]),
+    "recycle.schedule": st.sampled_from(["merged", "sequential", "none"]),
     "recycle.pairwise_share": share,
     "objective.weights": st.fixed_dictionaries(dict.fromkeys(KINDS, positive)),
     "objective.refill_rounds": st.dictionaries(st.sampled_from(KINDS), st.integers(0, 5)),
@@ -286,5 +286,5 @@ def test_the_control_of_the_demo_differs_in_recycling_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
     files = (f"scripts/configs/digits/{name}.yaml" for name in ("spark", "grpo"))
     spark, grpo = (parse_train_config(["--config", file]) for file in files)
-    assert spark.recycle.schedule != grpo.recycle.schedule == "off"
+    assert spark.recycle.schedule != grpo.recycle.schedule == "none"
     assert asdict(replace(grpo, output_dir=spark.output_dir, recycle=spark.recycle)) == asdict(spark)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from math import log
 
 import pytest
 from accelerate import Accelerator
-from rich.console import Console
 
 from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, flat, group_metrics
 from spark_vl.records import Origin, Rollout, RolloutGroup, Verdict
@@ -95,16 +93,16 @@ def test_pointwise_accuracy_counts_what_is_said_not_which_letter():
     groups = [
         make_pointwise("yes", correct=True, says=["Yes", "No", None, "Yes"]),
         # Here B is the option that calls the answer correct, then A.
-        make_pointwise("b", correct=False, says=["A", "B"], labels=("A", "B"), gold="A"),
+        make_pointwise("b", correct=False, says=["A", "B", None, None], labels=("A", "B"), gold="A"),
         make_pointwise("a", correct=True, says=["A", "B", "B", "B"], labels=("A", "B"), gold="A"),
     ]
     metrics = group_metrics(groups).result()
     add_balanced_accuracy(metrics)
     assert metrics["pointwise/accuracy_correct"] == 3 / 8
-    assert metrics["pointwise/accuracy_incorrect"] == 1 / 2
-    assert metrics["pointwise/balanced_accuracy"] == (3 / 8 + 1 / 2) / 2
-    assert metrics["pointwise/says_correct"] == 4 / 10  # a reply that cannot be read does not say it
-    assert metrics["pointwise/unparsable"] == 1 / 10
+    assert metrics["pointwise/accuracy_incorrect"] == 1 / 4
+    assert metrics["pointwise/balanced_accuracy"] == (3 / 8 + 1 / 4) / 2
+    assert metrics["pointwise/says_correct"] == 4 / 12  # a reply that cannot be read does not say it
+    assert metrics["pointwise/unparsable"] == 3 / 12
 
 
 def test_pairwise_accuracy_by_position():
@@ -167,15 +165,8 @@ STEP = {"problem/reward": 0.25, "pairwise/reward": 0.5, "time/step": 1.26}
 
 @pytest.fixture
 def open_log(tmp_path):
-    """`open_log(start)`: the run's log, and what it prints, as on a terminal or not."""
-
-    def open_(start: int = 0, *, terminal: bool = False) -> tuple[RunLog, io.StringIO]:
-        log = RunLog(Accelerator(cpu=True), tmp_path, steps=9, start=start)
-        printed = io.StringIO()
-        log.console = Console(file=printed, force_terminal=terminal, highlight=False)
-        return log, printed
-
-    return open_
+    """`open_log(start)`: the log of a run of 9 steps that goes on after `start`."""
+    return lambda start=0: RunLog(Accelerator(cpu=True), tmp_path, steps=9, start=start)
 
 
 def lines(path) -> list[dict]:
@@ -186,7 +177,7 @@ def test_a_resumed_run_drops_later_lines_and_half_a_line(tmp_path, open_log):
     metrics, rollouts = tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"
     # Separators that end a line to `str.splitlines`, in a text that a model wrote.
     group = make_group(make_record("p", "a\u2028b\x85c\x0b?"), [1.0])
-    log, _ = open_log()
+    log = open_log()
     with log:
         for step in (1, 2, 3, 4):
             log.step(step, STEP)
@@ -196,7 +187,7 @@ def test_a_resumed_run_drops_later_lines_and_half_a_line(tmp_path, open_log):
     with metrics.open("ab") as file:
         file.write('{"step": 5, "text": "½'.encode()[:-1])  # killed inside a character
 
-    log, _ = open_log(start=2)
+    log = open_log(start=2)
     assert [line["step"] for line in lines(metrics)] == [1, 2]
     assert [line["step"] for line in lines(rollouts)] == [1, 1, 2, 2]
     assert [line["step"] for line in lines(tmp_path / "evaluations.jsonl")] == [1, 2]
@@ -211,7 +202,7 @@ def test_a_resumed_run_drops_later_lines_and_half_a_line(tmp_path, open_log):
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
 def test_half_a_line_of_a_finished_step_is_dropped_too(tmp_path, open_log, cut):
-    log, _ = open_log()
+    log = open_log()
     log.step(1, STEP)
     log.step(2, STEP)
     metrics = tmp_path / "metrics.jsonl"
@@ -220,34 +211,37 @@ def test_half_a_line_of_a_finished_step_is_dropped_too(tmp_path, open_log, cut):
     assert [line["step"] for line in lines(metrics)] == [1]
 
 
-def test_steps_are_plain_lines_when_not_on_a_terminal(open_log):
-    log, printed = open_log()
-    log.console.width = 40
+def test_steps_are_plain_lines_when_not_on_a_terminal(open_log, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    log = open_log()
     results = {f"figure_{i}": {"value": 0.25 + i / 8, "low": 0.0, "high": 1.0, "n": 8} for i in range(4)}
     with log:
-        log.phase("sampling", 1, 2)
+        log.phase("loading")
         log.counting("sampling", 4)(3)
         log.step(3, STEP)
         log.evaluation(3, results)
-    assert printed.getvalue().splitlines() == [
+    assert capsys.readouterr().out.splitlines() == [
         "step 3/9  reward: problem 0.25  pairwise 0.50  1.3 s",
         "evaluation after 3 steps: figure_0 0.25  figure_1 0.38  figure_2 0.50  figure_3 0.62",
     ]
-    assert log.evaluations() == [{"step": 3, "results": results}]
 
 
-def test_a_terminal_shows_the_progress(open_log):
-    log, printed = open_log(start=2, terminal=True)
-    with log:
-        count = log.counting("sampling", 4)
-        count(1)
-        count(2)
-        log._progress.refresh()
+def test_a_terminal_shows_the_progress(open_log, capsys, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    with open_log(start=2) as log:
+        log.phase("loading")
+    assert "2/9" in capsys.readouterr().out, "a resumed run does not begin at 0"
+    with open_log(start=2) as log:
         log.step(3, STEP)
-    assert "2/9" in printed.getvalue()
-    assert "sampling 3/4" in printed.getvalue()
-    assert "3/9" in printed.getvalue()
-    assert "reward: problem 0.25" in printed.getvalue()
+        sampled = log.counting("sampling", 4)
+        sampled(1)
+        sampled(2)
+    shown = capsys.readouterr().out
+    assert "3/9" in shown
+    assert "sampling 3/4" in shown
+    assert "problem 0.25  pairwise 0.50" in shown
+    assert "step 3/9" not in shown
 
 
 def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_log):
@@ -259,7 +253,7 @@ def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_
         status=["ok", "unparsable"],
     )
     judgment = make_pointwise("p@3#pointwise", correct=True, says=["Yes"])
-    open_log()[0].rollouts(3, [problem, judgment])
+    open_log().rollouts(3, [problem, judgment])
     first, second = lines(tmp_path / "rollouts.jsonl")
     assert first == {
         "step": 3,

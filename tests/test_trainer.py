@@ -97,7 +97,7 @@ def test_trap_7_the_recycled_prompts_are_in_the_checkpoint(tmp_path):
 
 def test_schedules_sample_what_they_say(tmp_path):
     kinds = {}
-    for schedule in ("off", "merged", "sequential"):
+    for schedule in ("none", "merged", "sequential"):
         trainer = Trainer(make_config(tmp_path / schedule, f"--recycle.schedule={schedule}", "--steps=2"))
         calls = []
 
@@ -108,7 +108,7 @@ def test_schedules_sample_what_they_say(tmp_path):
         trainer.engine.generate = generate
         trainer.train()
         kinds[schedule] = [sorted(set(call)) for call in calls]
-    assert kinds["off"] == [["problem"], ["problem"]]
+    assert kinds["none"] == [["problem"], ["problem"]]
     assert kinds["merged"][0] == ["problem"]  # nothing is waiting yet
     assert "problem" in kinds["merged"][1]
     assert "reflection" in kinds["merged"][1]
@@ -119,7 +119,7 @@ def test_schedules_sample_what_they_say(tmp_path):
 
 def test_trap_7_the_learning_rate_counts_optimizer_updates(tmp_path):
     overrides = ("--steps=4", "--optimizer.schedule=linear", "--optimizer.updates_per_batch=2", "--optimizer.lr=1e-4")
-    trainer = Trainer(make_config(tmp_path / "run", *overrides, "--recycle.schedule=off"))
+    trainer = Trainer(make_config(tmp_path / "run", *overrides, "--recycle.schedule=none"))
     trainer.train()
     assert trainer.updater.scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
     # The mean of a step's two rates: 8 updates from 1e-4 down to 1e-4/8.
@@ -129,7 +129,7 @@ def test_trap_7_the_learning_rate_counts_optimizer_updates(tmp_path):
 
 def test_dynamic_sampling_replaces_groups_without_variance(tmp_path):
     rounds = "--objective.refill_rounds={problem: 3}"
-    trainer = Trainer(make_config(tmp_path / "run", rounds, "--rollout.n=2", "--recycle.schedule=off", "--steps=4"))
+    trainer = Trainer(make_config(tmp_path / "run", rounds, "--rollout.n=2", "--recycle.schedule=none", "--steps=4"))
     sizes, updated = [], []
     update, sample = trainer.updater.update, trainer._sample
     trainer._sample = lambda prompts: (sizes.append(len(prompts)), sample(prompts))[1]
@@ -207,7 +207,7 @@ def test_bad_rows_are_quarantined_and_too_many_stop_the_run(tmp_path):
         f"source: {{jsonl: {images}}}\nsplits: {{train: train.jsonl}}\n"
         "columns: {question: question, answer: answer, images: image}\nverifier: number\n"
     )
-    run = ("--steps=7", f"--data.recipes=[{recipe}]", "--recycle.schedule=off")
+    run = ("--steps=7", f"--data.recipes=[{recipe}]", "--recycle.schedule=none")
     trainer = Trainer(make_config(tmp_path / "run", *run, "--data.max_quarantined_fraction=0.2"))
     trainer.train()
     bad = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]

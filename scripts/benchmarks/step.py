@@ -67,7 +67,7 @@ def time_ours(folder: Path, arguments: argparse.Namespace) -> list[float]:
             "--model.gradient_checkpointing=false",
             f"--model.max_pixels={arguments.side**2}",
             f"--rollout.max_new_tokens={arguments.new_tokens}",
-            "--recycle.schedule=off",
+            "--recycle.schedule=none",
             "--objective.beta=0",
             "--data.max_prompt_tokens=1024",
             f"--optimizer.tokens_per_pack={1024 + 8 * arguments.new_tokens}",

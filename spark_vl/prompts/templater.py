@@ -21,6 +21,7 @@ import yaml
 
 from spark_vl.answers import last_boxed, match_label
 from spark_vl.config import DEFAULT_REASONING_SUFFIX as REASONING_SUFFIX
+from spark_vl.config import PromptConfig, blamed_on
 from spark_vl.records import JUDGMENTS, Content, Kind, Message, Origin, PromptRecord
 
 _SLOTS = {
@@ -199,6 +200,21 @@ class Templater:
         shipped = sorted((file for file in shipped if file.name.endswith(".yaml")), key=lambda file: file.name)
         templates = {t.name: t for file in (*shipped, *map(Path, files)) for t in _read(file)}
         return cls(list(templates.values()), system_prompt=system_prompt, reasoning_suffix=reasoning_suffix)
+
+    @classmethod
+    def from_config(cls, config: PromptConfig) -> Templater:
+        """The templates of a run.
+
+        Raises:
+            ConfigError: a template file cannot be used.
+        """
+        with blamed_on("prompts.templates"):
+            return cls.load(
+                config.templates,
+                builtin=config.builtin_templates,
+                system_prompt=config.system or None,
+                reasoning_suffix=config.reasoning_suffix,
+            )
 
     def problem(self, question: Content) -> tuple[Message, ...]:
         """The prompt that asks `question`."""
