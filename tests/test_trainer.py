@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -93,6 +94,40 @@ def test_trap_7_the_recycled_prompts_are_in_the_checkpoint(tmp_path):
     assert state["waiting"], "the run recycled nothing"
     resumed = Trainer(make_config(tmp_path / "run"), resume=str(tmp_path / "run" / "checkpoints" / "step-000003"))
     assert resumed.waiting == trainer.waiting
+
+
+def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
+    runs = {
+        "plain": (),
+        "checkpointing": ("--model.gradient_checkpointing=true",),
+        "bfloat16": ("--model.gradient_checkpointing=true", "--model.dtype=bfloat16"),
+    }
+    first = {}
+    for name, overrides in runs.items():
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision otherwise
+        Trainer(make_config(tmp_path / name, *overrides, "--steps=1", "--recycle.schedule=none")).train()
+        first[name] = metrics(tmp_path / name)[0]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert first["checkpointing"]["update/grad_norm"] == pytest.approx(first["plain"]["update/grad_norm"], rel=1e-5)
+    assert first["checkpointing"]["engine/gap"] < 1e-6
+    assert first["bfloat16"]["update/grad_norm"] == pytest.approx(first["plain"]["update/grad_norm"], rel=0.3)
+    assert 1e-6 < first["bfloat16"]["engine/gap"] < 0.05
+    exported = weights(tmp_path / "bfloat16")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}, "master weights are lost"
+
+
+def test_evaluations_are_before_after_and_every_so_many_steps(tmp_path):
+    seen = []
+
+    def evaluate(engine, processor, verifiers, counting):
+        seen.append(trainer.step)
+        return {"figure": {"value": trainer.step / 10, "low": 0.0, "high": 1.0, "n": 5}}
+
+    trainer = Trainer(make_config(tmp_path / "run", "--steps=5", "--evaluation.every=2"), evaluate)
+    trainer.train()
+    assert seen == [0, 2, 4, 5]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["results"]["figure"]["value"]) for line in lines] == [(s, s / 10) for s in seen]
 
 
 def test_schedules_sample_what_they_say(tmp_path):
