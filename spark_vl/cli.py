@@ -93,6 +93,7 @@ def train(config: TrainConfig, resume: str) -> None:
     templater = Templater.from_config(config.prompts)
 
     from spark_vl.evaluation import Evaluator
+    from spark_vl.hub.cards import write_model_card
     from spark_vl.report import plot_curves, print_summary, summarise
     from spark_vl.trainer import Trainer
 
@@ -102,10 +103,12 @@ def train(config: TrainConfig, resume: str) -> None:
             evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
     trainer = Trainer(config, evaluator, resume)
     trainer.train()
-    if evaluator and trainer.accelerator.is_main_process:
-        summarise(trainer.folder)
-        plot_curves(trainer.folder)
-        print_summary(trainer.folder, trainer.log.console)
+    if trainer.accelerator.is_main_process:
+        if evaluator:
+            summarise(trainer.folder)
+            plot_curves(trainer.folder)
+            print_summary(trainer.folder, trainer.log.console)
+        write_model_card(trainer.folder)
 
 
 def evaluate(config: EvalConfig) -> None:
