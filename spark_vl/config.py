@@ -174,8 +174,8 @@ class OptimizerConfig:
     """Optimizer updates on one batch of rollouts, each on its own part. Above 1 the later ones are slightly off-policy
     and the ratio clipping matters."""
     tokens_per_pack: PositiveInt = 16384
-    """Prompt and completion tokens in one forward pass: bounds the memory of the update. With `sdpa` attention costs the
-    square of it, so what holds about one group (a prompt with its completions) is fastest."""
+    """Prompt and completion tokens in one forward pass: bounds the memory of the update. With `sdpa` attention costs
+    the square of it, so what holds about one group (a prompt with its completions) is fastest."""
 
 
 @dataclass
