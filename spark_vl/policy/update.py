@@ -9,6 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -162,11 +163,12 @@ class Updater:
         # Every process makes the same number of passes: a process that has fewer packs repeats its last, at weight 0.
         n_packs = int(self.accelerator.gather(torch.tensor([len(batch.packs)], device=device)).max())
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for i in range(n_packs):
-            padding = i >= len(batch.packs)
-            pack = batch.packs[-1 if padding else i].to(device)
+        for turn in range(n_packs):
+            padding = turn >= len(batch.packs)
+            i = min(turn, len(batch.packs) - 1)
+            pack = batch.packs[i].to(device)
             reference = None if self.reference is None else self._score(self.reference, pack)
-            with nullcontext() if i == n_packs - 1 else self.accelerator.no_sync(self.policy):
+            with nullcontext() if turn == n_packs - 1 else self.accelerator.no_sync(self.policy):
                 scores = self.policy(pack)
                 loss, row_sums = policy_loss(
                     self.objective.loss,
@@ -207,21 +209,23 @@ class Updater:
         *,
         first: bool,
     ) -> None:
-        sums["update/loss"][0] += float(loss.detach())
-        sums["update/loss"][1] = 1.0
+        def add(name: str, total: float, weight: float) -> None:
+            sums[name][0] += total
+            sums[name][1] += weight
+
+        # The loss of the step is the sum over its packs.
+        sums["update/loss"] = [sums["update/loss"][0] + float(loss.detach()), 1.0]
         lengths = row_sums["tokens"].tolist()
         for name, values in row_sums.items():
-            if name == "tokens":
-                continue
-            for kind, value, length in zip(batch.kinds, values.tolist(), lengths, strict=True):
-                for key in (f"update/{name}", f"{kind}/{name}") if name in ("kl", "entropy") else (f"update/{name}",):
-                    sums[key][0] += value
-                    sums[key][1] += length
+            if name != "tokens":
+                add(f"update/{name}", float(values.sum()), sum(lengths))
+        if "kl" in row_sums:
+            for kind, value, length in zip(batch.kinds, row_sums["kl"].tolist(), lengths, strict=True):
+                add(f"{kind}/kl", value, length)
         if first:  # the policy has not moved since the engine sampled, so both should say the same
             gap = logprobs.detach() - batch.engine_logprobs_of(pack)
-            for name, values in (("gap", gap.abs()), ("ratio", gap.exp())):
-                sums[f"engine/{name}"][0] += float(values.sum())
-                sums[f"engine/{name}"][1] += len(gap)
+            add("engine/gap", float(gap.abs().sum()), len(gap))
+            add("engine/ratio", float(gap.exp().sum()), len(gap))
 
     def _scores(self, policy: torch.nn.Module, batch: _Batch) -> list[torch.Tensor]:
         return [self._score(policy, pack.to(self.accelerator.device)) for pack in batch.packs]
@@ -232,22 +236,19 @@ class Updater:
         return policy(pack).logprobs
 
 
+@dataclass(frozen=True)
 class _Batch:
     """What one optimizer step is made of, on this process."""
 
-    def __init__(
-        self,
-        packs: list[Pack],
-        advantages: torch.Tensor,
-        weights: torch.Tensor,
-        kinds: list[str],
-        engine_logprobs: list[tuple[float, ...]],
-    ) -> None:
-        self.packs = packs
-        self.advantages = advantages  # [R]
-        self.weights = weights  # [R]
-        self.kinds = kinds  # [R]
-        self.engine_logprobs = engine_logprobs  # [R], ragged
+    packs: list[Pack]
+    advantages: torch.Tensor
+    """[R]"""
+    weights: torch.Tensor
+    """[R] of the kind of prompt."""
+    kinds: list[str]
+    """[R]"""
+    engine_logprobs: list[tuple[float, ...]]
+    """[R] ragged: what the rollout engine said of each token."""
 
     def engine_logprobs_of(self, pack: Pack) -> torch.Tensor:
         """[N] what the rollout engine said of the tokens of `pack`."""
