@@ -83,11 +83,21 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> dict[str, Any]:
     return json.loads((path / STATE_FILE).read_text())
 
 
-def export_model(accelerator: Accelerator, policy: torch.nn.Module, processor: Processor, folder: Path) -> None:
-    """Write `policy`, as prepared, and the processor as a plain Hugging Face checkpoint in safetensors."""
-    state = {name.removeprefix("model."): tensor for name, tensor in accelerator.get_state_dict(policy).items()}
+def export_model(
+    accelerator: Accelerator, policy: torch.nn.Module, processor: Processor, folder: Path, *, dtype: torch.dtype
+) -> None:
+    """Write `policy`, as prepared, and the processor as a plain Hugging Face checkpoint in safetensors of `dtype`.
+
+    The checkpoints to resume from keep the optimizer's float32 weights; this is what is used and published.
+    """
+    state = {
+        name.removeprefix("model."): tensor.to(dtype) for name, tensor in accelerator.get_state_dict(policy).items()
+    }
     if accelerator.is_main_process:
         accelerator.unwrap_model(policy).model.save_pretrained(folder, state_dict=state)
+        # save_pretrained names the type of the weights in memory, and `dtype="auto"` believes it.
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))
         processor.save(folder)
     accelerator.wait_for_everyone()
 

@@ -84,7 +84,7 @@ def print_summary(run: Path, console: Console) -> None:
     summary = summarise(run)
     steps = [f"step {step}" for step in summary["steps"]]
     _print_table(console, summary["n"], [*steps, "change"], lambda name: _cells(summary, name))
-    for name in ("model/", "checkpoints/", "metrics.jsonl", "rollouts.jsonl", "curves.png"):
+    for name in ("model/", "checkpoints/", "summary.json", "metrics.jsonl", "rollouts.jsonl", "curves.png"):
         if (run / name).exists():
             console.print(f"{name.rstrip('/'):<16}{run / name}", soft_wrap=True, markup=False, highlight=False)
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -128,7 +129,13 @@ class Trainer:
                 if self._due(self.config.evaluation.every) and self.step < self.steps:
                     self._evaluate()
             self._evaluate()
-            export_model(self.accelerator, self.updater.policy, self.processor, self.folder / "model")
+            export_model(
+                self.accelerator,
+                self.updater.policy,
+                self.processor,
+                self.folder / "model",
+                dtype=getattr(torch, self.config.model.dtype),
+            )
         self.accelerator.end_training()
 
     # ── one step ──
