@@ -90,14 +90,15 @@ def export_model(
 
     The checkpoints to resume from keep the optimizer's float32 weights; this is what is used and published.
     """
-    state = {
-        name.removeprefix("model."): tensor.to(dtype) for name, tensor in accelerator.get_state_dict(policy).items()
-    }
+    state = accelerator.get_state_dict(policy)
     if accelerator.is_main_process:
+        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()}
         accelerator.unwrap_model(policy).model.save_pretrained(folder, state_dict=state)
         # save_pretrained names the type of the weights in memory, and `dtype="auto"` believes it.
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))
+        named = {"dtype": str(dtype).removeprefix("torch.")}
+        config = (folder / "config.json").read_text()
+        config = json.loads(config, object_hook=lambda part: part | named if "dtype" in part else part)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         processor.save(folder)
     accelerator.wait_for_everyone()
 

@@ -118,6 +118,7 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.bfloat16}
     exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "bfloat16" / "model", dtype="auto")
     assert {parameter.dtype for parameter in exported.parameters()} == {torch.bfloat16}
+    assert "float32" not in (tmp_path / "bfloat16" / "model" / "config.json").read_text()
 
 
 def test_evaluations_are_before_after_and_every_so_many_steps(tmp_path):
