@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, plain_text
+from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, group_to_json, plain_text
 
 
 class Means:
@@ -55,8 +54,8 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
 
     reward, length (tokens), entropy (nats per token: the mean of -log p of what was sampled), and the shares of
     completions that are truncated, unparsable, failed (the verifier timed out or raised), and of groups without
-    variance, which have no gradient. For judgments also the accuracy for either
-    label, and how often the judge says `correct` or `A`.
+    variance, which have no gradient. For judgments also the accuracy for either label, and how often the judge says
+    `correct` or `A`.
     """
     means = Means()
     for group in groups:
@@ -206,22 +205,8 @@ class RunLog:
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Write the groups of a step, one a line, with the text of the prompt and all completions."""
         for group in groups:
-            record = group.record
-            self._append(
-                "rollouts",
-                {
-                    "step": step,
-                    "id": record.id,
-                    "kind": record.kind,
-                    "prompt": "\n".join(plain_text(m.content) for m in record.messages),
-                    "gold": record.gold,
-                    "origin": None if record.origin is None else asdict(record.origin),
-                    "completions": [
-                        {"text": r.text, "finish": r.finish, **asdict(v)}
-                        for r, v in zip(group.rollouts, group.verdicts, strict=True)
-                    ],
-                },
-            )
+            prompt = "\n".join(plain_text(message.content) for message in group.record.messages)
+            self._append("rollouts", {"step": step, "prompt": prompt, **group_to_json(group)})
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"

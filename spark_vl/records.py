@@ -10,7 +10,7 @@ Records hold *references* to images, never decoded pixels: those are made late, 
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Kind = Literal["problem", "pointwise", "pairwise", "reflection"]
@@ -205,6 +205,21 @@ def record_from_json(data: dict[str, Any]) -> PromptRecord:
             "origin": None if origin is None else Origin(**{**origin, "rollouts": tuple(origin["rollouts"])}),
         }
     )
+
+
+def group_to_json(group: RolloutGroup) -> dict[str, Any]:
+    """A verified group for a log: where its prompt comes from, and each completion with its verdict."""
+    record = group.record
+    return {
+        "id": record.id,
+        "kind": record.kind,
+        "gold": record.gold,
+        "origin": None if record.origin is None else asdict(record.origin),
+        "completions": [
+            {"text": rollout.text, "finish": rollout.finish, **asdict(verdict)}
+            for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
+        ],
+    }
 
 
 def _content_to_json(content: Content) -> list[Any]:

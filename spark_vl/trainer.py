@@ -184,9 +184,7 @@ class Trainer:
                     chosen[i] = group
         means.update(group_metrics(sampled))
         with self.timer("update"):
-            sums = self.updater.update(chosen, by_id, seed=self._seed("update"), counting=self.log.counting)
-            for name, (total, weight) in sums.items():
-                means.add(name, total, weight)
+            self.updater.update(chosen, by_id, seed=self._seed("update"), add=means.add, counting=self.log.counting)
             self.engine.sync_weights(self.accelerator.unwrap_model(self.updater.policy))
         if self.config.logging.rollouts_every and self.step % self.config.logging.rollouts_every == 0:
             self.log.rollouts(self.step + 1, sampled)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import datasets
 import pytest
 import torch
@@ -24,6 +26,18 @@ QUESTIONS = ["Which digit is larger?", "What is the difference of these two?"]
 def tokens_reward(completions, completion_ids, **_):
     """Anything in [0, 1] that differs between completions."""
     return [sum(ids) % 11 / 10 for ids in completion_ids]
+
+
+def run_update(updater, groups, prompts):
+    """One update, and what it reports: name → [sum, number of observations]."""
+    sums = defaultdict(lambda: [0.0, 0.0])
+
+    def add(name, total, weight):
+        sums[name][0] += total
+        sums[name][1] += weight
+
+    updater.update(groups, prompts, seed="0", add=add)
+    return sums
 
 
 class Recorder(TrainerCallback):
@@ -153,7 +167,7 @@ def test_loss_and_gradient_equal_trl(tmp_path, processor, objective, trl_options
         OptimizerConfig(max_grad_norm=1e9, tokens_per_pack=60),
         max_new_tokens=10,
     )
-    sums = updater.update(groups, prompts, seed="0")
+    sums = run_update(updater, groups, prompts)
 
     # Advantages are float32 in TRL, and that is the tolerance. On-policy a surrogate adds up to about 0.
     assert sums["update/loss"][0] == pytest.approx(float(recorder.loss), rel=1e-5, abs=1e-6)
@@ -199,7 +213,7 @@ def gradient_of(groups, prompts, processor, make_policy, **settings):
         OptimizerConfig(**{"max_grad_norm": 1e9, "tokens_per_pack": 64} | settings),
         max_new_tokens=10,
     )
-    sums = updater.update(groups, prompts, seed="0")
+    sums = run_update(updater, groups, prompts)
     return {name: before[name] - p.detach() for name, p in policy.named_parameters()}, sums, len(passes)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spark_vl.evaluation.figures import Estimate, score
-from spark_vl.records import Origin, PromptRecord, Rollout, RolloutGroup, plain_text
+from spark_vl.records import Origin, PromptRecord, Rollout, RolloutGroup, group_to_json, plain_text
 from spark_vl.verifiers import VerifierPool, verify_groups
 
 
@@ -49,18 +48,11 @@ def rescore(file: Path, verifiers: VerifierPool) -> list[dict[str, Estimate]]:
 def _to_json(group: RolloutGroup) -> dict[str, Any]:
     record = group.record
     return {
-        "id": record.id,
-        "kind": record.kind,
         "recipe": record.recipe,
         "question": plain_text(record.question),
-        "gold": record.gold,
         "verifier": record.verifier,
         "choices": record.choices,
-        "origin": None if record.origin is None else asdict(record.origin),
-        "completions": [
-            {"text": rollout.text, "finish": rollout.finish, **asdict(verdict)}
-            for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
-        ],
+        **group_to_json(group),
     }
 
 

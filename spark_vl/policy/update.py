@@ -6,7 +6,6 @@ Shapes: R completions of the step on this process, N completion tokens of a pack
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from spark_vl.policy.policy import Policy, load_policy
 from spark_vl.processors import ProcessedPrompt, Processor
 from spark_vl.records import RolloutGroup
 
-Sums = dict[str, tuple[float, float]]
-"""Named sums with the number of observations in them."""
+Add = Callable[[str, float, float], None]
+"""(name, sum, number of observations in it): as `Means.add`."""
 Counting = Callable[[str, int], Callable[[int], None]]
 """(what is counted, how many there are) → a callable that hears of finished ones."""
 
@@ -104,14 +103,16 @@ class Updater:
         prompts: Mapping[str, ProcessedPrompt],
         *,
         seed: str,
+        add: Add,
         counting: Counting = lambda name, total: lambda finished: None,
-    ) -> Sums:
+    ) -> None:
         """Take `updates_per_batch` optimizer steps on verified `groups`, each on its own part of them.
 
         Args:
             groups: of this process. None of them may be empty of rollouts.
             prompts: the processed prompt of each group, by record id.
             seed: fixes which groups make up which part.
+            add: takes the metrics.
             counting: hears of the progress, as `RunLog.counting`.
         """
         groups = list(groups)
@@ -120,13 +121,9 @@ class Updater:
         batches = [self._pack(part, prompts) for part in parts if part]
         # The first update is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
         old = [None if i == 0 else self._scores(self.policy, batch) for i, batch in enumerate(batches)]
-        sums: Sums = {}
         advance = counting("updating", sum(len(batch.packs) for batch in batches))
         for batch, old_logprobs in zip(batches, old, strict=True):
-            for name, (total, weight) in self._optimizer_step(batch, old_logprobs, advance).items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + total, before[1] + weight)
-        return sums
+            self._optimizer_step(batch, old_logprobs, add, advance)
 
     def _pack(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt]) -> _Batch:
         """Lay `groups` out in packs, with the advantages of their completions."""
@@ -152,8 +149,8 @@ class Updater:
         return _Batch(packs, torch.tensor(advantages), torch.tensor(weights), kinds, engine_logprobs)
 
     def _optimizer_step(
-        self, batch: _Batch, old_logprobs: list[torch.Tensor] | None, advance: Callable[[int], None]
-    ) -> Sums:
+        self, batch: _Batch, old_logprobs: list[torch.Tensor] | None, add: Add, advance: Callable[[int], None]
+    ) -> None:
         device = self.accelerator.device
         advantages, weights = batch.advantages.to(device), batch.weights.to(device)
         completions, tokens = self.accelerator.reduce(
@@ -162,7 +159,7 @@ class Updater:
         totals = StepTotals(completions, tokens, self.max_new_tokens)
         # Every process makes the same number of passes: a process that has fewer packs repeats its last, at weight 0.
         n_packs = int(self.accelerator.gather(torch.tensor([len(batch.packs)], device=device)).max())
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        step_loss = 0.0
         for turn in range(n_packs):
             padding = turn >= len(batch.packs)
             i = min(turn, len(batch.packs) - 1)
@@ -188,44 +185,20 @@ class Updater:
                 # Gradients are averaged over processes; the loss is a part of a sum.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             if not padding:
-                self._collect(sums, batch, pack, loss, row_sums, scores.logprobs, first=old_logprobs is None)
+                step_loss += float(loss.detach())
+                _report(batch, row_sums, add)
+                if old_logprobs is None:  # the policy has not moved since the engine sampled: both should say the same
+                    gap = scores.logprobs.detach() - batch.engine_logprobs_of(pack)
+                    add("engine/gap", float(gap.abs().sum()), len(gap))
+                    add("engine/ratio", float(gap.exp().sum()), len(gap))
                 advance(1)
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
-        sums["update/grad_norm"] = [float(norm), 1.0]
-        sums["update/lr"] = [self.scheduler.get_last_lr()[0], 1.0]
+        add("update/loss", step_loss, 1.0)
+        add("update/grad_norm", float(norm), 1.0)
+        add("update/lr", self.scheduler.get_last_lr()[0], 1.0)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return {name: (total, weight) for name, (total, weight) in sums.items()}
-
-    def _collect(
-        self,
-        sums: dict[str, list[float]],
-        batch: _Batch,
-        pack: Pack,
-        loss: torch.Tensor,
-        row_sums: Mapping[str, torch.Tensor],
-        logprobs: torch.Tensor,
-        *,
-        first: bool,
-    ) -> None:
-        def add(name: str, total: float, weight: float) -> None:
-            sums[name][0] += total
-            sums[name][1] += weight
-
-        # The loss of the step is the sum over its packs.
-        sums["update/loss"] = [sums["update/loss"][0] + float(loss.detach()), 1.0]
-        lengths = row_sums["tokens"].tolist()
-        for name, values in row_sums.items():
-            if name != "tokens":
-                add(f"update/{name}", float(values.sum()), sum(lengths))
-        if "kl" in row_sums:
-            for kind, value, length in zip(batch.kinds, row_sums["kl"].tolist(), lengths, strict=True):
-                add(f"{kind}/kl", value, length)
-        if first:  # the policy has not moved since the engine sampled, so both should say the same
-            gap = logprobs.detach() - batch.engine_logprobs_of(pack)
-            add("engine/gap", float(gap.abs().sum()), len(gap))
-            add("engine/ratio", float(gap.exp().sum()), len(gap))
 
     def _scores(self, policy: torch.nn.Module, batch: _Batch) -> list[torch.Tensor]:
         return [self._score(policy, pack.to(self.accelerator.device)) for pack in batch.packs]
@@ -234,6 +207,17 @@ class Updater:
     @torch.no_grad()
     def _score(policy: torch.nn.Module, pack: Pack) -> torch.Tensor:
         return policy(pack).logprobs
+
+
+def _report(batch: _Batch, row_sums: Mapping[str, torch.Tensor], add: Add) -> None:
+    """The metrics of one pack, from its sums over the tokens of each completion; KL also for each kind of prompt."""
+    lengths = row_sums["tokens"].tolist()
+    for name, values in row_sums.items():
+        if name != "tokens":
+            add(f"update/{name}", float(values.sum()), sum(lengths))
+    if "kl" in row_sums:
+        for kind, value, length in zip(batch.kinds, row_sums["kl"].tolist(), lengths, strict=True):
+            add(f"{kind}/kl", value, length)
 
 
 @dataclass(frozen=True)
