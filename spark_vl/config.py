@@ -8,7 +8,7 @@ before anything is loaded, with the path of the field. The defaults are those of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import inf
@@ -37,6 +37,16 @@ DEFAULT_REASONING_SUFFIX = "\nWork through this step by step, then write only yo
 
 
 @dataclass
+class LoraConfig:
+    """Adapters on all linear layers of the language model (arXiv 2106.09685)."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 128.0
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: ClosedUnitInterval = 0.0
+
+
+@dataclass
 class ModelConfig:
     """Which model, and how it is held."""
 
@@ -52,6 +62,11 @@ class ModelConfig:
     attention: Literal["sdpa", "flex"] = "sdpa"
     """`flex` skips masked blocks of packed groups (CUDA); `sdpa` computes them and works everywhere."""
     gradient_checkpointing: bool = True
+    freeze: list[Literal["vision"]] = field(default_factory=list)
+    """Parts that are not trained. `vision`: the vision tower with its merger, which then runs without gradient."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights, e.g. {rank: 64, alpha: 128}; needs the extra [lora]. The
+    reference policy is then the model without them, at no memory."""
 
 
 @dataclass
@@ -94,6 +109,10 @@ class RolloutConfig:
     max_new_tokens: PositiveInt = 768
     rows_at_once: PositiveInt = 256
     """Completions decoded together on one process: bounds the memory of the key-value cache."""
+    gather: Literal["phase", "layer"] = "phase"
+    """With sharded weights (ZeRO-3, FSDP2). `phase`: each process holds all weights while it samples (7B in bfloat16:
+    16.6 GB, 32B: 67 GB beside its shard), and they are gathered once. `layer`: one layer at a time, gathered anew for
+    each token: little memory, many times slower, and all processes decode in step."""
 
 
 @dataclass
@@ -176,6 +195,9 @@ class OptimizerConfig:
     tokens_per_pack: PositiveInt = 16384
     """Prompt and completion tokens in one forward pass: bounds the memory of the update. With `sdpa` attention costs
     the square of it, so what holds about one group (a prompt with its completions) is fastest."""
+    max_skipped_updates: PositiveInt = 3
+    """An update whose loss or gradient is not finite is skipped and counted; after this many in a row the run stops and
+    leaves the batch in `nonfinite/`."""
 
 
 @dataclass
@@ -201,8 +223,11 @@ class CheckpointConfig:
 
     every: NonNegativeInt = 50
     """Save every this many steps and at the end; 0: only at the end."""
-    keep: PositiveInt = 2
-    """How many checkpoints are kept."""
+    save_total_limit: PositiveInt = 2
+    """How many of the newest checkpoints are kept; the best one (`keep_best`) is kept beside them."""
+    keep_best: str | None = None
+    """Figure of the evaluation, e.g. reasoning_sampled. Whenever it is higher than ever before, the step is saved and
+    `checkpoints/best` names it."""
 
 
 @dataclass
@@ -213,6 +238,14 @@ class LoggingConfig:
     """Trackers of Accelerate: tensorboard, wandb, trackio, ..."""
     rollouts_every: NonNegativeInt = 10
     """Write the rollouts of every this many steps to `rollouts.jsonl`; 0: never."""
+
+
+@dataclass
+class DistributedConfig:
+    """What several processes need. How many there are and how weights are sharded is said by `accelerate launch`."""
+
+    timeout_s: PositiveFloat = 1800.0
+    """Seconds without any progress after which the run stops, naming the processes and where they are."""
 
 
 @dataclass
@@ -237,6 +270,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass
@@ -281,6 +315,8 @@ def check_train_config(config: TrainConfig) -> None:
     if missing := [k for k in KINDS if k not in config.objective.weights]:
         raise ConfigError(f"objective.weights: lacks {', '.join(missing)}; all of {', '.join(KINDS)} are needed")
     _check_pixels(config.model)
+    if config.checkpoint.keep_best and not config.evaluation.recipes:
+        raise ConfigError("checkpoint.keep_best: there is no evaluation to find the best in; set evaluation.recipes")
     if config.rollout.n < 2:
         raise ConfigError("rollout.n: is 1; a group needs at least 2 completions to compare")
     if config.optimizer.updates_per_batch > config.data.prompts_per_step:
@@ -381,6 +417,31 @@ def save_config(config: TrainConfig | EvalConfig, path: Path) -> None:
     path.write_text(yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
+_FREE_TO_CHANGE = ("output_dir", "logging", "checkpoint", "distributed")
+"""Settings that do not change what a run computes."""
+
+
+def config_differences(old: dict[str, Any], new: TrainConfig) -> list[str]:
+    """The settings in which a saved configuration, as read from its YAML, differs from `new`: `path: old → new`.
+
+    Those that do not change what a run computes are left out.
+    """
+    was, now = flat(old), flat(asdict(new))
+    return [
+        f"{path}: {was.get(path)!r} → {now.get(path)!r}"
+        for path in dict.fromkeys([*was, *now])
+        if was.get(path) != now.get(path) and path.split(".")[0] not in _FREE_TO_CHANGE
+    ]
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `group.name` → value."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return result
+
+
 class _Dumper(yaml.SafeDumper):
     """Puts quotes around texts such as 1e3 too, which jsonargparse, unlike PyYAML, reads as numbers."""
 
@@ -402,10 +463,12 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DistributedConfig",
     "EvalConfig",
     "EvaluationConfig",
     "Kind",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -418,6 +481,8 @@ __all__ = [
     "blamed_on",
     "check_eval_config",
     "check_train_config",
+    "config_differences",
+    "flat",
     "instantiate",
     "parse_train_config",
     "save_config",

@@ -97,17 +97,6 @@ def add_balanced_accuracy(metrics: dict[str, float]) -> None:
             metrics[f"{kind}/balanced_accuracy"] = sum(by_label) / len(by_label)
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
-    """Nested settings as `group.name` → number or text, the only values that all trackers take."""
-    result: dict[str, int | float | str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{name}.")
-        else:
-            result[f"{prefix}{name}"] = value if isinstance(value, int | float) else str(value)
-    return result
-
-
 class Timer:
     """Seconds spent in each phase of a step."""
 
@@ -135,12 +124,23 @@ class RunLog:
         accelerator: its trackers are written to.
         folder: of the run; `metrics.jsonl`, `evaluations.jsonl` and `rollouts.jsonl` are written there.
         steps: of the whole run.
-        start: step from which the run goes on; later lines, of an interrupted run, are dropped.
+        resumed: step of the checkpoint from which the run goes on; later lines, of an interrupted run, are dropped.
+            None: the run begins.
+        heard: hears of each phase, and of each time that it gets on.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, *, steps: int, start: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        *,
+        steps: int,
+        resumed: int | None = None,
+        heard: Callable[[str], None] = lambda phase: None,
+    ) -> None:
         self.accelerator = accelerator
         self.folder = folder
+        self.heard = heard
         self.console = Console(quiet=not accelerator.is_main_process, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description:<26}"),
@@ -149,14 +149,14 @@ class RunLog:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._task = self._bar.add_task("starting", total=steps, completed=start)
+        self._task = self._bar.add_task("starting", total=steps, completed=resumed or 0)
         self._rewards = Text()
         # A pipe or a file gets plain lines instead.
         self._live = Live(Group(self._bar, self._rewards), console=self.console) if self.console.is_terminal else None
         self._steps = steps
         if accelerator.is_main_process:
             for name in ("metrics", "evaluations", "rollouts"):
-                _drop_lines_after(self._path(name), start)
+                _drop_lines_after(self._path(name), -1 if resumed is None else resumed)
 
     def __enter__(self) -> RunLog:
         if self._live:
@@ -171,6 +171,7 @@ class RunLog:
         """Show what the step is doing."""
         count = "" if total is None else f" {done}/{total}"
         self._bar.update(self._task, description=f"{name}{count}")
+        self.heard(f"{name}{count}")
 
     def counting(self, name: str, total: int) -> Callable[[int], None]:
         """A callable that hears of finished items and shows `name done/total`."""

@@ -10,25 +10,39 @@ generation phase and one
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from spark_vl.checkpoint import export_model, find_checkpoint, load_checkpoint, save_checkpoint
-from spark_vl.config import ConfigError, TrainConfig, blamed_on, save_config
+from spark_vl.checkpoint import (
+    LATEST,
+    claim_folder,
+    copy_model,
+    find_checkpoint,
+    is_latest,
+    load_checkpoint,
+    name_of,
+    point,
+    save_checkpoint,
+)
+from spark_vl.config import ConfigError, TrainConfig, blamed_on, flat, save_config
 from spark_vl.data.problems import open_recipe
-from spark_vl.data.quarantine import Quarantine
+from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe
 from spark_vl.data.sampler import PromptSampler
-from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, flat, group_metrics
-from spark_vl.policy.update import load_updater
+from spark_vl.distributed.gather import any_process, whole_weights
+from spark_vl.distributed.launch import start_accelerator, strategy
+from spark_vl.distributed.stop import StopRequest
+from spark_vl.distributed.watch import Watch
+from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
+from spark_vl.policy.update import NonFiniteUpdateError, load_updater
 from spark_vl.processors import ProcessedPrompt, load_processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup, record_from_json, record_to_json
@@ -42,6 +56,10 @@ Evaluate = Callable[..., Mapping[str, Any]]
 (`value`, `low`, `high`, `n`)."""
 
 
+class _StepAbandoned(Exception):
+    """The run is to stop, and the step has not come to its update yet."""
+
+
 class Trainer:
     """Trains one model as policy and as generative reward.
 
@@ -49,40 +67,45 @@ class Trainer:
         config: of the run, checked (`check_train_config`).
         evaluate: run before, after and, with `config.evaluation.every`, during training.
         resume: `auto` (from the run's latest checkpoint, if it has one), `none`, or the path of a checkpoint.
+        allow_config_change: whether to go on though the checkpoint was written under other settings.
 
     Raises:
-        ConfigError: `output_dir` holds a run that is not to be resumed.
-        CheckpointError: there is no whole checkpoint at `resume`.
+        ConfigError: `output_dir` holds a run that is not to be resumed, cannot be written, or is in use.
+        CheckpointError: there is no whole checkpoint at `resume`, or it does not go with this run.
+        LaunchError: what runs is not what the launch asked for.
     """
 
-    def __init__(self, config: TrainConfig, evaluate: Evaluate | None = None, resume: str = "none") -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        evaluate: Evaluate | None = None,
+        resume: str = "none",
+        *,
+        allow_config_change: bool = False,
+    ) -> None:
         self.config = config
         self.evaluate = evaluate
         self.folder = Path(config.output_dir)
-        checkpoint = find_checkpoint(self.folder / "checkpoints", resume)
+        self.checkpoints = self.folder / "checkpoints"
+        checkpoint = find_checkpoint(self.checkpoints, resume)
         if resume == "none" and (self.folder / "metrics.jsonl").exists():
             raise ConfigError(
                 f"output_dir: {self.folder} already holds a run; name another folder, or go on with --resume auto"
             )
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
-            log_with=config.logging.trackers or None,
-            project_dir=self.folder,
-        )
+        # First: after the start under ZeRO-3 transformers shards every model that is made, also one without weights.
+        self.processor = load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
+        self.accelerator = start_accelerator(config, self.folder)
+        self._lock = claim_folder(self.folder) if self.accelerator.is_main_process else None
         set_seed(config.seed)
         self.templater = Templater.from_config(config.prompts)
         with blamed_on("data.recipes"):
             problems = [open_recipe(load_recipe(name), "train", self.templater) for name in config.data.recipes]
+        rank = self.accelerator.process_index
         self.sampler = PromptSampler(
-            problems,
-            seed=config.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            problems, seed=config.seed, rank=rank, world_size=self.accelerator.num_processes
         )
-        n_problems = sum(map(len, problems))
-        self.steps = config.steps or math.ceil(config.epochs * n_problems / config.data.prompts_per_step)
+        self.steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.data.prompts_per_step)
 
-        self.processor = load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
         phases = 2 if config.recycle.schedule == "sequential" else 1
         self.updater = load_updater(
             config,
@@ -90,53 +113,115 @@ class Trainer:
             self.processor,
             updates=self.steps * phases * config.optimizer.updates_per_batch,
         )
+        self.any_process = any_process(self.accelerator)
+        by_layer = config.rollout.gather == "layer" and strategy(self.accelerator) in ("zero3", "fsdp2")
+        sharded = (
+            {"any_process": self.any_process}
+            if by_layer
+            else {"weights": partial(whole_weights, self.accelerator, self.updater.policy)}
+        )
         self.engine = TransformersEngine(
             self.accelerator.unwrap_model(self.updater.policy),
             self.processor,
             rows_at_once=config.rollout.rows_at_once,
+            **sharded,
         )
         self.verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s)
-        rank = self.accelerator.process_index
         name = f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"
         self.quarantine = Quarantine(self.folder / name, config.data.max_quarantined_fraction)
         self.timer = Timer()
+        self.stop = StopRequest()
+        self.watch = Watch(self.accelerator, timeout_s=config.distributed.timeout_s)
         self.step = 0
         self.waiting: list[PromptRecord] = []  # recycled prompts for the next generation phase
         self.surplus: list[PromptRecord] = []  # more of them, which dynamic sampling refills from
         self.calls = 0  # of `_seed` within the step
+        self.updated = False  # whether the step has touched the weights, and so has to be finished
+        self.best = -math.inf  # of the figure that `checkpoint.keep_best` names
+        self.resumed: int | None = None  # step of the checkpoint that the run goes on from
 
         if checkpoint:
-            self._load(checkpoint)
+            self._load(checkpoint, allow_config_change)
 
-    def train(self) -> None:
-        """Run to the last step. Leaves `model/`, a plain Hugging Face checkpoint, in the run's folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.folder / "config.yaml")
+    def train(self) -> bool:
+        """Run to the last step. Leaves `model/`, a plain Hugging Face checkpoint, in the run's folder.
+
+        Returns:
+            Whether it got there: a signal stops it before, at a checkpoint.
+
+        Raises:
+            NonFiniteUpdateError: the loss or gradient was not finite several times in a row.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        if self.accelerator.is_main_process:
+            save_config(self.config, self.folder / "config.yaml")
         if self.config.logging.trackers:
-            self.accelerator.init_trackers("spark-vl", config=flat(asdict(self.config)))
+            settings = {
+                name: value if isinstance(value, int | float) else str(value)
+                for name, value in flat(asdict(self.config)).items()
+            }
+            self.accelerator.init_trackers("spark-vl", config=settings)
         with (
             self.verifiers,
-            RunLog(self.accelerator, self.folder, steps=self.steps, start=self.step) as self.log,
-        ):
-            if self.step == 0:
-                self._evaluate()
-            while self.step < self.steps:
-                metrics = self._train_step()
-                self.step += 1
-                self.log.step(self.step, metrics)
-                if self._due(self.config.checkpoint.every) or self.step == self.steps:
-                    self._save()
-                if self._due(self.config.evaluation.every) and self.step < self.steps:
-                    self._evaluate()
-            self._evaluate()
-            export_model(
+            self.watch,
+            self.stop,
+            RunLog(
                 self.accelerator,
-                self.updater.policy,
-                self.processor,
-                self.folder / "model",
-                dtype=getattr(torch, self.config.model.dtype),
-            )
+                self.folder,
+                steps=self.steps,
+                resumed=self.resumed,
+                heard=lambda phase: self.watch.at(self.step, phase),
+            ) as self.log,
+        ):
+            try:
+                finished = self._run()
+            except (NonFiniteUpdateError, TooManyBadRowsError):
+                raise
+            except (RuntimeError, OSError) as error:  # maybe because another process is not there any more
+                if self.accelerator.num_processes > 1:
+                    error.add_note(f"rank {self.accelerator.process_index}: {self.watch.explain()}")
+                raise
+            finally:
+                if self._lock:
+                    self._lock.close()
         self.accelerator.end_training()
+        return finished
+
+    def _run(self) -> bool:
+        if self.resumed is None:
+            self._evaluate()
+        while self.step < self.steps:
+            if self._asked_to_stop():
+                return self._stopped()
+            before = self._state()
+            try:
+                metrics = self._train_step()
+            except _StepAbandoned:
+                self._set_state(before)
+                return self._stopped()
+            self.step += 1
+            self.log.step(self.step, metrics)
+            last = self.step == self.steps
+            # Evaluated first: a run that is resumed from this checkpoint has the figures of its step.
+            best = (last or self._due(self.config.evaluation.every)) and self._evaluate()
+            if best or last or self._due(self.config.checkpoint.every):
+                self._save(best=best)
+        if self.accelerator.is_main_process:
+            copy_model(self.checkpoints / name_of(self.step), self.folder / "model")
+        return True
+
+    def _asked_to_stop(self) -> bool:
+        return self.any_process(self.stop.signal is not None)
+
+    def _stopped(self) -> bool:
+        """Save where the run is, unless that is done, and say how to go on."""
+        if not is_latest(self.checkpoints, self.step):
+            self._save(best=False)
+        self.log.console.print(
+            f"stopped after step {self.step} of {self.steps}; go on with the same command and --resume auto",
+            soft_wrap=True,
+        )
+        return False
 
     # ── one step ──
 
@@ -144,6 +229,7 @@ class Trainer:
         """Sample, verify, recycle and update once, by the schedule. Returns the step's metrics."""
         means = Means()
         self.calls = 0
+        self.updated = False
         with self.timer("step"):
             problems = self._draw(self._share(self.config.data.prompts_per_step))
             match self.config.recycle.schedule:
@@ -159,14 +245,20 @@ class Trainer:
                     sampled = self._learn_from(self._process(self.waiting), means)
                     self.waiting = self._recycle(sampled, means)
         self.processor.forget_images()
+        # A mean over processes, of which each counts its own.
+        means.add("data/quarantined", self.quarantine.rows_bad * self.accelerator.num_processes)
         metrics = means.over_processes().result()
         add_balanced_accuracy(metrics)
-        metrics |= {"data/epoch": self.sampler.epoch, "data/quarantined": self.quarantine.rows_bad}
-        return metrics | self.timer.reset()
+        return metrics | {"data/epoch": self.sampler.epoch} | self.timer.reset()
 
     def _learn_from(self, prompts: Sequence[ProcessedPrompt], means: Means) -> list[RolloutGroup]:
-        """Sample, verify and update on `prompts`. Returns all groups that were sampled."""
-        if not prompts:
+        """Sample, verify and update on `prompts`, of which only some processes may have any. Returns all groups that
+        were sampled.
+
+        Raises:
+            _StepAbandoned: the run is to stop.
+        """
+        if not self.any_process(bool(prompts)):
             return []
         by_id = {prompt.record.id: prompt for prompt in prompts}
         chosen = self._sample(prompts)
@@ -175,7 +267,7 @@ class Trainer:
             for _ in range(rounds):
                 dead = [i for i, group in enumerate(chosen) if group.record.kind == kind and group.zero_variance]
                 fresh = self._fresh(kind, len(dead)) if dead else []
-                if not fresh:
+                if not self.any_process(bool(fresh)):
                     break
                 by_id |= {prompt.record.id: prompt for prompt in fresh}
                 groups = self._sample(fresh)
@@ -183,12 +275,35 @@ class Trainer:
                 for i, group in zip(dead, (g for g in groups if not g.zero_variance), strict=False):
                     chosen[i] = group
         means.update(group_metrics(sampled))
+        if self._asked_to_stop() and not self.updated:
+            raise _StepAbandoned
         with self.timer("update"):
-            self.updater.update(chosen, by_id, seed=self._seed("update"), add=means.add, counting=self.log.counting)
+            self._update(chosen, by_id, means)
             self.engine.sync_weights(self.accelerator.unwrap_model(self.updater.policy))
         if self.config.logging.rollouts_every and self.step % self.config.logging.rollouts_every == 0:
             self.log.rollouts(self.step + 1, sampled)
         return sampled
+
+    def _update(
+        self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt], means: Means
+    ) -> None:
+        self.updated = True
+        try:
+            self.updater.update(groups, prompts, seed=self._seed("update"), add=means.add, counting=self.log.counting)
+        except NonFiniteUpdateError as error:
+            file = self.folder / "nonfinite" / f"{name_of(self.step + 1)}.rank{self.accelerator.process_index}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            with file.open("w") as lines:
+                for group in error.groups:
+                    batch = {
+                        "record": record_to_json(group.record),
+                        "rollouts": [asdict(rollout) for rollout in group.rollouts],
+                        "verdicts": [asdict(verdict) for verdict in group.verdicts],
+                    }
+                    lines.write(json.dumps(batch, ensure_ascii=False) + "\n")
+            raise NonFiniteUpdateError(
+                f"{error}; step {self.step + 1} is in {file}, the last good weights in {self.checkpoints}", error.groups
+            ) from error
 
     def _sample(self, prompts: Sequence[ProcessedPrompt]) -> list[RolloutGroup]:
         """A verified group of completions for each prompt."""
@@ -265,30 +380,75 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Evaluate, and say whether that was the best so far by `checkpoint.keep_best`.
+
+        Raises:
+            ConfigError: there is no such figure.
+        """
         if self.evaluate is None:
-            return
+            return False
         with self.accelerator.autocast():
             results = self.evaluate(self.engine, self.processor, self.verifiers, counting=self.log.counting)
         self.processor.forget_images()
         self.log.evaluation(self.step, results)
+        name = self.config.checkpoint.keep_best
+        if name is None:
+            return False
+        if name not in results:
+            raise ConfigError(f"checkpoint.keep_best: there is no figure {name!r}; there are {', '.join(results)}")
+        value, before = results[name]["value"], self.best
+        self.best = max(value, before)
+        return self.step > 0 and value > before
 
-    def _save(self) -> None:
-        self.log.phase("saving")
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """What a step changes, besides the weights and what goes with them."""
+        return {
             "sampler": self.sampler.state_dict(),
             "rows": [self.quarantine.rows_seen, self.quarantine.rows_bad],
-            "waiting": [record_to_json(record) for record in self.waiting],
-            "surplus": [record_to_json(record) for record in self.surplus],
+            "waiting": list(self.waiting),
+            "surplus": list(self.surplus),
+            "skipped_in_a_row": self.updater.skipped_in_a_row,
+            "best": self.best,
         }
-        save_checkpoint(
-            self.accelerator, self.folder / "checkpoints", self.step, state, keep=self.config.checkpoint.keep
-        )
 
-    def _load(self, checkpoint: Path) -> None:
-        state = load_checkpoint(self.accelerator, checkpoint)
-        self.step = state["step"]
+    def _set_state(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.quarantine.rows_seen, self.quarantine.rows_bad = state["rows"]
-        self.waiting = [record_from_json(record) for record in state["waiting"]]
-        self.surplus = [record_from_json(record) for record in state["surplus"]]
+        self.waiting, self.surplus = list(state["waiting"]), list(state["surplus"])
+        self.updater.skipped_in_a_row = state["skipped_in_a_row"]
+        self.best = state["best"]
+
+    def _save(self, *, best: bool) -> None:
+        self.log.phase("saving")
+        state = self._state()
+        for name in ("waiting", "surplus"):
+            state[name] = [record_to_json(record) for record in state[name]]
+        save_checkpoint(
+            self.accelerator,
+            self.updater.policy,
+            self.processor,
+            self.config,
+            self.checkpoints,
+            self.step,
+            state,
+            best=best,
+        )
+
+    def _load(self, checkpoint: Path, allow_config_change: bool) -> None:
+        manifest, states = load_checkpoint(
+            self.accelerator, checkpoint, self.config, allow_config_change=allow_config_change
+        )
+        self.step = self.resumed = manifest["step"]
+        if self.accelerator.is_main_process and checkpoint.parent == self.checkpoints:
+            point(self.checkpoints, LATEST, checkpoint)  # newer ones will be written anew
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        state = states[0]
+        if manifest["processes"] != processes:  # what waits is dealt out anew
+            for name in ("waiting", "surplus"):
+                state[name] = [record for other in states for record in other[name]][rank::processes]
+            rows = [sum(counts) for counts in zip(*(other["rows"] for other in states), strict=True)]
+            state["rows"] = [0, 0] if rank else rows
+        for name in ("waiting", "surplus"):
+            state[name] = [record_from_json(record) for record in state[name]]
+        self._set_state(state)

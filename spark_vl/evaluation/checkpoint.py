@@ -32,7 +32,6 @@ def evaluate_checkpoint(config: EvalConfig, templater: Templater, samples_file: 
         dtype=getattr(torch, config.model.dtype),
         temperature=config.rollout.temperature,
         suppressed_token_ids=processor.suppressed_token_ids,
-        frozen=True,
     ).to("cuda" if torch.cuda.is_available() else "cpu")
     engine = TransformersEngine(policy, processor, rows_at_once=config.rollout.rows_at_once)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

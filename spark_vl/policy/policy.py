@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from spark_vl.config import ModelConfig
+from spark_vl.config import ConfigError, LoraConfig, ModelConfig
 from spark_vl.policy.head import ScoringHead, TokenScores
 from spark_vl.policy.packing import Pack, attention_mask
 
 
+T = TypeVar("T")
+
+
 class Policy(nn.Module):
-    """A vision-language model as the trainer sees it. One `forward` of one module, so DDP and ZeRO see an ordinary
-    step.
+    """A vision-language model as the trainer sees it.
+
+    All that computes with its weights goes through its `forward`: DDP sees an ordinary step, and ZeRO-3 and FSDP2,
+    which gather weights when a module is called, begin and end with the outermost one.
 
     Args:
         model: its `lm_head` is replaced by a `ScoringHead` over the same weight.
@@ -49,8 +55,20 @@ class Policy(nn.Module):
         """Compute the language model's attention with `backend` from here on."""
         self.model.config.text_config._attn_implementation = {"flex": "flex_attention"}.get(backend, backend)
 
-    def forward(self, pack: Pack) -> TokenScores:
-        """Score the N completion tokens of `pack`."""
+    def forward(self, work: Pack | Callable[[], T], *, adapters: bool = True) -> TokenScores | T:
+        """Score the N completion tokens of a pack, or do any other `work` on the model, such as a decoding step.
+
+        Args:
+            adapters: False: with the weights that the low-rank adapters left alone, which are the reference policy.
+        """
+        if not isinstance(work, Pack):
+            return work()
+        if adapters:
+            return self._score(work)
+        with self._without_adapters():
+            return self._score(work)
+
+    def _score(self, pack: Pack) -> TokenScores:
         hidden_TH = self.model.model(
             input_ids=pack.input_ids,
             position_ids=pack.position_ids,
@@ -66,6 +84,31 @@ class Policy(nn.Module):
             suppressed=self.suppressed,
         )
 
+    def plain_state_dict(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`state`, of this module, as the Hugging Face model's own, with the adapters merged into the weights."""
+        plain = {}
+        for name, tensor in state.items():
+            name = name.removeprefix("model.")
+            if ".lora_" in name or name == "suppressed":
+                continue
+            if ".base_layer." in name:
+                layer, weight = name.split(".base_layer.")
+                name = f"{layer}.{weight}"
+                if weight == "weight":
+                    down, up = (state[f"model.{layer}.lora_{side}.default.weight"].double() for side in "AB")
+                    scaling = self.model.get_submodule(layer).scaling["default"]
+                    tensor = (tensor.double() + scaling * up @ down).to(tensor.dtype)
+            plain[name] = tensor
+        return plain
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        self.model.disable_adapters()
+        try:
+            yield
+        finally:
+            self.model.enable_adapters()
+
 
 def load_policy(
     config: ModelConfig,
@@ -73,13 +116,17 @@ def load_policy(
     dtype: torch.dtype,
     temperature: float,
     suppressed_token_ids: Sequence[int],
-    frozen: bool = False,
+    trained: torch.dtype | None = None,
 ) -> Policy:
     """Load the checkpoint at `config.path`, in safetensors only and without any code of its own.
 
     Args:
-        dtype: of the weights. An optimizer without float32 master weights needs float32 here: steps of 5e-7 vanish in
-            bfloat16. frozen: the reference policy: evaluation mode, no gradients.
+        dtype: of the weights.
+        trained: of those that are trained. An optimizer without float32 master weights needs float32 here: steps of
+            5e-7 vanish in bfloat16. None: nothing is to be trained.
+
+    Raises:
+        ConfigError: adapters are asked for, and peft is not installed.
     """
     model = AutoModelForImageTextToText.from_pretrained(
         config.path,
@@ -95,8 +142,31 @@ def load_policy(
         temperature=temperature,
         suppressed_token_ids=suppressed_token_ids,
     )
-    if frozen:
-        return policy.eval().requires_grad_(False)
+    if trained is None:
+        return policy
+    if config.lora:
+        _add_adapters(model, config.lora, trained)
+    if "vision" in config.freeze:
+        model.model.visual.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy.train()
+
+
+def _add_adapters(model: PreTrainedModel, config: LoraConfig, dtype: torch.dtype) -> None:
+    """Give every linear layer of the language model's blocks a trained adapter, and freeze all else."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("model.lora: needs peft: pip install 'spark-vl[lora]'") from error
+    model.add_adapter(
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=r".*language_model\.layers\..*_proj",
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)

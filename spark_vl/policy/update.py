@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,12 @@ from transformers import get_scheduler
 
 from spark_vl.advantages import group_advantages
 from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from spark_vl.distributed.launch import check_launch, strategy
+from spark_vl.distributed.step import GradientStep
 from spark_vl.policy.losses import StepTotals, policy_loss
-from spark_vl.policy.packing import Pack, PackItem, pack_items
-from spark_vl.policy.policy import Policy, load_policy
-from spark_vl.processors import ProcessedPrompt, Processor
+from spark_vl.policy.packing import Pack, PackItem, make_pack, pack_items
+from spark_vl.policy.policy import load_policy
+from spark_vl.processors import ProcessedPrompt, Processor, padding_prompt
 from spark_vl.records import RolloutGroup
 
 Add = Callable[[str, float, float], None]
@@ -29,27 +31,50 @@ Counting = Callable[[str, int], Callable[[int], None]]
 """(what is counted, how many there are) → a callable that hears of finished ones."""
 
 
+class NonFiniteUpdateError(RuntimeError):
+    """So many updates in a row had a loss or gradient that is not finite that something is wrong.
+
+    Args:
+        groups: of the last of them, on this process.
+    """
+
+    def __init__(self, message: str, groups: Sequence[RolloutGroup]) -> None:
+        super().__init__(message)
+        self.groups = groups
+
+
 def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Processor, *, updates: int) -> Updater:
-    """Load the policy, its reference if `objective.beta` asks for one, and an AdamW for `updates` optimizer updates."""
+    """Load the policy, its reference if `objective.beta` asks for one, and an AdamW for `updates` optimizer updates.
+
+    Raises:
+        LaunchError: what runs is not what the launch asked for.
+    """
     sampled_from = {
         "temperature": config.rollout.temperature,
         "suppressed_token_ids": processor.suppressed_token_ids,
     }
-    policy = load_policy(config.model, dtype=torch.float32, **sampled_from)
-    reference = None
-    if config.objective.beta > 0:
-        dtype = getattr(torch, config.model.dtype)
-        reference = load_policy(config.model, dtype=dtype, frozen=True, **sampled_from).to(accelerator.device)
+    low = getattr(torch, config.model.dtype)
+    # DeepSpeed keeps float32 weights of its own; elsewhere what is trained has to be float32.
+    trained = low if strategy(accelerator).startswith("zero") else torch.float32
+    policy = load_policy(config.model, dtype=low if config.model.lora else trained, trained=trained, **sampled_from)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        lr=settings.lr,
+        betas=tuple(settings.betas),
+        weight_decay=settings.weight_decay,
     )
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    check_launch(accelerator, policy)
+    # Made now, for DeepSpeed may have put another optimizer into its place. It is not prepared: Accelerate's would step
+    # once for each process.
     scheduler = get_scheduler(
         settings.schedule, optimizer, num_warmup_steps=settings.warmup_updates, num_training_steps=updates
     )
-    # The scheduler is not prepared: Accelerate's would step once for each process.
-    policy, optimizer = accelerator.prepare(policy, optimizer)
     accelerator.register_for_checkpointing(scheduler)
+    reference = None
+    if config.objective.beta > 0 and not config.model.lora:
+        reference = _frozen(accelerator, load_policy(config.model, dtype=low, **sampled_from).eval())
     return Updater(
         accelerator,
         policy,
@@ -63,13 +88,30 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
     )
 
 
+def _frozen(accelerator: Accelerator, reference: torch.nn.Module) -> torch.nn.Module:
+    """`reference` on this device, sharded if the policy is."""
+    reference.requires_grad_(False)
+    match strategy(accelerator):
+        case "zero3":
+            import deepspeed
+
+            config = deepcopy(accelerator.deepspeed_plugin.deepspeed_config)
+            config["zero_optimization"].pop("offload_optimizer", None)
+            return deepspeed.initialize(model=reference, config=config)[0]
+        case "fsdp2":
+            return accelerator.prepare_model(reference, evaluation_mode=True)
+        case _:
+            return reference.to(accelerator.device)
+
+
 class Updater:
     """Moves the policy's weights.
 
     Args:
         accelerator: wraps `policy` and `optimizer`, which it has prepared.
         policy: as prepared, so maybe wrapped.
-        reference: the frozen policy of the KL penalty; None where `objective.beta` is 0.
+        reference: the frozen policy of the KL penalty; None: the policy without its adapters, if `objective.beta` asks
+            for one.
         processor: knows the image token and the dummy image of a pack without images.
         max_new_tokens: normaliser of Dr. GRPO.
     """
@@ -78,7 +120,7 @@ class Updater:
         self,
         accelerator: Accelerator,
         policy: torch.nn.Module,
-        reference: Policy | None,
+        reference: torch.nn.Module | None,
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
         processor: Processor,
@@ -96,6 +138,13 @@ class Updater:
         self.objective = objective
         self.settings = settings
         self.max_new_tokens = max_new_tokens
+        self.skipped_in_a_row = 0
+        self._step = GradientStep(accelerator, policy, optimizer, max_grad_norm=settings.max_grad_norm)
+        # One token, at weight 0.
+        padding = PackItem(padding_prompt(processor), [processor.stop_token_ids[:1]], [0])
+        self._padding = make_pack(
+            [padding], dummy_image=processor.dummy_image, image_token_id=processor.image_token_id
+        )
 
     def update(
         self,
@@ -109,27 +158,39 @@ class Updater:
         """Take `updates_per_batch` optimizer steps on verified `groups`, each on its own part of them.
 
         Args:
-            groups: of this process. None of them may be empty of rollouts.
+            groups: of this process, maybe none. None of them may be empty of rollouts.
             prompts: the processed prompt of each group, by record id.
             seed: fixes which groups make up which part.
             add: takes the metrics.
             counting: hears of the progress, as `RunLog.counting`.
+
+        Raises:
+            NonFiniteUpdateError: `max_skipped_updates` updates in a row were skipped.
         """
         groups = list(groups)
         random.Random(seed).shuffle(groups)
         parts = [groups[i :: self.settings.updates_per_batch] for i in range(self.settings.updates_per_batch)]
-        batches = [self._pack(part, prompts) for part in parts if part]
+        batches = [batch for part in parts if (batch := self._pack(part, prompts)).totals.completions]
         # The first update is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
-        old = [None if i == 0 else self._scores(self.policy, batch) for i, batch in enumerate(batches)]
-        advance = counting("updating", sum(len(batch.packs) for batch in batches))
+        old = [None if i == 0 else self._scores(batch) for i, batch in enumerate(batches)]
+        advance = counting("updating", sum(len(batch.passes) for batch in batches))
         for batch, old_logprobs in zip(batches, old, strict=True):
-            self._optimizer_step(batch, old_logprobs, add, advance)
+            moved = self._optimizer_step(batch, old_logprobs, add, advance)
+            self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row >= self.settings.max_skipped_updates:
+                raise NonFiniteUpdateError(
+                    f"the loss or the gradient of {self.skipped_in_a_row} updates in a row was not finite "
+                    "(optimizer.max_skipped_updates)",
+                    groups,
+                )
 
     def _pack(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt]) -> _Batch:
-        """Lay `groups` out in packs, with the advantages of their completions."""
-        # Without a KL term or an entropy bonus, equal rewards mean no gradient at all. One pass is made in any case.
+        """Lay `groups` out in packs, with the advantages of their completions. Collective.
+
+        Every process makes the same number of passes, and at least one: some run padding.
+        """
+        # Without a KL term or an entropy bonus, equal rewards mean no gradient at all.
         skip_flat = self.objective.beta == 0 and self.objective.entropy_bonus == 0
-        skip_flat = skip_flat and not all(group.zero_variance for group in groups)
         items, advantages, weights, kinds, engine_logprobs = [], [], [], [], []
         for group in groups:
             rows = range(len(advantages), len(advantages) + len(group.rollouts))
@@ -146,34 +207,42 @@ class Updater:
             dummy_image=self.processor.dummy_image,
             image_token_id=self.processor.image_token_id,
         )
-        return _Batch(packs, torch.tensor(advantages), torch.tensor(weights), kinds, engine_logprobs)
+        device = self.accelerator.device
+        sizes = torch.tensor([len(kinds), sum(map(len, engine_logprobs)), len(packs)], device=device)
+        sizes = self.accelerator.gather(sizes[None])
+        completions, tokens, _ = sizes.sum(0).tolist()
+        passes = max(1, int(sizes[:, 2].max()))
+        return _Batch(
+            [*packs, *[None] * (passes - len(packs))],
+            torch.tensor(advantages, device=device),
+            torch.tensor(weights, device=device),
+            kinds,
+            engine_logprobs,
+            StepTotals(completions, tokens, self.max_new_tokens),
+        )
 
     def _optimizer_step(
         self, batch: _Batch, old_logprobs: list[torch.Tensor] | None, add: Add, advance: Callable[[int], None]
-    ) -> None:
-        device = self.accelerator.device
-        advantages, weights = batch.advantages.to(device), batch.weights.to(device)
-        completions, tokens = self.accelerator.reduce(
-            torch.tensor([len(batch.kinds), sum(map(len, batch.engine_logprobs))], device=device)
-        ).tolist()
-        totals = StepTotals(completions, tokens, self.max_new_tokens)
-        # Every process makes the same number of passes: a process that has fewer packs repeats its last, at weight 0.
-        n_packs = int(self.accelerator.gather(torch.tensor([len(batch.packs)], device=device)).max())
+    ) -> bool:
+        """Whether the weights were moved: not so where the gradient is not finite."""
         step_loss = 0.0
-        for turn in range(n_packs):
-            padding = turn >= len(batch.packs)
-            i = min(turn, len(batch.packs) - 1)
-            pack = batch.packs[i].to(device)
-            reference = None if self.reference is None else self._score(self.reference, pack)
-            with nullcontext() if turn == n_packs - 1 else self.accelerator.no_sync(self.policy):
+        for i, pack in enumerate(batch.passes):
+            last = i + 1 == len(batch.passes)
+            if pack is None:
+                self._pad(last=last)
+                advance(1)
+                continue
+            pack = pack.to(self.accelerator.device)
+            reference = self._reference_score(pack)
+            with self._step.one_pass(last=last):
                 scores = self.policy(pack)
                 loss, row_sums = policy_loss(
                     self.objective.loss,
                     scores.logprobs,
-                    advantages,
+                    batch.advantages,
                     pack.row_N,
-                    torch.zeros_like(weights) if padding else weights,
-                    totals,
+                    batch.weights,
+                    batch.totals,
                     clip_low=self.objective.clip_low,
                     clip_high=self.objective.clip_high,
                     old_logprobs=None if old_logprobs is None else old_logprobs[i],
@@ -182,31 +251,44 @@ class Updater:
                     entropies=scores.entropy,
                     entropy_bonus=self.objective.entropy_bonus,
                 )
-                # Gradients are averaged over processes; the loss is a part of a sum.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            if not padding:
-                step_loss += float(loss.detach())
-                _report(batch, row_sums, add)
-                if old_logprobs is None:  # the policy has not moved since the engine sampled: both should say the same
-                    gap = scores.logprobs.detach() - batch.engine_logprobs_of(pack)
-                    add("engine/gap", float(gap.abs().sum()), len(gap))
-                    add("engine/ratio", float(gap.exp().sum()), len(gap))
-                advance(1)
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
-        add("update/loss", step_loss, 1.0)
-        add("update/grad_norm", float(norm), 1.0)
-        add("update/lr", self.scheduler.get_last_lr()[0], 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
+                self._step.backward(loss)
+            step_loss += float(loss.detach())
+            _report(batch, row_sums, add)
+            if old_logprobs is None:  # the policy has not moved since the engine sampled: both should say the same
+                gap = scores.logprobs.detach() - batch.engine_logprobs_of(pack)
+                add("engine/gap", float(gap.abs().sum()), len(gap))
+                add("engine/ratio", float(gap.exp().sum()), len(gap))
+            advance(1)
+        lr = self.scheduler.get_last_lr()[0]
+        norm, moved = self._step.take()
+        if moved:
+            self.scheduler.step()
+        # The loss is a sum over processes, each of which has its part of it.
+        add("update/loss", step_loss, 1 / self.accelerator.num_processes)
+        add("update/grad_norm", norm, 1.0)
+        add("update/lr", lr, 1.0)
+        add("update/skipped", float(not moved), 1.0)
+        return moved
 
-    def _scores(self, policy: torch.nn.Module, batch: _Batch) -> list[torch.Tensor]:
-        return [self._score(policy, pack.to(self.accelerator.device)) for pack in batch.packs]
+    def _pad(self, *, last: bool) -> None:
+        """The passes of an optimizer step over one pack, on nothing."""
+        pack = self._padding.to(self.accelerator.device)
+        self._reference_score(pack)
+        with self._step.one_pass(last=last):
+            self._step.backward(0.0 * self.policy(pack).logprobs.sum())
 
-    @staticmethod
     @torch.no_grad()
-    def _score(policy: torch.nn.Module, pack: Pack) -> torch.Tensor:
-        return policy(pack).logprobs
+    def _reference_score(self, pack: Pack) -> torch.Tensor | None:
+        if self.objective.beta == 0:
+            return None
+        if self.reference is None:
+            return self.policy(pack, adapters=False).logprobs
+        return self.reference(pack).logprobs
+
+    @torch.no_grad()
+    def _scores(self, batch: _Batch) -> list[torch.Tensor]:
+        """What the policy says now, for each pass of `batch`; padding is run too."""
+        return [self.policy((pack or self._padding).to(self.accelerator.device)).logprobs for pack in batch.passes]
 
 
 def _report(batch: _Batch, row_sums: Mapping[str, torch.Tensor], add: Add) -> None:
@@ -224,7 +306,8 @@ def _report(batch: _Batch, row_sums: Mapping[str, torch.Tensor], add: Add) -> No
 class _Batch:
     """What one optimizer step is made of, on this process."""
 
-    packs: list[Pack]
+    passes: list[Pack | None]
+    """The packs, and None for the padding that makes them as many on every process."""
     advantages: torch.Tensor
     """[R]"""
     weights: torch.Tensor
@@ -233,6 +316,7 @@ class _Batch:
     """[R]"""
     engine_logprobs: list[tuple[float, ...]]
     """[R] ragged: what the rollout engine said of each token."""
+    totals: StepTotals
 
     def engine_logprobs_of(self, pack: Pack) -> torch.Tensor:
         """[N] what the rollout engine said of the tokens of `pack`."""

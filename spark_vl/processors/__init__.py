@@ -4,7 +4,7 @@ A step decodes, resizes and tokenises nothing twice: a processor is called once 
 rollout engine and the policy update share its result.
 """
 
-from spark_vl.processors.base import ProcessedImage, ProcessedPrompt, Processor
+from spark_vl.processors.base import ProcessedImage, ProcessedPrompt, Processor, padding_prompt
 from spark_vl.processors.qwen2_5_vl import QwenVLProcessor, load_processor
 
-__all__ = ["ProcessedImage", "ProcessedPrompt", "Processor", "QwenVLProcessor", "load_processor"]
+__all__ = ["ProcessedImage", "ProcessedPrompt", "Processor", "QwenVLProcessor", "load_processor", "padding_prompt"]

@@ -28,7 +28,8 @@ class ProcessedImage:
 class ProcessedPrompt:
     """One prompt as a language model takes it."""
 
-    record: PromptRecord
+    record: PromptRecord | None
+    """None: padding, which is nobody's prompt."""
     input_ids: torch.Tensor
     """[T] int64, with as many image tokens as the vision tower gives features."""
     position_ids: torch.Tensor
@@ -68,3 +69,14 @@ class Processor(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the Hugging Face processor's files into `folder`."""
+
+
+def padding_prompt(processor: Processor) -> ProcessedPrompt:
+    """The dummy image alone. A process that has nothing left to do runs it, so that all make the same calls."""
+    image = processor.dummy_image
+    return ProcessedPrompt(
+        record=None,
+        input_ids=torch.full((image.tokens,), processor.image_token_id),
+        position_ids=torch.arange(image.tokens).expand(3, -1),
+        images=(image,),
+    )

@@ -9,13 +9,15 @@ Shapes: B prompts, S tokens of the longest, R = B·G rows being decoded, V words
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from transformers import DynamicCache
 
 from spark_vl.policy.head import sampling_logits
 from spark_vl.policy.policy import Policy
-from spark_vl.processors import ProcessedImage, ProcessedPrompt, Processor
+from spark_vl.processors import ProcessedImage, ProcessedPrompt, Processor, padding_prompt
 from spark_vl.records import Rollout, RolloutGroup
 from spark_vl.rollout.engine import Sampling
 
@@ -24,15 +26,29 @@ class TransformersEngine:
     """`RolloutEngine` on the policy's own modules: it needs no copy of the weights.
 
     Args:
-        policy: sampled from.
+        policy: sampled from, unwrapped.
         processor: names the stop and pad tokens, and decodes.
         rows_at_once: completions decoded together; bounds the key-value cache.
+        weights: makes the context in which the policy's weights are there, where they are sharded.
+        any_process: whether its argument is true on any process. Given where each call of the policy is a collective
+            one: then all processes make as many, those with nothing left to decode on rows that are dropped.
     """
 
-    def __init__(self, policy: Policy, processor: Processor, *, rows_at_once: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        processor: Processor,
+        *,
+        rows_at_once: int,
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        any_process: Callable[[bool], bool] | None = None,
+    ) -> None:
         self.policy = policy
         self.processor = processor
         self.rows_at_once = rows_at_once
+        self.weights = weights
+        self.in_step = any_process is not None
+        self.any_process = any_process or bool
 
     def sync_weights(self, policy: Policy) -> None:
         """See `RolloutEngine.sync_weights`."""
@@ -55,14 +71,16 @@ class TransformersEngine:
         self.policy.eval()  # gradient checkpointing would forbid the cache
         self.policy.use_attention("sdpa")
         try:
-            # Prompts of similar length decode together, so that little is padded.
-            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-            prompts_at_once = max(1, self.rows_at_once // n)
-            groups: dict[int, RolloutGroup] = {}
-            for start in range(0, len(order), prompts_at_once):
-                chosen = order[start : start + prompts_at_once]
-                batch = [prompts[i] for i in chosen]
-                groups.update(zip(chosen, self._generate_batch(batch, n, sampling, generator, progress), strict=True))
+            with self.weights():
+                # Prompts of similar length decode together, so that little is padded.
+                order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+                prompts_at_once = max(1, self.rows_at_once // n)
+                groups: dict[int, RolloutGroup] = {}
+                while self.any_process(bool(order)):
+                    chosen, order = order[:prompts_at_once], order[prompts_at_once:]
+                    batch = [prompts[i] for i in chosen]
+                    done = self._generate_batch(batch, n, sampling, generator, progress)
+                    groups.update(zip(chosen, done, strict=True))
         finally:
             self.policy.use_attention(self.policy.attention)
             self.policy.train(was_training)
@@ -78,43 +96,48 @@ class TransformersEngine:
     ) -> list[RolloutGroup]:
         device = self.policy.suppressed.device
         rows = len(prompts) * n
-        hidden_BH, cache, mask_BS = self._prefill(prompts)
-        hidden_RH = hidden_BH.repeat_interleave(n, dim=0)
-        mask_RS = mask_BS.repeat_interleave(n, dim=0)
-        cache.batch_repeat_interleave(n)
-        position_R = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(n)
-        alive_R = torch.arange(rows, device=device)  # which completion each row of the cache is
         stop = torch.tensor(self.processor.stop_token_ids, device=device)
 
-        tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(rows, sampling.max_new_tokens, device=device)
-        lengths = torch.full((rows,), sampling.max_new_tokens, device=device)
-        finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        # The last row takes what is decoded only to stay in step with other processes.
+        tokens = torch.zeros(rows + 1, sampling.max_new_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(rows + 1, sampling.max_new_tokens, device=device)
+        lengths = torch.full((rows + 1,), sampling.max_new_tokens, device=device)
+        finished = torch.zeros(rows + 1, dtype=torch.bool, device=device)
+        alive_R = torch.arange(max(rows, 1), device=device)
+        real = bool(prompts)  # rows to drop are never beside others
+
+        batch = prompts or [padding_prompt(self.processor)]
+        each = n if prompts else 1
+        logits_BV, cache, mask_BS = self.policy(partial(self._prefill, batch))
+        logits_RV = logits_BV.repeat_interleave(each, dim=0)
+        mask_RS = mask_BS.repeat_interleave(each, dim=0)
+        cache.batch_repeat_interleave(each)
+        position_R = torch.tensor([p.next_position for p in batch], device=device).repeat_interleave(each)
         for step in range(sampling.max_new_tokens):
-            token_R, logprob_R = self._sample(self.policy.model.lm_head(hidden_RH), sampling, generator)
-            tokens[alive_R, step] = token_R
-            logprobs[alive_R, step] = logprob_R.to(logprobs.dtype)
-            ends_R = torch.isin(token_R, stop)
-            if ends_R.any():
-                lengths[alive_R[ends_R]] = step + 1
-                finished[alive_R[ends_R]] = True
-                progress(int(ends_R.sum()))
-                keep = (~ends_R).nonzero()[:, 0]
-                alive_R, token_R = alive_R[keep], token_R[keep]
-                mask_RS, position_R = mask_RS[keep], position_R[keep]
-                cache.batch_select_indices(keep)
-            if len(alive_R) == 0 or step + 1 == sampling.max_new_tokens:
+            if real:
+                token_R, logprob_R = self._sample(logits_RV, sampling, generator)
+                tokens[alive_R, step] = token_R
+                logprobs[alive_R, step] = logprob_R.to(logprobs.dtype)
+                ends_R = torch.isin(token_R, stop)
+                if ends_R.any():
+                    lengths[alive_R[ends_R]] = step + 1
+                    finished[alive_R[ends_R]] = True
+                    progress(int(ends_R.sum()))
+                    keep = (~ends_R).nonzero()[:, 0]
+                    if len(keep) == 0:
+                        real, keep = False, torch.tensor([0], device=device)
+                        alive_R = torch.full_like(alive_R, rows)
+                    alive_R, token_R = alive_R[keep], token_R[keep]
+                    mask_RS, position_R = mask_RS[keep], position_R[keep]
+                    cache.batch_select_indices(keep)
+            else:
+                token_R = stop[:1]
+            if step + 1 == sampling.max_new_tokens or not self.any_process(real):
                 break
             mask_RS = torch.cat([mask_RS, mask_RS.new_ones(len(mask_RS), 1)], dim=1)
-            hidden_RH = self.policy.model.model.language_model(
-                inputs_embeds=self.policy.model.get_input_embeddings()(token_R[:, None]),
-                position_ids=position_R[None, :, None].expand(3, -1, 1),
-                attention_mask=mask_RS,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
+            logits_RV = self.policy(partial(self._decode, token_R, position_R, mask_RS, cache))
             position_R = position_R + 1
-        progress(len(alive_R))
+        progress(len(alive_R) if real else 0)
 
         def rollout(row: int) -> Rollout:
             length = int(lengths[row])
@@ -131,8 +154,21 @@ class TransformersEngine:
             RolloutGroup(prompt.record, tuple(rollout(b * n + g) for g in range(n))) for b, prompt in enumerate(prompts)
         ]
 
+    def _decode(
+        self, token_R: torch.Tensor, position_R: torch.Tensor, mask_RS: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """Run one more token of each row: logits [R, V]."""
+        hidden_RH = self.policy.model.model.language_model(
+            inputs_embeds=self.policy.model.get_input_embeddings()(token_R[:, None]),
+            position_ids=position_R[None, :, None].expand(3, -1, 1),
+            attention_mask=mask_RS,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        return self.policy.model.lm_head(hidden_RH)
+
     def _prefill(self, prompts: Sequence[ProcessedPrompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Run the prompts, padded on the left, once: last hidden states [B, H], cache, mask [B, S]."""
+        """Run the prompts, padded on the left, once: last logits [B, V], cache, mask [B, S]."""
         device = self.policy.suppressed.device
         longest = max(len(p.input_ids) for p in prompts)
         ids_BS = torch.full((len(prompts), longest), self.processor.pad_token_id)
@@ -157,7 +193,7 @@ class TransformersEngine:
             past_key_values=cache,
             use_cache=True,
         )
-        return output.last_hidden_state[:, -1], cache, mask_BS
+        return self.policy.model.lm_head(output.last_hidden_state[:, -1]), cache, mask_BS
 
     def _encode_images(self, prompts: Sequence[ProcessedPrompt]) -> torch.Tensor | None:
         """Features of all images in order, [total tokens, H]; each unique image goes through the vision tower once."""
@@ -165,14 +201,16 @@ class TransformersEngine:
         for image in (image for p in prompts for image in p.images):
             unique.setdefault(image, len(unique))
         if not unique:
-            return None
+            if not self.in_step:
+                return None
+            unique[self.processor.dummy_image] = 0  # other processes run the vision tower; of this one nothing is used
         device = self.policy.suppressed.device
         features = self.policy.model.model.get_image_features(
             torch.cat([image.pixel_values for image in unique]).to(device),
             torch.stack([image.grid_thw for image in unique]).to(device),
             return_dict=True,
         ).pooler_output
-        return torch.cat([features[unique[image]] for p in prompts for image in p.images])
+        return torch.cat([features[unique[image]] for p in prompts for image in p.images] or [features[0][:0]])
 
     def _sample(
         self, logits_RV: torch.Tensor, sampling: Sampling, generator: torch.Generator

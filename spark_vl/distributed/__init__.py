@@ -1,0 +1,1 @@
+"""Several processes: starting what was asked for, holding the weights, watching each other, stopping together."""

@@ -1,0 +1,126 @@
+"""Starting under `accelerate launch`, and the check that what runs is what was asked for.
+
+Accelerate 1.15 falls back in silence in some combinations: `--cpu --num_processes 2` starts one process (without MPI),
+and on a machine without a GPU a launched group of processes stays apart, each believing to be alone, unless
+`PartialState(cpu=True)` is made first. It takes FSDP for CPUs only when it is told that they are GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from spark_vl.config import ConfigError, TrainConfig
+
+_COLLECTIVE_GRACE_S = 120.0
+"""How much later than the watch, which names the process that is missing, the communication library gives up."""
+
+
+class LaunchError(ConfigError):
+    """What runs is not what was asked for."""
+
+
+def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """Join the other processes of the launch, on CPU where there is no accelerator.
+
+    Args:
+        config: of the run.
+        folder: of the run, where trackers write.
+
+    Raises:
+        LaunchError: the launch asked for several processes and started one.
+    """
+    launched = "WORLD_SIZE" in os.environ
+    if "MASTER_ADDR" in os.environ and not launched:
+        raise LaunchError(
+            "launch: several processes were asked for (MASTER_ADDR is set), but one was started. `accelerate launch "
+            "--cpu` and `distributed_type: MULTI_CPU` do that without a word unless MPI is used; use a file of "
+            "scripts/accelerate/, or torchrun"
+        )
+    on_cpu = launched and not torch.accelerator.is_available()
+    # Before `Accelerator()`: see the top of the module.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=config.distributed.timeout_s + _COLLECTIVE_GRACE_S))
+    if on_cpu and _asked_for("FSDP"):
+        # Opens the branch of Accelerate that knows FSDP; torch's `fully_shard` itself runs on CPUs over gloo.
+        state.distributed_type = DistributedType.MULTI_GPU
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
+        log_with=config.logging.trackers or None,
+        project_dir=folder,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Packs are the micro-batches, and how many an update has differs from one to the next.
+        accelerator.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.optimizer.max_grad_norm,
+        }
+        accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"][
+            "stage3_gather_16bit_weights_on_model_save"
+        ] = True
+    return accelerator
+
+
+def strategy(accelerator: Accelerator) -> str:
+    """How the weights are held: `single`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`."""
+    match accelerator.distributed_type:
+        case DistributedType.NO:
+            return "single"
+        case DistributedType.DEEPSPEED:
+            return f"zero{accelerator.deepspeed_plugin.zero_stage}"
+        case DistributedType.FSDP:
+            return "fsdp2"
+        case _:
+            return "ddp"
+
+
+def check_launch(accelerator: Accelerator, policy: torch.nn.Module) -> None:
+    """Compare what runs with what the launch asked for.
+
+    Args:
+        policy: as prepared.
+
+    Raises:
+        LaunchError: the number of processes or the way in which the weights are held is another one.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:
+        raise LaunchError(f"launch: {asked} processes were asked for, {accelerator.num_processes} run together")
+    for name in ("DEEPSPEED", "FSDP"):
+        if _asked_for(name) and accelerator.distributed_type != DistributedType[name]:
+            raise LaunchError(f"launch: {name} was asked for, {accelerator.distributed_type.value} runs")
+    runs = strategy(accelerator)
+    found = _held(policy)
+    if found != runs:
+        raise LaunchError(f"launch: {runs} was asked for, but the policy is held as {found} ({type(policy).__name__})")
+
+
+def _asked_for(plugin: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true"
+
+
+def _held(policy: torch.nn.Module) -> str:
+    """What the prepared policy itself says of how it is held: as `strategy`."""
+    if isinstance(policy, DistributedDataParallel):
+        return "ddp"
+    if all(isinstance(parameter, DTensor) for parameter in policy.parameters()):
+        return "fsdp2"
+    if engine := deepspeed_engine(policy):
+        return f"zero{engine.zero_optimization_stage()}"
+    return "single"
+
+
+def deepspeed_engine(policy: torch.nn.Module) -> Any | None:
+    """`policy`, as prepared, if it is a DeepSpeed engine."""
+    # Not imported for its own sake: that takes seconds, and where it is not loaded there is no engine.
+    deepspeed = sys.modules.get("deepspeed")
+    return policy if deepspeed and isinstance(policy, deepspeed.DeepSpeedEngine) else None

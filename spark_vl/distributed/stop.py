@@ -1,0 +1,38 @@
+"""Stopping on a signal: SIGTERM and SIGINT, and SIGUSR1, which SLURM is told to send some minutes before the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Hears of the first signal, and ends the process at the second. A context manager of the main thread."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        """The signal that has come."""
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            # No clean-up: whoever asks twice wants it to end now. The last checkpoint is whole.
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+        # Not print(): the handler may have interrupted another one.
+        os.write(
+            sys.stderr.fileno(),
+            f"\n{self.signal.name}: saving, then stopping; a second signal stops at once\n".encode(),
+        )

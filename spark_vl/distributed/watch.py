@@ -1,0 +1,166 @@
+"""Which process is missing, and where it was: the answer to a run that hangs.
+
+Every process says in a store, once a second, that it lives, and what it is at. A process that dies takes the others
+into a collective call that never returns, or that fails with a message about sockets. Here they learn which one it
+was, in which step and phase.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.distributed import DistError, TCPStore
+
+_BEAT_S = 1.0
+_SILENT_S = 5.0
+"""After which a process counts as dead, once something has gone wrong already."""
+_DEAD_S = 60.0
+"""After which it counts as dead without any other sign."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process is."""
+
+    step: int = 0
+    phase: str = "starting"
+    progress: int = 0
+    """Goes up with everything that is done."""
+    beat: int = 0
+    """Goes up with every second."""
+
+
+@dataclass
+class _Seen:
+    """What was last heard of a process."""
+
+    place: Place
+    beat_at: float
+    """On this process's monotonic clock."""
+    progress_at: float
+
+
+class Watch:
+    """Watches the other processes from a thread; a context manager. Collective to enter.
+
+    A process that is alone has nobody to watch. When a process has been silent, or none has got anywhere for
+    `timeout_s`, it says on stderr which and where, and ends this process.
+
+    Args:
+        timeout_s: see `DistributedConfig`.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, timeout_s: float) -> None:
+        self.accelerator, self.timeout_s = accelerator, timeout_s
+        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
+        self._here = Place()
+        self._seen: dict[int, _Seen] = {}
+        self._store_lost = False
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        if self.processes > 1:
+            self._store = self._open_store()
+            self._tell()
+            self.accelerator.wait_for_everyone()  # each has told once before anyone asks
+            now = time.monotonic()
+            self._seen = {rank: _Seen(self._here, now, now) for rank in range(self.processes)}
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self.processes > 1:
+            self._thread.join()
+
+    def at(self, step: int, phase: str) -> None:
+        """This process has begun `phase` of `step`, or got on with it."""
+        with self._lock:
+            self._here = Place(step, phase, self._here.progress + 1, self._here.beat)
+
+    def explain(self) -> str:
+        """What to say of the other processes after a collective call has failed. Takes some seconds to be sure."""
+        deadline = time.monotonic() + 2 * _SILENT_S
+        while not (silent := self._silent(_SILENT_S)) and time.monotonic() < deadline:
+            time.sleep(_BEAT_S / 4)
+        return self._describe(silent)
+
+    def _open_store(self) -> TCPStore:
+        """Held by the main process, on a port that the system chooses and the existing group tells the others."""
+        settings = {"wait_for_workers": False, "timeout": timedelta(seconds=_SILENT_S)}
+        host = os.environ["MASTER_ADDR"]
+        main = self.accelerator.is_main_process
+        store = TCPStore(host, 0, is_master=True, **settings) if main else None
+        [port] = broadcast_object_list([store.port if main else 0])
+        return store if main else TCPStore(host, port, is_master=False, **settings)
+
+    def _run(self) -> None:
+        while not self._ended.wait(_BEAT_S):
+            self._exchange()
+            if silent := self._silent(min(_DEAD_S, self.timeout_s)):
+                self._stop(self._describe(silent))
+            now = time.monotonic()
+            if all(now - seen.progress_at > self.timeout_s for seen in self._seen.values()):
+                self._stop(
+                    f"no process has got any further for {self.timeout_s:g} s (distributed.timeout_s): "
+                    + self._describe([])
+                )
+
+    def _tell(self) -> None:
+        with self._lock:
+            self._here = replace(self._here, beat=self._here.beat + 1)
+        self._store.set(str(self.rank), json.dumps(asdict(self._here)))
+
+    def _exchange(self) -> None:
+        try:
+            self._tell()
+            told = self._store.multi_get([str(rank) for rank in range(self.processes)])
+        except DistError:  # it went with the main process, whose death this is the sign of
+            self._store_lost = True
+            return
+        self._store_lost = False
+        now = time.monotonic()
+        for rank, text in enumerate(told):
+            place, seen = Place(**json.loads(text)), self._seen[rank]
+            if place.beat != seen.place.beat:
+                seen.beat_at = now
+            if place.progress != seen.place.progress:
+                seen.progress_at = now
+            seen.place = place
+
+    def _silent(self, seconds: float) -> list[int]:
+        """The ranks that have not been heard of for `seconds`."""
+        now = time.monotonic()
+        ranks = [rank for rank, seen in self._seen.items() if rank != self.rank and now - seen.beat_at > seconds]
+        return [0] if ranks and self._store_lost else ranks
+
+    def _describe(self, silent: list[int]) -> str:
+        now = time.monotonic()
+
+        def place(rank: int) -> str:
+            where = self._here if rank == self.rank else self._seen[rank].place
+            return f"step {where.step + 1}, {where.phase}"
+
+        if silent:
+            ranks = "; ".join(
+                f"rank {rank} has died or hangs: not heard of for {now - self._seen[rank].beat_at:.0f} s, "
+                f"it was in {place(rank)}"
+                for rank in silent
+            )
+            return f"{ranks} (rank {self.rank} is in {place(self.rank)})"
+        return "all processes live: " + "; ".join(f"rank {rank} in {place(rank)}" for rank in sorted(self._seen))
+
+    def _stop(self, message: str) -> None:
+        """End this process, whose main thread is in a call that does not return."""
+        print(f"spark-vl: rank {self.rank} stops: {message}", file=sys.stderr, flush=True)
+        os._exit(1)
