@@ -226,22 +226,20 @@ class Updater:
     ) -> bool:
         """Whether the weights were moved: not so where the gradient is not finite."""
         step_loss = 0.0
-        for i, pack in enumerate(batch.passes):
-            last = i + 1 == len(batch.passes)
-            if pack is None:
-                self._pad(last=last)
-                advance(1)
-                continue
-            pack = pack.to(self.accelerator.device)
+        nothing = torch.zeros(1, device=self.accelerator.device)
+        for i, real in enumerate(batch.passes):
+            # Padding takes the same way: under ZeRO-3 every module must be called in the same order on all processes,
+            # in the backward pass too.
+            pack = (real or self._padding).to(self.accelerator.device)
             reference = self._reference_score(pack)
-            with self._step.one_pass(last=last):
+            with self._step.one_pass(last=i + 1 == len(batch.passes)):
                 scores = self.policy(pack)
                 loss, row_sums = policy_loss(
                     self.objective.loss,
                     scores.logprobs,
-                    batch.advantages,
+                    batch.advantages if real else nothing,
                     pack.row_N,
-                    batch.weights,
+                    batch.weights if real else nothing,
                     batch.totals,
                     clip_low=self.objective.clip_low,
                     clip_high=self.objective.clip_high,
@@ -252,12 +250,13 @@ class Updater:
                     entropy_bonus=self.objective.entropy_bonus,
                 )
                 self._step.backward(loss)
-            step_loss += float(loss.detach())
-            _report(batch, row_sums, add)
-            if old_logprobs is None:  # the policy has not moved since the engine sampled: both should say the same
-                gap = scores.logprobs.detach() - batch.engine_logprobs_of(pack)
-                add("engine/gap", float(gap.abs().sum()), len(gap))
-                add("engine/ratio", float(gap.exp().sum()), len(gap))
+            if real:
+                step_loss += float(loss.detach())
+                _report(batch, row_sums, add)
+                if old_logprobs is None:  # the policy has not moved since the engine sampled: both say the same
+                    gap = scores.logprobs.detach() - batch.engine_logprobs_of(pack)
+                    add("engine/gap", float(gap.abs().sum()), len(gap))
+                    add("engine/ratio", float(gap.exp().sum()), len(gap))
             advance(1)
         lr = self.scheduler.get_last_lr()[0]
         norm, moved = self._step.take()
@@ -269,13 +268,6 @@ class Updater:
         add("update/lr", lr, 1.0)
         add("update/skipped", float(not moved), 1.0)
         return moved
-
-    def _pad(self, *, last: bool) -> None:
-        """The passes of an optimizer step over one pack, on nothing."""
-        pack = self._padding.to(self.accelerator.device)
-        self._reference_score(pack)
-        with self._step.one_pass(last=last):
-            self._step.backward(0.0 * self.policy(pack).logprobs.sum())
 
     @torch.no_grad()
     def _reference_score(self, pack: Pack) -> torch.Tensor | None:
