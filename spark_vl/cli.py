@@ -1,4 +1,4 @@
-"""The command line: `spark-vl train | eval | recipes`. It composes the parts; what they do is theirs.
+"""The command line: `spark-vl train | eval | recipes | doctor`. It composes the parts; what they do is theirs.
 
 Everything heavy is imported inside a command, so that `--help` and a mistake in a setting answer at once.
 """
@@ -32,10 +32,14 @@ from spark_vl.records import BadRecordError, plain_text
 TRAIN_HELP = "train a policy that is its own generative reward"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
 RECIPES_HELP = "list the shipped data recipes, or check the rows of one"
+DOCTOR_HELP = "say what will not work on this machine, and the fix"
 
 
 class Parser(ArgumentParser):
-    """Errors without the page of usage that would push them off the screen."""
+    """Whole option names only, and errors without the page of usage that would push them off the screen."""
+
+    def __init__(self, **settings: str) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Print `message` and exit with status 2."""
@@ -55,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="none",
         help="auto: from the run's latest checkpoint, if it has one; none; or the path of a checkpoint",
     )
+    train_parser.add_argument(
+        "--allow-config-change",
+        action="store_true",
+        help="resume although the checkpoint was written under other settings",
+    )
 
     eval_parser = Parser(description=EVAL_HELP)
     add_config_arguments(eval_parser, EvalConfig)
@@ -65,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipes_parser.add_argument("--show", type=int, default=3, help="how many rows to print")
 
     parsers = {"train": train_parser, "eval": eval_parser, "recipes": recipes_parser}
+    parsers["doctor"] = Parser(description=DOCTOR_HELP)
     for name, command_parser in parsers.items():
         commands.add_subcommand(name, command_parser, help=command_parser.description)
         command_parser.prog = f"{parser.prog} {name}"  # a command that can be typed, for messages
@@ -74,18 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         match parsed.command:
             case "train":
-                train(instantiate(train_parser, command, TrainConfig), command.resume)
+                config = instantiate(train_parser, command, TrainConfig)
+                train(config, command.resume, allow_config_change=command.allow_config_change)
             case "eval":
                 evaluate(instantiate(eval_parser, command, EvalConfig))
             case "recipes":
                 show_recipes(command.name, command.split, command.show)
+            case "doctor":
+                parser.exit(diagnose())
     except ConfigError as error:
         parsers[parsed.command].error(str(error))
     except TooManyBadRowsError as error:
         parser.exit(1, f"spark-vl: stopped: {error}\n")
 
 
-def train(config: TrainConfig, resume: str) -> None:
+def train(config: TrainConfig, resume: str, *, allow_config_change: bool) -> None:
     """`spark-vl train`: train, evaluate before and after, and print what changed."""
     check_train_config(config)
     _check_recipes("data.recipes", config.data.recipes, "train")
@@ -101,9 +114,9 @@ def train(config: TrainConfig, resume: str) -> None:
     if config.evaluation.recipes:
         with blamed_on("evaluation.recipes"):
             evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
-    trainer = Trainer(config, evaluator, resume)
-    trainer.train()
-    if trainer.accelerator.is_main_process:
+    trainer = Trainer(config, evaluator, resume, allow_config_change=allow_config_change)
+    finished = trainer.train()
+    if finished and trainer.accelerator.is_main_process:
         if evaluator:
             summarise(trainer.folder)
             plot_curves(trainer.folder)
@@ -152,6 +165,13 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
     for error in bad[:20]:
         print(f"cannot be used: {error}")
     print(f"{rows - len(bad)} of {rows} rows can be used")
+
+
+def diagnose() -> int:
+    """`spark-vl doctor`: print what will not work on this machine. Returns the exit status."""
+    from spark_vl.doctor import examine
+
+    return examine()
 
 
 def _check_recipes(setting: str, names: Sequence[str], split: str) -> None:

@@ -401,7 +401,7 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
     Raises:
         SystemExit: with the path of the field in the message, for anything that is wrong.
     """
-    parser = ArgumentParser()
+    parser = ArgumentParser(allow_abbrev=False)
     add_config_arguments(parser, TrainConfig)
     parsed = parser.parse_args(arguments)
     try:

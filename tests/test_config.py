@@ -45,6 +45,7 @@ def error_of(capsys, *arguments: str) -> str:
     [
         ("--optimizer.lrr=1", "optimizer.lrr", ""),
         ("--optimzer.lr=1", "optimzer.lr", ""),
+        ("--checkpoint.keep=2", "checkpoint.keep", ""),  # no abbreviation of keep_best
         ("--optimizer.lr=fast", "optimizer.lr", "PositiveFloat"),
         ("--optimizer.lr=0", "optimizer.lr", "v>0"),
         ("--optimizer.lr=nan", "optimizer.lr", "v>0"),

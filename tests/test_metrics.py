@@ -9,7 +9,7 @@ from math import log
 import pytest
 from accelerate import Accelerator
 
-from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, flat, group_metrics
+from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
 from spark_vl.records import Origin, Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
 
@@ -146,18 +146,6 @@ def test_a_timer_adds_up_and_starts_anew():
     assert timer.reset() == {}
 
 
-def test_flat_names_are_paths():
-    settings = {"seed": 1, "model": {"path": "m", "revision": None, "nested": {"on": True}}, "lr": 0.5, "list": [1]}
-    assert flat(settings) == {
-        "seed": 1,
-        "model.path": "m",
-        "model.revision": "None",
-        "model.nested.on": True,
-        "lr": 0.5,
-        "list": "[1]",
-    }
-
-
 # ── the files of a run ──
 
 STEP = {"problem/reward": 0.25, "pairwise/reward": 0.5, "time/step": 1.26}
@@ -165,8 +153,8 @@ STEP = {"problem/reward": 0.25, "pairwise/reward": 0.5, "time/step": 1.26}
 
 @pytest.fixture
 def open_log(tmp_path):
-    """`open_log(start)`: the log of a run of 9 steps that goes on after `start`."""
-    return lambda start=0: RunLog(Accelerator(cpu=True), tmp_path, steps=9, start=start)
+    """`open_log(resumed)`: the log of a run of 9 steps that goes on after step `resumed`; None: it begins."""
+    return lambda resumed=None, **kwargs: RunLog(Accelerator(cpu=True), tmp_path, steps=9, resumed=resumed, **kwargs)
 
 
 def lines(path) -> list[dict]:
@@ -187,7 +175,7 @@ def test_a_resumed_run_drops_later_lines_and_half_a_line(tmp_path, open_log):
     with metrics.open("ab") as file:
         file.write('{"step": 5, "text": "½'.encode()[:-1])  # killed inside a character
 
-    log = open_log(start=2)
+    log = open_log(resumed=2)
     assert [line["step"] for line in lines(metrics)] == [1, 2]
     assert [line["step"] for line in lines(rollouts)] == [1, 1, 2, 2]
     assert [line["step"] for line in lines(tmp_path / "evaluations.jsonl")] == [1, 2]
@@ -200,6 +188,23 @@ def test_a_resumed_run_drops_later_lines_and_half_a_line(tmp_path, open_log):
     assert {path: path.read_bytes() for path in (metrics, rollouts)} == before
 
 
+def test_a_run_that_begins_keeps_nothing_and_a_resumed_one_its_evaluation_at_step_0(tmp_path, open_log):
+    evaluations = tmp_path / "evaluations.jsonl"
+    open_log().evaluation(0, {"problem": {"value": 0.5}})
+    open_log(resumed=0)
+    assert len(lines(evaluations)) == 1
+    open_log()
+    assert lines(evaluations) == []
+
+
+def test_whoever_watches_hears_of_each_phase_and_of_progress_in_it(open_log):
+    heard = []
+    with open_log(heard=heard.append) as log:
+        log.phase("loading")
+        log.counting("sampling", 4)(3)
+    assert heard == ["loading", "sampling 0/4", "sampling 3/4"]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 30])
 def test_half_a_line_of_a_finished_step_is_dropped_too(tmp_path, open_log, cut):
     log = open_log()
@@ -207,7 +212,7 @@ def test_half_a_line_of_a_finished_step_is_dropped_too(tmp_path, open_log, cut):
     log.step(2, STEP)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:-cut])
-    open_log(start=2)
+    open_log(resumed=2)
     assert [line["step"] for line in lines(metrics)] == [1]
 
 
@@ -229,10 +234,10 @@ def test_steps_are_plain_lines_when_not_on_a_terminal(open_log, capsys, monkeypa
 def test_a_terminal_shows_the_progress(open_log, capsys, monkeypatch):
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
         monkeypatch.setenv(name, value)
-    with open_log(start=2) as log:
+    with open_log(resumed=2) as log:
         log.phase("loading")
     assert "2/9" in capsys.readouterr().out, "a resumed run does not begin at 0"
-    with open_log(start=2) as log:
+    with open_log(resumed=2) as log:
         log.step(3, STEP)
         sampled = log.counting("sampling", 4)
         sampled(1)
