@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, flushed to disk, renamed, and checked before they are loaded.
+"""Checkpoints that are whole or not there: written beside, flushed, renamed, and checked before they are loaded.
 
 A run's `checkpoints/` holds `step-000120/` folders and the files `latest` and `best`, which name one each. A checkpoint
 has what a run needs to go on as if it had not been interrupted:
@@ -164,8 +164,8 @@ def load_checkpoint(
     here = strategy(accelerator)
     if not (manifest["strategy"] == here or {manifest["strategy"], here} <= _SAME_FILES):
         raise CheckpointError(
-            f"{path}: was written under {manifest['strategy']}, this run is launched under {here}; launch it as before, "
-            f"or start a new run from its weights: --model.path {path / MODEL}"
+            f"{path}: was written under {manifest['strategy']}, this run is launched under {here}; launch it as "
+            f"before, or start a new run from its weights: --model.path {path / MODEL}"
         )
     if was != now and here not in _SAME_FILES:
         raise CheckpointError(
@@ -257,9 +257,7 @@ def _damage(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
     missing = [name for name in files if not (folder / name).is_file()]
     present = [folder / name for name in files if name not in missing]
     changed = [
-        name
-        for path, digest in _digests(present)
-        if digest != files[name := str(path.relative_to(folder))]["sha256"]
+        name for path, digest in _digests(present) if digest != files[name := str(path.relative_to(folder))]["sha256"]
     ]
     return [f"{name} is missing" for name in missing] + [f"{name} has changed" for name in changed]
 

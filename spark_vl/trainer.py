@@ -101,9 +101,7 @@ class Trainer:
         with blamed_on("data.recipes"):
             problems = [open_recipe(load_recipe(name), "train", self.templater) for name in config.data.recipes]
         rank = self.accelerator.process_index
-        self.sampler = PromptSampler(
-            problems, seed=config.seed, rank=rank, world_size=self.accelerator.num_processes
-        )
+        self.sampler = PromptSampler(problems, seed=config.seed, rank=rank, world_size=self.accelerator.num_processes)
         self.steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.data.prompts_per_step)
 
         phases = 2 if config.recycle.schedule == "sequential" else 1
@@ -284,9 +282,7 @@ class Trainer:
             self.log.rollouts(self.step + 1, sampled)
         return sampled
 
-    def _update(
-        self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt], means: Means
-    ) -> None:
+    def _update(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt], means: Means) -> None:
         self.updated = True
         try:
             self.updater.update(groups, prompts, seed=self._seed("update"), add=means.add, counting=self.log.counting)

@@ -12,10 +12,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ABOVE_THE_LINE = ("records", "config", "answers", "prompts", "data", "verifiers", "recycle", "advantages")
+ABOVE_THE_LINE = ("records", "config", "answers", "prompts", "data", "verifiers", "recycle", "advantages", "estimate")
 BELOW_THE_LINE = (
-    *("processors", "policy", "rollout", "reward", "metrics", "checkpoint", "trainer", "evaluation", "hub", "report"),
-    *("demo", "cli", "__main__"),
+    *(
+        "distributed",
+        "processors",
+        "policy",
+        "rollout",
+        "reward",
+        "metrics",
+        "checkpoint",
+        "trainer",
+        "evaluation",
+        "hub",
+        "report",
+    ),
+    *("doctor", "demo", "cli", "__main__"),
 )
 LAYERS = (*ABOVE_THE_LINE, *BELOW_THE_LINE)
 HEAVY = ("torch", "transformers")

@@ -220,7 +220,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
 
 
 def test_no_half_written_checkpoint_is_resumed_from(tmp_path):
-    Trainer(make_config(tmp_path / "run", "--steps=3", "--checkpoint.every=1", "--checkpoint.save_total_limit=2")).train()
+    Trainer(
+        make_config(tmp_path / "run", "--steps=3", "--checkpoint.every=1", "--checkpoint.save_total_limit=2")
+    ).train()
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000002", "step-000003"]
     (checkpoints / ".step-000004.partial").mkdir()

@@ -14,7 +14,6 @@ from spark_vl.config import ConfigError, LoraConfig, ModelConfig
 from spark_vl.policy.head import ScoringHead, TokenScores
 from spark_vl.policy.packing import Pack, attention_mask
 
-
 T = TypeVar("T")
 
 
@@ -103,11 +102,16 @@ class Policy(nn.Module):
 
     @contextmanager
     def _without_adapters(self) -> Iterator[None]:
-        self.model.disable_adapters()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
         try:
             yield
         finally:
-            self.model.enable_adapters()
+            for layer in layers:
+                layer.enable_adapters(True)
 
 
 def load_policy(
@@ -150,6 +154,9 @@ def load_policy(
         model.model.visual.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers lets the embeddings ask for a gradient, which only the reentrant kind needs: a frozen vision
+        # tower would then be run backward for nothing.
+        model.disable_input_require_grads()
     return policy.train()
 
 
@@ -159,14 +166,14 @@ def _add_adapters(model: PreTrainedModel, config: LoraConfig, dtype: torch.dtype
         import peft
     except ImportError as error:
         raise ConfigError("model.lora: needs peft: pip install 'spark-vl[lora]'") from error
-    model.add_adapter(
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=r".*language_model\.layers\..*_proj",
-        )
+    adapters = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=r".*language_model\.layers\..*_proj",
     )
+    # Not `model.add_adapter`: transformers would then save nothing but the adapters.
+    peft.inject_adapter_in_model(adapters, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -142,9 +142,7 @@ class Updater:
         self._step = GradientStep(accelerator, policy, optimizer, max_grad_norm=settings.max_grad_norm)
         # One token, at weight 0.
         padding = PackItem(padding_prompt(processor), [processor.stop_token_ids[:1]], [0])
-        self._padding = make_pack(
-            [padding], dummy_image=processor.dummy_image, image_token_id=processor.image_token_id
-        )
+        self._padding = make_pack([padding], dummy_image=processor.dummy_image, image_token_id=processor.image_token_id)
 
     def update(
         self,

@@ -1,0 +1,90 @@
+"""What test_same_numbers.py and test_mixed_batches.py run in every process of a launch: updates on given batches.
+
+    updates.py FOLDER
+
+`FOLDER/scenarios.json` maps names to {"settings": command-line settings, "shares": for each process the indices of the
+groups that it holds, "updates": how many on the batch}. For each, `NAME.json` (metrics) and `NAME.safetensors` (the
+exported weights) are written there.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+
+from spark_vl.config import parse_train_config
+from spark_vl.distributed.launch import start_accelerator, strategy
+from spark_vl.policy.update import load_updater
+from spark_vl.processors import load_processor
+from spark_vl.records import Rollout, RolloutGroup, Verdict
+from tests.conftest import make_image, make_record
+
+SETTINGS = (
+    *("--data.recipes=[digits]", "--model.dtype=float32", "--model.gradient_checkpointing=false"),
+    *("--optimizer.lr=1e-3", "--optimizer.tokens_per_pack=200", "--rollout.max_new_tokens=16"),
+    *("--data.max_prompt_tokens=120", "--objective.beta=0.05", "--model.max_pixels=50176", "--model.min_pixels=784"),
+)
+
+
+def make_groups() -> list[RolloutGroup]:
+    """Eight groups of ragged completions: with one image, with several, and without any."""
+    rng = random.Random(0)
+    groups = []
+    for i in range(8):
+        images = [make_image(10 * i + j, (56, 56 + 28 * j)) for j in ((1,), (2, 0, 1), ())[i % 3]]
+        record = make_record(f"g{i}", *images, "Which digit is larger?" * (1 + i % 2))
+        rollouts, verdicts = [], []
+        for _ in range(4):
+            ids = tuple(rng.randrange(30, 90) for _ in range(rng.randrange(2, 16)))
+            rollouts.append(Rollout(ids, (-1.0,) * len(ids), "", "stop"))
+            verdicts.append(Verdict(float(rng.random() < 0.5), None))
+        groups.append(RolloutGroup(record, tuple(rollouts), tuple(verdicts)))
+    return groups
+
+
+def main(folder: Path) -> None:
+    """Run all scenarios."""
+    scenarios = json.loads((folder / "scenarios.json").read_text())
+    processor, accelerator = None, None
+    for name, scenario in scenarios.items():
+        config = parse_train_config([*SETTINGS, f"--model.path={folder / 'model'}", *scenario["settings"]])
+        # One start for all: an accelerator is one for the life of a process.
+        processor = processor or load_processor(config.model, max_prompt_tokens=120)
+        accelerator = accelerator or start_accelerator(config, folder)
+        set_seed(0)  # of the adapters' first weights
+        updater = load_updater(config, accelerator, processor, updates=10)
+        groups = make_groups()
+        mine = [groups[i] for i in scenario["shares"][accelerator.process_index]]
+        prompts = {group.record.id: processor.process(group.record) for group in mine}
+        metrics = []
+        for _ in range(scenario["updates"]):
+            sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+            def add(key: str, total: float, weight: float, sums: dict[str, list[float]] = sums) -> None:
+                sums[key][0] += total
+                sums[key][1] += weight
+
+            updater.update(mine, prompts, seed="0", add=add)
+            totals = torch.tensor([sums[key] for key in ("update/loss", "update/grad_norm", "update/skipped")])
+            totals = accelerator.reduce(totals.to(accelerator.device))
+            metrics.append((totals[:, 0] / totals[:, 1]).tolist())
+        state = accelerator.get_state_dict(updater.policy)
+        if accelerator.is_main_process:
+            plain = accelerator.unwrap_model(updater.policy).plain_state_dict(state)
+            save_file(
+                {key: tensor.float().contiguous() for key, tensor in plain.items()}, folder / f"{name}.safetensors"
+            )
+            (folder / f"{name}.json").write_text(json.dumps(metrics))
+        if strategy(accelerator) == "fsdp2":  # Accelerate clips only the model that it prepared first
+            accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,150 @@
+"""What is trained: everything, all but the vision tower, or low-rank adapters; and what is exported of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from spark_vl.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from spark_vl.demo.tiny import CHECKPOINT, random_tiny
+from spark_vl.policy.packing import PackItem, make_pack
+from spark_vl.policy.policy import load_policy
+from spark_vl.policy.update import Updater
+from spark_vl.trainer import Trainer
+from tests.conftest import make_image, make_record
+from tests.test_trainer import make_config, metrics, weights
+from tests.test_update import make_groups, run_update
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with random weights."""
+    path = tmp_path_factory.mktemp("model")
+    random_tiny()[0].save_pretrained(path)
+    return path
+
+
+def load(folder, **settings):
+    config = ModelConfig(path=str(folder), dtype="float32", **({"gradient_checkpointing": False} | settings))
+    return load_policy(config, dtype=torch.float32, trained=torch.float32, temperature=1.0, suppressed_token_ids=())
+
+
+def pack_of(processor):
+    prompt = processor.process(make_record("p", make_image(1), "Which digit is larger?"))
+    item = PackItem(prompt, [[25, 26, 27], [28, 29]], [0, 1])
+    return make_pack([item], dummy_image=processor.dummy_image, image_token_id=processor.image_token_id)
+
+
+def moved_by_one_update(policy, processor, *, beta=0.0):
+    """Names of the parameters that an update with SGD moves, and what the update reports."""
+    groups, prompts = make_groups([[1, 0, 0, 1]], processor)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+    updater = Updater(
+        Accelerator(cpu=True),
+        policy,
+        None,
+        optimizer,
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        processor,
+        ObjectiveConfig(beta=beta),
+        OptimizerConfig(max_grad_norm=1e9, tokens_per_pack=1000),
+        max_new_tokens=10,
+    )
+    sums = run_update(updater, groups, prompts)
+    return {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}, sums
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_frozen_vision_tower_stays_and_runs_without_gradient(folder, processor, gradient_checkpointing):
+    whole, frozen = (
+        load(folder, freeze=parts, gradient_checkpointing=gradient_checkpointing) for parts in ([], ["vision"])
+    )
+    outputs = []
+    for policy in (whole, frozen):
+        policy.model.model.visual.merger.register_forward_hook(lambda *call: outputs.append(call[-1].requires_grad))
+    moved, _ = moved_by_one_update(whole, processor)
+    assert moved == {name for name, _ in whole.named_parameters()}
+    assert any(outputs)
+    outputs.clear()
+    moved, _ = moved_by_one_update(frozen, processor)
+    assert moved == {name for name, _ in frozen.named_parameters() if ".visual." not in name}
+    assert outputs
+    assert not any(outputs)
+    assert all(p.grad is None for p in frozen.model.model.visual.parameters())
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_adapters_alone_move_and_the_reference_is_the_model_without_them(folder, processor, gradient_checkpointing):
+    lora = LoraConfig(rank=4, alpha=8.0)
+    policy = load(folder, lora=lora, gradient_checkpointing=gradient_checkpointing)
+    pack = pack_of(processor)
+    with torch.no_grad():
+        plain = load(folder)(pack).logprobs
+        torch.testing.assert_close(policy(pack).logprobs, plain)  # adapters begin at zero
+
+    moved, sums = moved_by_one_update(policy, processor, beta=0.1)
+    adapters = {name for name, _ in policy.named_parameters() if ".lora_" in name}
+    # q, k, v, o, gate, up and down of each layer; with B = 0 only B has a gradient in the first update.
+    assert len(adapters) == 2 * 7 * 2
+    assert moved == {name for name in adapters if ".lora_B." in name}
+    assert {name for name, p in policy.named_parameters() if p.requires_grad} == adapters
+    assert sums["update/kl"][0] == pytest.approx(0.0, abs=1e-6)
+
+    with torch.no_grad():
+        torch.testing.assert_close(policy(pack, adapters=False).logprobs, plain)
+        adapted = policy(pack).logprobs
+    assert float((adapted - plain).abs().max()) > 1e-4, "the adapters do nothing"
+    _, sums = moved_by_one_update(policy, processor, beta=0.1)
+    assert sums["update/kl"][0] > 0, "the reference moved with the policy"
+    assert {name for name, p in policy.named_parameters() if p.requires_grad} == adapters
+
+
+def test_adapters_merged_by_us_equal_adapters_merged_by_peft(folder, processor):
+    policy = load(folder, lora=LoraConfig(rank=4, alpha=8.0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    merged = policy.plain_state_dict(policy.state_dict())
+    plain = AutoModelForImageTextToText.from_pretrained(folder)
+    assert merged.keys() == plain.state_dict().keys()
+
+    for module in policy.model.modules():
+        if "base_layer" in module._modules:
+            module.merge()  # peft's own
+    for name, tensor in policy.model.state_dict().items():
+        if ".lora_" not in name:
+            torch.testing.assert_close(merged[name.replace(".base_layer", "")], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_with_adapters_resumes_and_exports_a_plain_model(tmp_path):
+    lora = "--model.lora={rank: 4, alpha: 16}"
+    Trainer(make_config(tmp_path / "whole", lora, "--steps=4", "--checkpoint.every=2")).train()
+    cut = Trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"))
+    log_step = cut._train_step
+
+    def stop_after_two():
+        if cut.step == 2:
+            raise KeyboardInterrupt
+        return log_step()
+
+    cut._train_step = stop_after_two
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    Trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"), resume="auto").train()
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+    whole, cut, start = (
+        weights(tmp_path / "whole"),
+        weights(tmp_path / "cut"),
+        load_file(CHECKPOINT / "model.safetensors"),
+    )
+    assert whole.keys() == cut.keys() == start.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    changed = {name for name in whole if not torch.equal(whole[name], start[name])}
+    assert changed == {name for name in whole if "_proj.weight" in name and "visual" not in name}
