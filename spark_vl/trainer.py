@@ -15,7 +15,6 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ from spark_vl.data.problems import open_recipe
 from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe
 from spark_vl.data.sampler import PromptSampler
-from spark_vl.distributed.gather import any_process, whole_weights
-from spark_vl.distributed.launch import start_accelerator, strategy
+from spark_vl.distributed.gather import any_process
+from spark_vl.distributed.launch import start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
 from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
@@ -47,7 +46,8 @@ from spark_vl.processors import ProcessedPrompt, load_processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup, record_from_json, record_to_json
 from spark_vl.recycle import recycle
-from spark_vl.rollout import Sampling, TransformersEngine
+from spark_vl.rollout import Sampling, load_engine
+from spark_vl.rollout.spread import SpreadEngine, SpreadVerifiers
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
 
@@ -112,18 +112,7 @@ class Trainer:
             updates=self.steps * phases * config.optimizer.updates_per_batch,
         )
         self.any_process = any_process(self.accelerator)
-        by_layer = config.rollout.gather == "layer" and strategy(self.accelerator) in ("zero3", "fsdp2")
-        sharded = (
-            {"any_process": self.any_process}
-            if by_layer
-            else {"weights": partial(whole_weights, self.accelerator, self.updater.policy)}
-        )
-        self.engine = TransformersEngine(
-            self.accelerator.unwrap_model(self.updater.policy),
-            self.processor,
-            rows_at_once=config.rollout.rows_at_once,
-            **sharded,
-        )
+        self.engine = load_engine(config.rollout, self.accelerator, self.updater.policy, self.processor)
         self.verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s)
         name = f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"
         self.quarantine = Quarantine(self.folder / name, config.data.max_quarantined_fraction)
@@ -385,7 +374,12 @@ class Trainer:
         if self.evaluate is None:
             return False
         with self.accelerator.autocast():
-            results = self.evaluate(self.engine, self.processor, self.verifiers, counting=self.log.counting)
+            results = self.evaluate(
+                SpreadEngine(self.engine, self.accelerator),
+                self.processor,
+                SpreadVerifiers(self.verifiers, self.accelerator),
+                counting=self.log.counting,
+            )
         self.processor.forget_images()
         self.log.evaluation(self.step, results)
         name = self.config.checkpoint.keep_best

@@ -13,13 +13,29 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from transformers import DynamicCache
 
+from spark_vl.config import RolloutConfig
+from spark_vl.distributed.gather import any_process, whole_weights
+from spark_vl.distributed.launch import strategy
 from spark_vl.policy.head import sampling_logits
 from spark_vl.policy.policy import Policy
 from spark_vl.processors import ProcessedImage, ProcessedPrompt, Processor, padding_prompt
 from spark_vl.records import Rollout, RolloutGroup
 from spark_vl.rollout.engine import Sampling
+
+
+def load_engine(
+    config: RolloutConfig, accelerator: Accelerator, policy: torch.nn.Module, processor: Processor
+) -> TransformersEngine:
+    """An engine on `policy`, as prepared, however its weights are held."""
+    unwrapped = accelerator.unwrap_model(policy)
+    if config.gather == "layer" and strategy(accelerator) in ("zero3", "fsdp2"):
+        sharded = {"any_process": any_process(accelerator)}
+    else:
+        sharded = {"weights": partial(whole_weights, accelerator, policy)}
+    return TransformersEngine(unwrapped, processor, rows_at_once=config.rows_at_once, **sharded)
 
 
 class TransformersEngine:

@@ -1,6 +1,6 @@
 """What test_same_numbers.py and test_mixed_batches.py run in every process of a launch: updates on given batches.
 
-    updates.py FOLDER
+    updates.py train FOLDER
 
 `FOLDER/scenarios.json` maps names to {"settings": command-line settings, "shares": for each process the indices of the
 groups that it holds, "updates": how many on the batch}. For each, `NAME.json` (metrics) and `NAME.safetensors` (the
@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import save_file
 
 from spark_vl.config import parse_train_config
+from spark_vl.demo.tiny import random_tiny
 from spark_vl.distributed.launch import start_accelerator, strategy
 from spark_vl.policy.update import load_updater
 from spark_vl.processors import load_processor
@@ -31,6 +32,13 @@ SETTINGS = (
     *("--optimizer.lr=1e-3", "--optimizer.tokens_per_pack=200", "--rollout.max_new_tokens=16"),
     *("--data.max_prompt_tokens=120", "--objective.beta=0.05", "--model.max_pixels=50176", "--model.min_pixels=784"),
 )
+
+
+def save_model(folder: Path) -> None:
+    """The tiny model with random weights, to `FOLDER/model`."""
+    model, processor = random_tiny()
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
 
 
 def make_groups() -> list[RolloutGroup]:
@@ -87,4 +95,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[-1]))

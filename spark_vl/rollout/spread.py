@@ -1,0 +1,77 @@
+"""Work that all processes have alike, such as an evaluation: each does its part, and all get everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from spark_vl.policy.policy import Policy
+from spark_vl.processors import ProcessedPrompt
+from spark_vl.records import PromptRecord, RolloutGroup, Verdict
+from spark_vl.rollout.engine import RolloutEngine, Sampling
+from spark_vl.verifiers.pool import VerifierPool
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def spread(
+    accelerator: Accelerator, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
+) -> list[Result]:
+    """`work(items)`, one result an item, with every process at work on its part of them. Collective: `items` are the
+    same on all processes."""
+    processes = accelerator.num_processes
+    parts = gather_object([list(work(items[accelerator.process_index :: processes]))])
+    return [parts[i % processes][i // processes] for i in range(len(items))]
+
+
+class SpreadEngine:
+    """`RolloutEngine` for prompts that are the same on all processes."""
+
+    def __init__(self, engine: RolloutEngine, accelerator: Accelerator) -> None:
+        self.engine, self.accelerator = engine, accelerator
+
+    def generate(
+        self,
+        prompts: Sequence[ProcessedPrompt],
+        n: int,
+        sampling: Sampling,
+        progress: Callable[[int], None] = lambda finished: None,
+    ) -> list[RolloutGroup]:
+        """See `RolloutEngine.generate`. What is drawn at a temperature depends on the number of processes."""
+        own = replace(sampling, seed=sampling.seed + self.accelerator.process_index)
+        processes = self.accelerator.num_processes
+        rollouts = spread(
+            self.accelerator,
+            prompts,
+            # Without the records: they may hold images, and every process has them.
+            lambda mine: [
+                group.rollouts
+                for group in self.engine.generate(mine, n, own, lambda finished: progress(finished * processes))
+            ],
+        )
+        return [RolloutGroup(prompt.record, each) for prompt, each in zip(prompts, rollouts, strict=True)]
+
+    def sync_weights(self, policy: Policy) -> None:
+        """See `RolloutEngine.sync_weights`."""
+        self.engine.sync_weights(policy)
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        self.engine.close()
+
+
+class SpreadVerifiers:
+    """A `VerifierPool` for items that are the same on all processes: they get the same verdicts, also where one verifier
+    met its deadline on one of them."""
+
+    def __init__(self, verifiers: VerifierPool, accelerator: Accelerator) -> None:
+        self.verifiers, self.accelerator = verifiers, accelerator
+
+    def verify(self, items: Sequence[tuple[str, PromptRecord]]) -> list[Verdict]:
+        """See `VerifierPool.verify`."""
+        return spread(self.accelerator, items, self.verifiers.verify)

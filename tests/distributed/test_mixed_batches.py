@@ -1,0 +1,70 @@
+"""Whole runs in which processes have different work to do. The truth is that they end before their deadline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spark_vl.demo.digits import problem
+from tests.distributed.launching import launch, lines, metrics
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """Five rows, fewer than two steps need: without an image, with one, two and three."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = []
+    for i, images in enumerate(([0], [], [1, 2], [], [3, 4, 5])):
+        for j in images:
+            (folder / f"{j}.png").write_bytes(problem("train", j).image)
+        question = "Which digit is larger?" if images else "Which digit is larger, 3 or 5?"
+        rows.append({"question": question, "answer": str(3 + i), "images": [f"{j}.png" for j in images]})
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = folder / "mixed.yaml"
+    file.write_text(
+        "name: mixed\ndescription: rows with and without images\nlicense: none\n"
+        f"source: {{jsonl: {folder}}}\nsplits: {{train: train.jsonl}}\n"
+        "columns: {question: question, answer: answer, images: images}\nverifier: number\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize(
+    ("problems", "settings"),
+    [
+        # An odd number: one process has a problem more, and the only judge and reflection prompts.
+        (3, ("--recycle.max_judge=1", "--recycle.max_reflection=1", "--recycle.schedule=sequential")),
+        # One process has none at all; zero-variance groups are sampled again on one of them.
+        (1, ("--objective.refill_rounds={problem: 2, pointwise: 1}", "--rollout.gather=layer")),
+    ],
+    ids=["odd", "one_without_problems"],
+)
+def test_no_process_waits_for_ever(tmp_path, recipe, strategy, problems, settings):
+    folder = tmp_path / "run"
+    arguments = (
+        "--config=scripts/configs/digits/spark.yaml",
+        "--evaluation.recipes=[]",
+        f"--data.recipes=[{recipe}]",
+        f"--data.prompts_per_step={problems}",
+        "--data.max_prompt_tokens=512",
+        "--optimizer.tokens_per_pack=600",
+        "--rollout.n=4",
+        "--steps=5",
+        "--checkpoint.every=2",
+        "--logging.rollouts_every=1",
+        *settings,
+    )
+    ended = launch(2, strategy, *arguments, f"--output_dir={folder}", deadline_s=150.0)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    steps = metrics(folder)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    assert steps[-1]["data/epoch"] == pytest.approx(problems * 5 / 5, abs=0.5), "no epoch has come to its end"
+    assert all(line["update/grad_norm"] > 0 for line in steps if "problem/kl" in line)
+    recycled = sum(line.get(f"recycle/{kind}", 0) for line in steps for kind in ("pairwise", "reflection_incorrect"))
+    assert recycled > 0, "nothing was recycled"
+    assert lines(folder, "rollouts")

@@ -1,0 +1,120 @@
+"""Whoever holds the weights, an update on the same batch gives the same loss, gradient and weights.
+
+The truth is one process. Tolerances: sums over tokens are made in another order, so float32 results differ by its
+rounding: loss and gradient norm to 1e-6 (seen: 3e-7). An AdamW update divides each gradient by its own size, so where
+a gradient is next to nothing its rounding counts: the movement of a parameter differs by up to 1e-3 (seen: 2e-4).
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed.launching import launch
+from tests.distributed.updates import save_model
+
+pytestmark = pytest.mark.distributed
+
+ALL = list(range(8))
+# Groups 0, 3 and 6 show one image, 1, 4 and 7 several, 2 and 5 none (updates.make_groups).
+EVEN = [[0, 1, 2, 3], [4, 5, 6, 7]]
+SCENARIOS = {
+    "start": {"settings": [], "shares": EVEN, "updates": 0},
+    "even": {"settings": [], "shares": EVEN, "updates": 2},
+    "more_packs": {"settings": ["--optimizer.tokens_per_pack=140"], "shares": EVEN, "updates": 2},
+    "no_image_on_one": {"settings": [], "shares": [[0, 1, 3, 4, 6, 7], [2, 5]], "updates": 2},
+    "nothing_on_one": {"settings": [], "shares": [ALL, []], "updates": 2},
+    "nothing_on_the_main_one": {"settings": ["--objective.loss=dapo"], "shares": [[], ALL], "updates": 2},
+    "frozen_vision": {"settings": ["--model.freeze=[vision]"], "shares": EVEN, "updates": 2},
+    "adapters": {"settings": ["--model.lora.rank=4"], "shares": [[0, 1, 2], [3, 4, 5, 6, 7]], "updates": 2},
+    "checkpointing": {"settings": ["--model.gradient_checkpointing=true"], "shares": EVEN, "updates": 2},
+}
+
+
+def run(folder: Path, n: int, strategy: str, scenarios: dict) -> Path:
+    """Run `scenarios` on `n` processes."""
+    folder.mkdir()
+    save_model(folder)
+    if n == 1:
+        scenarios = {name: s | {"shares": [sorted(chain(*s["shares"]))]} for name, s in scenarios.items()}
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    ended = launch(n, strategy, str(folder), module="tests.distributed.updates", deadline_s=240.0)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """What one process computes."""
+    return run(tmp_path_factory.mktemp("one") / "run", 1, "single", SCENARIOS)
+
+
+def assert_same_numbers(folder: Path, truth: Path, name: str, *, rel: float, movement: float) -> None:
+    """Metrics to `rel`, and how each parameter has moved to `movement`, both relative."""
+    found, expected = (json.loads((path / f"{name}.json").read_text()) for path in (folder, truth))
+    for (loss, norm, skipped), (true_loss, true_norm, _) in zip(found, expected, strict=True):
+        # On-policy the first loss is 0, the rest of a sum of terms of size 1.
+        assert loss == pytest.approx(true_loss, rel=rel, abs=rel)
+        assert norm == pytest.approx(true_norm, rel=rel)
+        assert true_norm > 0.1
+        assert skipped == 0
+    weights, true_weights = (load_file(path / f"{name}.safetensors") for path in (folder, truth))
+    start = load_file(truth / "start.safetensors")
+    assert weights.keys() == true_weights.keys() == start.keys()
+    for key, weight in weights.items():
+        moved = float((true_weights[key] - start[key]).norm())
+        assert float((weight - true_weights[key]).norm()) <= movement * moved, key
+    assert any((true_weights[key] != start[key]).any() for key in start)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_two_processes_give_the_numbers_of_one(tmp_path, one_process, strategy):
+    folder = run(tmp_path / "run", 2, strategy, SCENARIOS)
+    for name in SCENARIOS.keys() - {"start"}:
+        assert_same_numbers(folder, one_process, name, rel=1e-6, movement=1e-3)
+
+
+def test_where_packs_are_cut_and_what_is_checkpointed_changes_no_number(one_process):
+    for name in ("more_packs", "no_image_on_one", "checkpointing"):  # on one process all hold the same groups
+        found, expected = (json.loads((one_process / f"{each}.json").read_text()) for each in (name, "even"))
+        assert [*chain(*found)] == pytest.approx([*chain(*expected)], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_bfloat16_stays_near(tmp_path, one_process, strategy):
+    # 8 bits of mantissa, through a dozen layers: a few percent.
+    low = {"bfloat16": SCENARIOS["even"] | {"settings": ["--model.dtype=bfloat16"], "updates": 1}}
+    folder = run(tmp_path / "run", 2, strategy, low)
+    [[loss, norm, skipped]] = json.loads((folder / "bfloat16.json").read_text())
+    [_, expected, _] = json.loads((one_process / "even.json").read_text())[0]
+    assert loss == pytest.approx(0.0, abs=1e-3)
+    assert norm == pytest.approx(expected, rel=0.1)
+    assert norm != pytest.approx(expected, rel=1e-6), "that was float32"
+    assert skipped == 0
+
+
+@pytest.mark.slow
+def test_an_optimizer_in_host_memory_gives_the_same_numbers(tmp_path, one_process):
+    """DeepSpeed compiles its AdamW for CPUs first."""
+    folder = run(tmp_path / "run", 2, "zero3_offload", {name: SCENARIOS[name] for name in ("even", "adapters")})
+    for name in ("even", "adapters"):
+        assert_same_numbers(folder, one_process, name, rel=1e-5, movement=1e-2)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_updates_in_parts_do_not_wait_for_a_process_that_has_fewer(tmp_path, strategy):
+    parts = {
+        "parts": {
+            "settings": ["--optimizer.updates_per_batch=3", "--optimizer.tokens_per_pack=140"],
+            "shares": [[0, 1, 3, 4, 5, 6, 7], [2]],
+            "updates": 2,
+        }
+    }
+    folder = run(tmp_path / "run", 2, strategy, parts)
+    for _loss, norm, skipped in json.loads((folder / "parts.json").read_text()):
+        assert 0 < norm < float("inf")
+        assert skipped == 0
