@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from spark_vl.data.problems import open_recipe
 from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe
 from spark_vl.data.sampler import PromptSampler
-from spark_vl.distributed.gather import any_process
+from spark_vl.distributed.gather import any_process, each_process
 from spark_vl.distributed.launch import start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
@@ -101,7 +102,7 @@ class Trainer:
         with blamed_on("data.recipes"):
             problems = [open_recipe(load_recipe(name), "train", self.templater) for name in config.data.recipes]
         rank = self.accelerator.process_index
-        self.sampler = PromptSampler(problems, seed=config.seed, rank=rank, world_size=self.accelerator.num_processes)
+        self.sampler = PromptSampler(problems, seed=config.seed)
         self.steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.data.prompts_per_step)
 
         phases = 2 if config.recycle.schedule == "sequential" else 1
@@ -111,7 +112,7 @@ class Trainer:
             self.processor,
             updates=self.steps * phases * config.optimizer.updates_per_batch,
         )
-        self.any_process = any_process(self.accelerator)
+        self.any_process = partial(any_process, self.accelerator)
         self.engine = load_engine(config.rollout, self.accelerator, self.updater.policy, self.processor)
         self.verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s)
         name = f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"
@@ -253,7 +254,7 @@ class Trainer:
         for kind, rounds in self.config.objective.refill_rounds.items():
             for _ in range(rounds):
                 dead = [i for i, group in enumerate(chosen) if group.record.kind == kind and group.zero_variance]
-                fresh = self._fresh(kind, len(dead)) if dead else []
+                fresh = self._fresh(kind, len(dead))
                 if not self.any_process(bool(fresh)):
                     break
                 by_id |= {prompt.record.id: prompt for prompt in fresh}
@@ -319,16 +320,17 @@ class Trainer:
         return recycled.judge + recycled.reflection
 
     def _draw(self, n: int) -> list[ProcessedPrompt]:
-        """The next `n` problems that can be used; the others are quarantined."""
+        """The next `n` problems that can be used; the others are quarantined. Collective: `n` may differ."""
         prompts: list[ProcessedPrompt] = []
         with self.timer("load"):
             self.log.phase("loading")
-            while len(prompts) < n:
-                self.quarantine.seen(1)
-                try:
-                    prompts.append(self.processor.process(self.sampler.draw()))
-                except BadRecordError as error:
-                    self.quarantine.add(error)
+            while any(wanted := each_process(self.accelerator, n - len(prompts))):
+                for row in self.sampler.take(wanted, self.accelerator.process_index):
+                    self.quarantine.seen(1)
+                    try:
+                        prompts.append(self.processor.process(self.sampler[row]))
+                    except BadRecordError as error:
+                        self.quarantine.add(error)
         return prompts
 
     def _process(self, records: Sequence[PromptRecord]) -> list[ProcessedPrompt]:
@@ -343,7 +345,8 @@ class Trainer:
         return prompts
 
     def _fresh(self, kind: Kind, n: int) -> list[ProcessedPrompt]:
-        """Up to `n` more prompts of `kind`: problems from the sampler, others from what recycling had left over."""
+        """Up to `n` more prompts of `kind`: problems from the sampler, others from what recycling had left over.
+        Collective."""
         if kind == "problem":
             return self._draw(n)
         chosen = [record for record in self.surplus if record.kind == kind][:n]

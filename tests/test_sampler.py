@@ -32,7 +32,7 @@ def ids(*sizes: tuple[str, int]) -> list[str]:
 
 
 def draw(sampler: PromptSampler, count: int) -> list[str]:
-    return [sampler.draw().id for _ in range(count)]
+    return [sampler[row].id for row in sampler.take([count])]
 
 
 def test_every_row_once_an_epoch_in_a_new_order_each() -> None:
@@ -60,41 +60,28 @@ def test_shuffling_is_even() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=st.integers(1, 23), world_size=st.integers(1, 9), seed=st.integers(0, 5))
-def test_ranks_share_the_stream_and_drop_nothing(rows: int, world_size: int, seed: int) -> None:
-    alone = draw(PromptSampler([problem_set("a", rows)], seed=seed), 6 * world_size)
-    ranks = [
-        PromptSampler([problem_set("a", rows)], seed=seed, rank=r, world_size=world_size) for r in range(world_size)
-    ]
-    assert list(chain.from_iterable(zip(*(draw(rank, 6) for rank in ranks), strict=True))) == alone
+@given(rows=st.integers(1, 23), shares=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), max_size=6))
+def test_processes_share_the_stream_and_drop_nothing(rows: int, shares: list[list[int]]) -> None:
+    """However different their parts are, together they draw what one process draws."""
+    ranks = [PromptSampler([problem_set("a", rows)], seed=1) for _ in range(3)]
+    together = []
+    for counts in shares:
+        parts = [sampler.take(counts, rank) for rank, sampler in enumerate(ranks)]
+        assert [len(part) for part in parts] == counts
+        together += chain.from_iterable(parts)
+    alone = PromptSampler([problem_set("a", rows)], seed=1)
+    assert together == alone.take([len(together)])
+    assert all(sampler.state_dict() == alone.state_dict() for sampler in ranks)
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=st.integers(1, 23), world_size=st.integers(1, 5), before=st.integers(0, 30))
-def test_a_resumed_stream_goes_on_exactly(rows: int, world_size: int, before: int) -> None:
-    for rank in range(world_size):
-        sampler, resumed = (
-            PromptSampler([problem_set("a", rows)], seed=1, rank=rank, world_size=world_size) for _ in range(2)
-        )
-        draw(sampler, before)
-        resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
-        assert resumed.epoch == sampler.epoch
-        assert draw(resumed, 30) == draw(sampler, 30)
-
-
-@settings(max_examples=50, deadline=None)
-@given(rows=st.integers(1, 23), old=st.integers(1, 5), new=st.integers(1, 5), before=st.integers(0, 9))
-def test_the_number_of_ranks_may_change_on_resume(rows: int, old: int, new: int, before: int) -> None:
-    """Together, the ranks before and after draw what one process draws."""
-    was = [PromptSampler([problem_set("a", rows)], seed=1, rank=r, world_size=old) for r in range(old)]
-    first = list(chain.from_iterable(zip(*(draw(rank, before) for rank in was), strict=True)))
-    state = was[0].state_dict()
-    assert all(rank.state_dict() == state for rank in was)
-    now = [PromptSampler([problem_set("a", rows)], seed=1, rank=r, world_size=new) for r in range(new)]
-    for rank in now:
-        rank.load_state_dict(state)
-    rest = list(chain.from_iterable(zip(*(draw(rank, 5) for rank in now), strict=True)))
-    assert first + rest == draw(PromptSampler([problem_set("a", rows)], seed=1), old * before + new * 5)
+@given(rows=st.integers(1, 23), before=st.integers(0, 30))
+def test_a_resumed_stream_goes_on_exactly(rows: int, before: int) -> None:
+    sampler, resumed = (PromptSampler([problem_set("a", rows)], seed=1) for _ in range(2))
+    draw(sampler, before)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert resumed.epoch == sampler.epoch
+    assert draw(resumed, 30) == draw(sampler, 30)
 
 
 def test_a_bad_row_is_passed_over_and_resume_does_not_return_to_it() -> None:
@@ -102,8 +89,9 @@ def test_a_bad_row_is_passed_over_and_resume_does_not_return_to_it() -> None:
     drawn: list[str] = []
     states: list[dict[str, Any]] = []
     for _ in range(12):
+        [row] = sampler.take([1])
         try:
-            drawn.append(sampler.draw().id)
+            drawn.append(sampler[row].id)
         except BadRecordError as error:
             drawn.append(error.record_id)
         states.append(sampler.state_dict())
@@ -111,13 +99,13 @@ def test_a_bad_row_is_passed_over_and_resume_does_not_return_to_it() -> None:
     at = drawn.index("a/train/#2")
     resumed = PromptSampler([problem_set("a", 6, bad=(2,))], seed=0)
     resumed.load_state_dict(states[at])
-    assert resumed.draw().id == drawn[at + 1]
+    assert draw(resumed, 1) == drawn[at + 1 : at + 2]
 
 
-def test_the_epoch_counts_what_all_ranks_drew() -> None:
-    sampler = PromptSampler([problem_set("a", 8)], seed=0, rank=1, world_size=2)
+def test_the_epoch_counts_what_all_processes_drew() -> None:
+    sampler = PromptSampler([problem_set("a", 8)], seed=0)
     assert sampler.epoch == 0
-    draw(sampler, 6)
+    sampler.take([4, 8], 1)
     assert sampler.epoch == 1.5
     assert sampler.state_dict() == {"seed": 0, "rows": 8, "epoch": 1, "position": 4}
 
@@ -134,6 +122,4 @@ def test_nothing_to_draw_from_is_refused() -> None:
     for sets in ([], [problem_set("a", 0)]):
         with pytest.raises(ValueError, match="no problems"):
             PromptSampler(sets, seed=0)
-    with pytest.raises(ValueError, match="rank is 2 of 2"):
-        PromptSampler([problem_set("a", 3)], seed=0, rank=2, world_size=2)
     assert draw(PromptSampler([problem_set("a", 0), problem_set("b", 2)], seed=0), 2)

@@ -16,59 +16,49 @@ from spark_vl.records import PromptRecord
 class PromptSampler:
     """Draws from all problem sets together: every row once an epoch, in an order given by the seed and the epoch.
 
-    The epochs' permutations, one after the other, are one endless sequence of rows. Process `rank` takes every
-    `world_size`-th of them, so an epoch's last rows are never dropped, whatever the number of processes.
+    The epochs' permutations, one after the other, are one endless sequence of rows. All processes stand at the same
+    place in it: they draw together, each a part of the next rows, however different their parts are. So nothing is
+    repeated or missed, also where the number of processes changes on resume.
 
     Args:
         problem_sets: what to draw from, always in the same order.
         seed: of the order.
-        rank, world_size: this process, and how many there are.
     """
 
-    def __init__(self, problem_sets: Sequence[ProblemSet], *, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank} of {world_size}; 0 to {world_size - 1} are allowed")
-        self._sets, self._seed, self._rank, self._world_size = list(problem_sets), seed, rank, world_size
+    def __init__(self, problem_sets: Sequence[ProblemSet], *, seed: int) -> None:
+        self._sets, self._seed = list(problem_sets), seed
         self._ends = list(accumulate(len(problems) for problems in self._sets))
         if not self._ends or self._ends[-1] == 0:
             raise ValueError("there are no problems to draw from")
-        self._position = 0  # rows drawn by all processes, if each has drawn as often as this one
+        self._position = 0  # rows drawn by all processes together
         self._shuffled: tuple[int, np.ndarray] = 0, self._permutation(0)
 
     def __len__(self) -> int:
-        """Rows in an epoch, over all processes."""
+        """Rows in an epoch."""
         return self._ends[-1]
+
+    def __getitem__(self, row: int) -> PromptRecord:
+        """The problem in `row`, counted through all sets.
+
+        Raises:
+            BadRecordError: the row cannot be used.
+        """
+        chosen = bisect_right(self._ends, row)
+        return self._sets[chosen][row - self._ends[chosen] + len(self._sets[chosen])]
 
     @property
     def epoch(self) -> float:
-        """Epochs drawn by all processes together: 1.5 is half way through the second one."""
+        """Epochs drawn so far: 1.5 is half way through the second one."""
         return self._position / len(self)
 
-    def next_index(self) -> int:
-        """Advances, and returns the next row of this process, counted through all sets."""
-        epoch, offset = divmod(self._position + self._rank, len(self))
-        self._position += self._world_size
-        if self._shuffled[0] != epoch:
-            self._shuffled = epoch, self._permutation(epoch)
-        return int(self._shuffled[1][offset])
-
-    def draw(self) -> PromptRecord:
-        """Advances, and returns the next problem of this process.
-
-        Raises:
-            BadRecordError: its row cannot be used; the next call draws another one.
-        """
-        index = self.next_index()
-        chosen = bisect_right(self._ends, index)
-        return self._sets[chosen][index - self._ends[chosen] + len(self._sets[chosen])]
+    def take(self, counts: Sequence[int], rank: int = 0) -> list[int]:
+        """Advance by `sum(counts)` rows, of which process i gets `counts[i]`, and return those of process `rank`."""
+        first = self._position + sum(counts[:rank])
+        self._position += sum(counts)
+        return [self._row(position) for position in range(first, first + counts[rank])]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this process is.
-
-        Every process that loads its own state goes on exactly. Where the number of processes changes, all load the same
-        state (that of rank 0): nothing is repeated or missed, except for the rows by which processes were apart because
-        some met bad rows and drew again.
-        """
+        """Where the processes are; the same on all."""
         epoch, position = divmod(self._position, len(self))
         return {"seed": self._seed, "rows": len(self), "epoch": epoch, "position": position}
 
@@ -82,6 +72,12 @@ class PromptSampler:
             if found != here:
                 raise ValueError(f"the sampler's state was saved with {name} {found}, but {name} is {here} now")
         self._position = state["epoch"] * len(self) + state["position"]
+
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self))
+        if self._shuffled[0] != epoch:
+            self._shuffled = epoch, self._permutation(epoch)
+        return int(self._shuffled[1][offset])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,11 +63,11 @@ def _whole_fsdp2(policy: FSDPModule, reshard_after_forward: bool) -> Iterator[No
             module.reshard()
 
 
-def any_process(accelerator: Accelerator) -> Callable[[bool], bool]:
-    """A callable that says whether its argument is true on any process. Collective."""
+def each_process(accelerator: Accelerator, here: int) -> list[int]:
+    """What `here` is on each process. Collective."""
+    return accelerator.gather(torch.tensor([here], device=accelerator.device)).tolist()
 
-    def anywhere(here: bool) -> bool:
-        count = torch.tensor([int(bool(here))], device=accelerator.device)
-        return bool(accelerator.reduce(count).item())
 
-    return anywhere if accelerator.num_processes > 1 else bool
+def any_process(accelerator: Accelerator, here: bool) -> bool:
+    """Whether `here` is true on any process. Collective."""
+    return any(each_process(accelerator, int(here)))

@@ -32,7 +32,7 @@ def load_engine(
     """An engine on `policy`, as prepared, however its weights are held."""
     unwrapped = accelerator.unwrap_model(policy)
     if config.gather == "layer" and strategy(accelerator) in ("zero3", "fsdp2"):
-        sharded = {"any_process": any_process(accelerator)}
+        sharded = {"any_process": partial(any_process, accelerator)}
     else:
         sharded = {"weights": partial(whole_weights, accelerator, policy)}
     return TransformersEngine(unwrapped, processor, rows_at_once=config.rows_at_once, **sharded)

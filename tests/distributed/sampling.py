@@ -19,7 +19,7 @@ from spark_vl.config import parse_train_config
 from spark_vl.distributed.launch import start_accelerator, strategy
 from spark_vl.policy.update import load_updater
 from spark_vl.processors import load_processor
-from spark_vl.records import Verdict
+from spark_vl.records import RolloutGroup, Verdict
 from spark_vl.rollout import Sampling, load_engine
 from tests.conftest import make_image, make_record
 from tests.distributed.updates import SETTINGS
@@ -31,6 +31,11 @@ PROMPTS = [
 """With one image, with none, with two, and so on."""
 SHARES = {1: [[0, 1, 2, 3, 4, 5, 6]], 2: [[0, 2, 3, 4, 5, 6], [1]]}
 """The second of two processes has fewer batches, and no image."""
+
+
+def completions(groups: list[RolloutGroup]) -> dict[str, list[tuple[int, ...]]]:
+    """Of all processes."""
+    return dict(gather_object([(group.record.id, [r.token_ids for r in group.rollouts]) for group in groups]))
 
 
 class Interrupted(Exception):
@@ -62,8 +67,7 @@ def main(folder: Path) -> None:
         for temperature in (0.0, 1.0):
             sampling = Sampling(temperature=temperature, max_new_tokens=8, seed=accelerator.process_index)
             groups = engine.generate(prompts, 2, sampling)
-            everyone = gather_object([(g.record.id, [r.token_ids for r in g.rollouts]) for g in groups])
-            results[f"{gather} {temperature:g}"] = dict(everyone)
+            results[f"{gather} {temperature:g}"] = completions(groups)
         assert held() == before
         # One process has nothing to sample at all, and none of the others has an image.
         nothing = [] if accelerator.process_index else [p for p in prompts if not p.images]
@@ -79,9 +83,7 @@ def main(folder: Path) -> None:
     assert held() == before, "the weights are still gathered"
     if strategy(accelerator) == "zero3":
         assert before == 0
-    groups = engine.generate(prompts, 2, sampling)
-    everyone = gather_object([(g.record.id, [r.token_ids for r in g.rollouts]) for g in groups])
-    results["after an exception"] = dict(everyone)
+    results["after an exception"] = completions(engine.generate(prompts, 2, sampling))
     groups = [group.verified((Verdict(1.0, None), Verdict(0.0, None))) for group in groups]
     by_id = {prompt.record.id: prompt for prompt in prompts}
     norms = []
