@@ -1,4 +1,4 @@
-"""The command line: `spark-vl train | eval | recipes | doctor`. It composes the parts; what they do is theirs.
+"""`spark-vl train | eval | recipes | doctor | estimate`. The command line composes the parts; what they do is theirs.
 
 Everything heavy is imported inside a command, so that `--help` and a mistake in a setting answer at once.
 """
@@ -6,6 +6,8 @@ Everything heavy is imported inside a command, so that `--help` and a mistake in
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from spark_vl.config import (
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.quarantine import TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe, recipes
+from spark_vl.estimate.shape import load_shape
+from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, plain_text
 
@@ -33,6 +37,7 @@ TRAIN_HELP = "train a policy that is its own generative reward"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
 RECIPES_HELP = "list the shipped data recipes, or check the rows of one"
 DOCTOR_HELP = "say what will not work on this machine, and the fix"
+ESTIMATE_HELP = "say whether a run fits into memory, and what would help; exits with 1 if it does not"
 
 
 class Parser(ArgumentParser):
@@ -75,11 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parsers = {"train": train_parser, "eval": eval_parser, "recipes": recipes_parser}
     parsers["doctor"] = Parser(description=DOCTOR_HELP)
+    parsers["estimate"] = estimate_parser = Parser(description=ESTIMATE_HELP)
+    estimate_parser.add_argument(
+        "--shape",
+        metavar="MODEL",
+        help="3b, 7b, 32b, 72b, or a folder with a config.json; null: that of model.path. `--model 7b` is the same",
+    )
+    estimate_parser.add_argument("--fsdp", action="store_true", help="PyTorch's FSDP2 in place of DeepSpeed")
+    estimate_parser.add_class_arguments(Setup, as_group=True, skip={"fsdp"})
+    add_config_arguments(estimate_parser, TrainConfig)
     for name, command_parser in parsers.items():
         commands.add_subcommand(name, command_parser, help=command_parser.description)
         command_parser.prog = f"{parser.prog} {name}"  # a command that can be typed, for messages
 
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(_shape_for_model(sys.argv[1:] if arguments is None else arguments))
     command = parsed[parsed.command]
     try:
         match parsed.command:
@@ -92,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 show_recipes(command.name, command.split, command.show)
             case "doctor":
                 parser.exit(diagnose())
+            case "estimate":
+                config, setup = (instantiate(estimate_parser, command, part) for part in (TrainConfig, Setup))
+                parser.exit(0 if estimate(command.shape, config, setup) else 1)
     except ConfigError as error:
         parsers[parsed.command].error(str(error))
     except TooManyBadRowsError as error:
@@ -143,6 +160,21 @@ def evaluate(config: EvalConfig) -> None:
     print_results(results, Console())
 
 
+def estimate(model: str | None, config: TrainConfig, setup: Setup) -> bool:
+    """`spark-vl estimate`: print what a run needs of memory, and say whether it fits.
+
+    Args:
+        model: short name or folder of the shape; None: that of `config.model.path`.
+    """
+    from rich.console import Console
+
+    from spark_vl.estimate.report import print_estimate
+
+    with blamed_on("model.path" if model is None else "--model"):
+        shape = load_shape(config.model.path if model is None else model)
+    return print_estimate(shape, config, setup, Console())
+
+
 def show_recipes(name: str | None, split: str, show: int) -> None:
     """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one."""
     if name is None:
@@ -172,6 +204,14 @@ def diagnose() -> int:
     from spark_vl.doctor import examine
 
     return examine()
+
+
+def _shape_for_model(arguments: Sequence[str]) -> list[str]:
+    """`estimate --model 7b` as `estimate --shape 7b`: to the parser of settings, `--model` is a file with all of
+    `model.path`, `model.dtype`, ..."""
+    if list(arguments[:1]) != ["estimate"]:
+        return list(arguments)
+    return [re.sub(r"^--model(?==|$)", "--shape", argument) for argument in arguments]
 
 
 def _check_recipes(setting: str, names: Sequence[str], split: str) -> None:

@@ -1,0 +1,154 @@
+"""Models of the Qwen2.5-VL family in numbers, and how many weights follow from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The vision tower, under the names of the Hugging Face configuration."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    out_hidden_size: int
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of a patch as the tower takes it; a still image is repeated over the temporal patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def block(self) -> int:
+        """Weights of a block: two norms, attention and a gated MLP, all but the norms with a bias."""
+        width, inner = self.hidden_size, self.intermediate_size
+        return (
+            2 * width
+            + _linear(width, 3 * width)
+            + _linear(width, width)
+            + 2 * _linear(width, inner)
+            + _linear(inner, width)
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the patch embedding, the blocks and the merger into the language model."""
+        merged = self.hidden_size * self.spatial_merge_size**2
+        merger = self.hidden_size + _linear(merged, merged) + _linear(merged, self.out_hidden_size)
+        return self.patch_values * self.hidden_size + self.depth * self.block + merger
+
+    def image_tokens(self, pixels: int) -> int:
+        """Tokens that an image of at most `pixels` becomes in the language model; each merges several patches."""
+        return pixels // (self.patch_size * self.spatial_merge_size) ** 2
+
+    def patches(self, tokens: int) -> int:
+        """Patches behind `tokens` image tokens."""
+        return tokens * self.spatial_merge_size**2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A whole model, under the names of the Hugging Face configuration."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tie_word_embeddings: bool
+    vision: VisionShape
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all keys of a token, and of all its values, in one layer."""
+        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the embedding, and again of the output layer."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def layer(self) -> int:
+        """Weights of a layer of the language model: two norms, attention (q, k, v with a bias) and a gated MLP."""
+        width = self.hidden_size
+        attention = _linear(width, width) + 2 * _linear(width, self.key_value_size) + width * width
+        return 2 * width + attention + 3 * width * self.intermediate_size
+
+    @property
+    def parameters(self) -> int:
+        """All weights; tied embeddings count once."""
+        embeddings = self.embedding * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * self.layer + self.hidden_size + self.vision.parameters
+
+    def adapters(self, rank: int) -> int:
+        """Weights of low-rank adapters on the seven linear layers of each layer of the language model."""
+        width, inner = self.hidden_size, self.intermediate_size
+        sizes = 2 * (width + width) + 2 * (width + self.key_value_size) + 3 * (width + inner)
+        return self.num_hidden_layers * rank * sizes
+
+
+def shapes() -> dict[str, Shape]:
+    """The shipped shapes, by their short names."""
+    return {name: _shape(name, config) for name, config in _shipped().items()}
+
+
+def load_shape(model: str) -> Shape:
+    """The shape of `model`: short name or Hub id of a shipped one, or a folder with a Hugging Face `config.json`.
+
+    Raises:
+        ValueError: there is none, or it is of another model family.
+    """
+    for name, config in _shipped().items():
+        if model in (name, config["hub"]):
+            return _shape(name, config)
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{model!r} is no shape; allowed are {', '.join(_shipped())}, their Hub ids, or a folder with a config.json"
+        )
+    config = json.loads(file.read_text())
+    if config.get("model_type") != "qwen2_5_vl":
+        raise ValueError(f"{file}: model_type is {config.get('model_type')!r}; allowed is 'qwen2_5_vl'")
+    try:
+        return _shape(model, config)
+    except KeyError as error:
+        raise ValueError(f"{file}: {error.args[0]} is missing") from error
+
+
+def _shipped() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(files("spark_vl.estimate").joinpath("shapes.yaml").read_text())
+
+
+def _shape(name: str, config: dict[str, Any]) -> Shape:
+    """From a `config.json`: flat as on the Hub, or with a `text_config` as transformers 5 writes it."""
+    return Shape(
+        name=name,
+        **_numbers(Shape, config.get("text_config", config)),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        vision=VisionShape(**_numbers(VisionShape, config["vision_config"])),
+    )
+
+
+def _numbers(cls: type, config: dict[str, Any]) -> dict[str, int]:
+    """The numbers of `cls` that `config` gives, or has to."""
+    numbers = [field for field in fields(cls) if field.type == "int"]
+    return {field.name: config[field.name] for field in numbers if field.name in config or field.default is MISSING}
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    """Weights of a linear layer with a bias."""
+    return (inputs + 1) * outputs
