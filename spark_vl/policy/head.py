@@ -19,7 +19,9 @@ class TokenScores(NamedTuple):
     logprobs: torch.Tensor
     """[N] natural-log probabilities, float32 (float64 for a float64 model)."""
     entropy: torch.Tensor
-    """[N] entropy of the distribution that each token was drawn from, in nats."""
+    """[N] entropy of the distribution that each token was drawn from, in nats. A loss that leaves it out (rather than
+    weighing it with 0) would keep two tensors of the size of the logits for each chunk: the checkpoint is not unpacked
+    where no gradient arrives."""
 
 
 class ScoringHead(nn.Linear):
