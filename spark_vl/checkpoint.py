@@ -8,7 +8,7 @@ has what a run needs to go on as if it had not been interrupted:
     trainer.rank0.json, …                 of each process: position of the sampler, recycled prompts that wait
     config.yaml                           of the run
     model/                                the plain Hugging Face checkpoint: to use, evaluate, publish
-    manifest.json                         step, processes, and size and SHA-256 of every other file
+    manifest.json                         step, processes, size and SHA-256 of every other file, and its own SHA-256
 """
 
 from __future__ import annotations
@@ -148,8 +148,10 @@ def load_checkpoint(
         CheckpointError: a file is missing or damaged, the checkpoint does not go with this launch, or the
             configuration has changed.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
-    damage = _damage(path, manifest["files"]) if accelerator.is_main_process else []
+    manifest = _read_manifest(path / MANIFEST)
+    damage = [f"{MANIFEST} has changed"]
+    if manifest:
+        damage = _damage(path, manifest["files"]) if accelerator.is_main_process else []
     whole = [other.parent.name for other in sorted(path.parent.glob(f"step-*/{MANIFEST}")) if other.parent != path]
     advice = f"; resume from another one with --resume PATH ({', '.join(whole)})" if whole else ""
     _raise_together(accelerator, path, damage and f"is damaged: {'; '.join(damage)}{advice}", as_is=True)
@@ -247,9 +249,23 @@ def _write_manifest(accelerator: Accelerator, folder: Path, step: int) -> None:
         "strategy": strategy(accelerator),
         "files": files,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest_of(manifest)}, indent=1))
     for path in folder.rglob("*"):
         _flush(path)
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest; None: it is not what was written."""
+    try:
+        manifest = json.loads(path.read_text())
+        digest = manifest.pop("sha256")
+    except (ValueError, KeyError):
+        return None
+    return manifest if digest == _digest_of(manifest) else None
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def _damage(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, group_to_json, plain_text
+from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, group_to_json, plain_text, record_to_json
 
 
 class Means:
@@ -208,6 +209,17 @@ class RunLog:
         for group in groups:
             prompt = "\n".join(plain_text(message.content) for message in group.record.messages)
             self._append("rollouts", {"step": step, "prompt": prompt, **group_to_json(group)})
+
+    def dump(self, step: int, groups: Sequence[RolloutGroup]) -> Path:
+        """Write all of the groups of this process whose update of `step` went wrong, to study. Returns the file."""
+        file = self.folder / "nonfinite" / f"step-{step:06d}.rank{self.accelerator.process_index}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        with file.open("w", encoding="utf-8") as lines:
+            for group in groups:
+                parts = {"rollouts": group.rollouts, "verdicts": group.verdicts}
+                line = {name: [asdict(each) for each in part] for name, part in parts.items()}
+                lines.write(json.dumps({"record": record_to_json(group.record), **line}, ensure_ascii=False) + "\n")
+        return file
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"

@@ -10,7 +10,6 @@ generation phase and one
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -277,16 +276,7 @@ class Trainer:
         try:
             self.updater.update(groups, prompts, seed=self._seed("update"), add=means.add, counting=self.log.counting)
         except NonFiniteUpdateError as error:
-            file = self.folder / "nonfinite" / f"{name_of(self.step + 1)}.rank{self.accelerator.process_index}.jsonl"
-            file.parent.mkdir(exist_ok=True)
-            with file.open("w") as lines:
-                for group in error.groups:
-                    batch = {
-                        "record": record_to_json(group.record),
-                        "rollouts": [asdict(rollout) for rollout in group.rollouts],
-                        "verdicts": [asdict(verdict) for verdict in group.verdicts],
-                    }
-                    lines.write(json.dumps(batch, ensure_ascii=False) + "\n")
+            file = self.log.dump(self.step + 1, error.groups)
             raise NonFiniteUpdateError(
                 f"{error}; step {self.step + 1} is in {file}, the last good weights in {self.checkpoints}", error.groups
             ) from error

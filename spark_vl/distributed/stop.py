@@ -11,7 +11,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Hears of the first signal, and ends the process at the second. A context manager of the main thread."""
+    """Hears of the first signal, and ends the process at the second, unless that is SIGUSR1. A context manager of the
+    main thread."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -28,6 +29,8 @@ class StopRequest:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if number == signal.SIGUSR1:
+                return  # nobody's impatience: SLURM's may come directly and by way of the launcher
             # No clean-up: whoever asks twice wants it to end now. The last checkpoint is whole.
             os._exit(128 + number)
         self.signal = signal.Signals(number)

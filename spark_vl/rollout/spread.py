@@ -66,8 +66,8 @@ class SpreadEngine:
 
 
 class SpreadVerifiers:
-    """A `VerifierPool` for items that are the same on all processes: all get the same verdicts, also where a verifier met
-    its deadline on one of them."""
+    """A `VerifierPool` for items that are the same on all processes. All get the same verdicts, also where a verifier
+    met its deadline on one of them."""
 
     def __init__(self, verifiers: VerifierPool, accelerator: Accelerator) -> None:
         self.verifiers, self.accelerator = verifiers, accelerator

@@ -196,6 +196,10 @@ def work() -> None:
     descriptor, timeout_s = int(sys.argv[2]), float(sys.argv[3])
     os.set_inheritable(descriptor, False)
     pipe = Connection(descriptor)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # A scheduler may send them to all processes: the parent, which ends its step and saves, still needs verdicts.
+        # Not SIG_IGN, which a verifier's own subprocesses would inherit.
+        signal.signal(number, lambda *_: None)
     with open(os.devnull, "w") as nowhere, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             items = pipe.recv()
