@@ -124,6 +124,7 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
 
     from spark_vl.evaluation import Evaluator
     from spark_vl.hub.cards import write_model_card
+    from spark_vl.policy.update import NonFiniteUpdateError
     from spark_vl.report import plot_curves, print_summary, summarise
     from spark_vl.trainer import Trainer
 
@@ -132,7 +133,10 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
         with blamed_on("evaluation.recipes"):
             evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
     trainer = Trainer(config, evaluator, resume, allow_config_change=allow_config_change)
-    finished = trainer.train()
+    try:
+        finished = trainer.train()
+    except NonFiniteUpdateError as error:
+        raise SystemExit(f"spark-vl: stopped: {error}") from error
     if finished and trainer.accelerator.is_main_process:
         if evaluator:
             summarise(trainer.folder)

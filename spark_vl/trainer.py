@@ -195,6 +195,7 @@ class Trainer:
                 self._save(best=best)
         if self.accelerator.is_main_process:
             copy_model(self.checkpoints / name_of(self.step), self.folder / "model")
+        self.accelerator.wait_for_everyone()  # whoever left earlier would be taken for dead
         return True
 
     def _asked_to_stop(self) -> bool:

@@ -91,6 +91,8 @@ def main(folder: Path) -> None:
     results["norm"] = norms[0]
     if accelerator.is_main_process:
         (folder / "completions.json").write_text(json.dumps(results))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def main(folder: Path) -> None:
             (folder / f"{name}.json").write_text(json.dumps(metrics))
         if strategy(accelerator) == "fsdp2":  # Accelerate clips only the model that it prepared first
             accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
