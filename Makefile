@@ -1,12 +1,15 @@
-# make demo: a small, real SPARK run on this machine; make test: the test suite; make lint: style and layers.
+# make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
+# make test: the test suite; make test-distributed: the tests that start several processes; make lint: style and layers.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
+# DeepSpeed compiles a part of itself at its first start, and looks for ninja on the path.
+WITH_BIN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # One thread a process: small tensors gain nothing from more.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format checkpoint clean
+.PHONY: demo demo-zero3 test test-distributed lint format checkpoint clean
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,8 +25,15 @@ demo: .venv/.installed
 	rm -rf runs/demo
 	$(BIN)/python -m spark_vl train --config scripts/configs/digits/spark.yaml --output_dir runs/demo
 
+demo-zero3: .venv/.installed
+	rm -rf runs/digits-zero3
+	$(WITH_BIN) scripts/launch/spark_tiny_cpu.sh
+
 test: .venv/.installed-test
 	$(BIN)/python -m pytest
+
+test-distributed: .venv/.installed-test
+	$(WITH_BIN) $(BIN)/python -m pytest -m distributed tests/distributed
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -64,6 +64,10 @@ def obey(completion: str, record: PromptRecord) -> Verdict:
         with open(argument, "w") as file:
             file.write(f"{os.getpid()} {child.pid}")
         time.sleep(60)
+    elif command == "signal_child":
+        with subprocess.Popen(["sleep", "60"]) as child:
+            child.send_signal(int(argument))
+        assert child.returncode == -int(argument)
     elif command == "exit":
         os._exit(7)
     elif command == "sys_exit":

@@ -270,6 +270,20 @@ def test_workers_end_when_the_parent_is_killed(state: str) -> None:
     wait_until_gone(worker)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_signals_that_ask_a_run_to_stop_do_not_cost_verdicts(name: str) -> None:
+    """Sent to all processes, as schedulers do; a verifier's own subprocesses can be terminated as ever."""
+    number = signal.Signals[name]
+    with VerifierPool(workers=1) as own:
+        worker = int(own.verify([("x", record("tests.misbehaving:pid"))])[0].parsed)
+        timer = threading.Timer(0.3, os.kill, (worker, number))
+        timer.start()
+        verdicts = own.verify(obey("sleep 1", f"signal_child {number}"))
+        timer.join()
+        assert [verdict.status for verdict in verdicts] == ["ok", "ok"]
+        assert own.restarts == 0
+
+
 # ── mistakes of the caller ──
 
 

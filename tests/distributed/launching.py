@@ -68,7 +68,7 @@ class Run(subprocess.Popen):
 
     def __init__(self, command: list[str], deadline_s: float) -> None:
         self._ends_at = time.monotonic() + deadline_s
-        self._log = tempfile.NamedTemporaryFile()  # not a pipe, which would have to be emptied all the time
+        self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115 - a pipe would have to be emptied all the time
         self._mark = uuid.uuid4().hex  # in the environment of all its processes, orphans too
         super().__init__(
             command,

@@ -1,0 +1,73 @@
+"""The checkpoint with the highest figure is kept, whatever comes after it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from spark_vl.config import ConfigError
+from spark_vl.trainer import Trainer
+from tests.test_trainer import make_config
+
+FIGURES = [0.35, 0.3, 0.5, 0.4, 0.5, 0.45, 0.6]
+"""What the evaluation finds after each step, beginning with the untrained model."""
+BEST = ["", "", "", "step-000002", "step-000002", "step-000002", "step-000002"]
+"""What `checkpoints/best` names by then; step 1 is worse than no training, and step 4 no better than step 2."""
+KEEP = (
+    "--evaluation.recipes=[digits]",
+    "--evaluation.every=1",
+    "--checkpoint.keep_best=figure",
+    "--checkpoint.save_total_limit=1",
+)
+
+
+def run(folder: Path, *overrides: str, stop_at: int | None = None, resume: str = "none") -> list[tuple[str, list[str]]]:
+    """Train. Returns, for each evaluation, what `best` names and which checkpoints there are."""
+    seen = []
+
+    def evaluate(*args, **kwargs):
+        seen.append((best(folder), saved(folder)))
+        if trainer.step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        value = FIGURES[trainer.step]
+        return {"figure": {"value": value, "low": 0.0, "high": 1.0, "n": 9}, "other": {"value": 1 - value}}
+
+    trainer = Trainer(make_config(folder, *KEEP, *overrides), evaluate, resume)
+    trainer.train()
+    return seen
+
+
+def best(folder: Path) -> str:
+    pointer = folder / "checkpoints" / "best"
+    return pointer.read_text() if pointer.exists() else ""
+
+
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+
+
+def test_the_best_one_is_saved_out_of_turn_and_survives(tmp_path):
+    seen = run(tmp_path, "--checkpoint.every=4")
+    assert [name for name, _ in seen] == BEST
+    second, fourth = "step-000002", "step-000004"
+    assert [names for _, names in seen] == [[], [], [], [second], [second], [second, fourth], [second, fourth]]
+    assert best(tmp_path) == "step-000006"
+    assert saved(tmp_path) == ["step-000006"]  # the limit holds for what is neither the best nor the latest
+
+
+def test_a_resumed_run_knows_the_best_one(tmp_path):
+    before = run(tmp_path, "--checkpoint.every=0", stop_at=4)
+    assert saved(tmp_path) == ["step-000002", "step-000004"]  # the best one, and where it was stopped
+    after = run(tmp_path, "--checkpoint.every=0", resume="auto")
+    assert [name for name, _ in before + after] == BEST
+    assert best(tmp_path) == "step-000006"
+
+
+def test_an_unknown_figure_fails_at_the_first_evaluation(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint\.keep_best: there is no figure 'accuracy'; there are figure, other"
+    ):
+        run(tmp_path, "--checkpoint.keep_best=accuracy")
+    assert not (tmp_path / "metrics.jsonl").exists(), "it trained before it looked"
