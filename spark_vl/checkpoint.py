@@ -89,7 +89,8 @@ def save_checkpoint(
     needed = _bytes_needed(policy, folder)
     problem = ""
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for begun in folder.glob(".step-*.partial"):  # by a run that was killed, maybe at a step not saved again
+            shutil.rmtree(begun, ignore_errors=True)
         temporary.mkdir(parents=True)
         if (free := shutil.disk_usage(folder).free) < needed:
             problem = f"about {needed:,} bytes are needed, {free:,} are free"

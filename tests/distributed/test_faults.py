@@ -125,14 +125,18 @@ def test_a_disk_that_fills_up_in_the_writing(whole, disk, monkeypatch, spare_mb)
     assert metrics(folder) == metrics(whole)
 
 
-def test_a_disk_that_fills_up_under_two_processes(disk, monkeypatch):
-    monkeypatch.setenv("ADD", "room")
+def test_a_disk_that_fills_up_under_two_processes(whole_zero3, disk, monkeypatch):
     folder = disk("size=18m") / "run"
     arguments = (*SHARDED, f"--output_dir={folder}", "--resume=auto")
+    monkeypatch.setenv("ADD", "room")
     ended = launch(2, "zero3", *arguments, module=DRIVER)
     assert ended.returncode != 0
     assert f"{folder / 'checkpoints' / 'step-000004'}: the checkpoint could not be written" in ended.stdout
     assert latest(folder).name == "step-000002"
+
+    disk("size=64m")
+    assert launch(2, "zero3", *arguments).returncode == 0
+    assert_same_run(folder, whole_zero3)
 
 
 @pytest.mark.parametrize("where", ["below a file", "read-only"])
@@ -300,6 +304,12 @@ def test_sharded_state_is_not_cut_anew(whole_zero3, tmp_path):
     ended = launch(1, "zero3", *SHARDED, f"--output_dir={copy}", "--resume=auto")
     assert ended.returncode != 0
     assert "was written by 2 processes, this run has 1, and zero3 cuts the optimizer's state" in ended.stdout
+
+
+def test_what_a_killed_run_had_begun_to_write_is_removed(copy):
+    (copy / "checkpoints" / ".step-000010.partial").mkdir()
+    make_trainer(copy, "--steps=13", allow_config_change=True).train()
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["latest", "step-000012", "step-000013"]
 
 
 def test_a_changed_configuration(copy):
