@@ -423,6 +423,7 @@ class Trainer:
         manifest, states = load_checkpoint(
             self.accelerator, checkpoint, self.config, allow_config_change=allow_config_change
         )
+        self.updater.use_settings()
         self.step = self.resumed = manifest["step"]
         if self.accelerator.is_main_process and checkpoint.parent == self.checkpoints:
             point(self.checkpoints, LATEST, checkpoint)  # newer ones will be written anew

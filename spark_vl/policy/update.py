@@ -144,6 +144,18 @@ class Updater:
         padding = PackItem(padding_prompt(processor), [processor.stop_token_ids[:1]], [0])
         self._padding = make_pack([padding], dummy_image=processor.dummy_image, image_token_id=processor.image_token_id)
 
+    def use_settings(self) -> None:
+        """Take learning rate, betas and weight decay from the settings, where a checkpoint has brought its own."""
+        settings = self.settings
+        self.scheduler.base_lrs = [settings.lr] * len(self.scheduler.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
+            group |= {
+                "lr": settings.lr * factor(self.scheduler.last_epoch),
+                "initial_lr": settings.lr,
+                "betas": tuple(settings.betas),
+                "weight_decay": settings.weight_decay,
+            }
+
     def update(
         self,
         groups: Sequence[RolloutGroup],
@@ -256,7 +268,7 @@ class Updater:
                     add("engine/gap", float(gap.abs().sum()), len(gap))
                     add("engine/ratio", float(gap.exp().sum()), len(gap))
             advance(1)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = self.optimizer.param_groups[0]["lr"]
         norm, moved = self._step.take()
         if moved:
             self.scheduler.step()

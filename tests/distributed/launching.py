@@ -56,7 +56,7 @@ SMALL = (
 )
 """The digits run in seconds; it needs an `--output_dir`."""
 NO_EVALUATION = "--evaluation.recipes=[]"
-SHARDED = (*SMALL, NO_EVALUATION, "--steps=8", "--checkpoint.every=2")
+SHARDED = (*SMALL, NO_EVALUATION, "--steps=6", "--checkpoint.every=2")
 """Shorter still, for several processes, which take longer for everything."""
 DEADLINE_S = 180.0
 # DeepSpeed compiles an extension at its first start on CPUs. Environments that share ~/.cache would do so in turn.

@@ -68,6 +68,6 @@ def test_eleven_kills_change_nothing(whole, tmp_path):
 
 
 def test_three_kills_of_two_sharded_processes_change_nothing(whole_zero3, tmp_path):
-    moments = [("saving", 1), ("rollout", 3), ("update", 5)]
+    moments = [("saving", 1), ("rollout", 3), ("update", 4)]
     kill_and_resume(2, "zero3", SHARDED, tmp_path / "run", moments, random.Random(0))
     assert_same_run(tmp_path / "run", whole_zero3)

@@ -63,7 +63,8 @@ def test_no_process_waits_for_ever(tmp_path, recipe, strategy, problems, setting
     assert ended.returncode == 0, ended.stdout[-5000:]
     steps = metrics(folder)
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
-    assert steps[-1]["data/epoch"] >= problems * 5 / 5, "no epoch has come to its end"  # more, where groups are refilled
+    # Five steps, five rows; more where groups are refilled.
+    assert steps[-1]["data/epoch"] >= problems, "no epoch has come to its end"
     assert any(line["update/grad_norm"] > 0 for line in steps)
     recycled = sum(line.get(f"recycle/{kind}", 0) for line in steps for kind in ("pairwise", "reflection_incorrect"))
     assert recycled > 0, "nothing was recycled"
