@@ -94,7 +94,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         if (free := shutil.disk_usage(folder).free) < needed:
             problem = f"about {needed:,} bytes are needed, {free:,} are free"
-    _raise_together(accelerator, final, problem)
+    _raise_together(problem and _unwritten(final, problem))
     try:
         accelerator.save_state(temporary)
         (temporary / _state_file(accelerator.process_index)).write_text(json.dumps(state))
@@ -128,9 +128,11 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     Raises:
         CheckpointError: the path, or what `latest` names, is no whole checkpoint.
     """
-    if resume == "none" or (resume == "auto" and not (folder / LATEST).exists()):
+    if resume == "none":
         return None
-    path = folder / (folder / LATEST).read_text().strip() if resume == "auto" else Path(resume)
+    path = pointed(folder, LATEST) if resume == "auto" else Path(resume)
+    if path is None:
+        return None
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path}: is no checkpoint (it has no {MANIFEST})")
     return path
@@ -155,7 +157,7 @@ def load_checkpoint(
         damage = _damage(path, manifest["files"]) if accelerator.is_main_process else []
     whole = [other.parent.name for other in sorted(path.parent.glob(f"step-*/{MANIFEST}")) if other.parent != path]
     advice = f"; resume from another one with --resume PATH ({', '.join(whole)})" if whole else ""
-    _raise_together(accelerator, path, damage and f"is damaged: {'; '.join(damage)}{advice}", as_is=True)
+    _raise_together(f"{path}: is damaged: {'; '.join(damage)}{advice}" if damage else "")
 
     changes = config_differences(yaml.safe_load((path / CONFIG).read_text()), config)
     if changes and not allow_config_change:
@@ -213,7 +215,13 @@ def copy_model(checkpoint: Path, folder: Path) -> None:
 
 def is_latest(folder: Path, step: int) -> bool:
     """Whether the newest checkpoint in `folder` is that of `step`."""
-    return (folder / LATEST).exists() and (folder / LATEST).read_text().strip() == name_of(step)
+    return pointed(folder, LATEST) == folder / name_of(step)
+
+
+def pointed(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint that `pointer` (`latest`, `best`) names; None: there is none yet."""
+    file = folder / pointer
+    return folder / file.read_text().strip() if file.exists() else None
 
 
 def point(folder: Path, pointer: str, checkpoint: Path) -> None:
@@ -290,8 +298,7 @@ def _digests(paths: list[Path]) -> Iterable[tuple[Path, str]]:
 
 def _bytes_needed(policy: torch.nn.Module, folder: Path) -> int:
     """Size of a checkpoint: as the last one, or else float32 weights and AdamW's two moments, and the plain model."""
-    if (folder / LATEST).exists():
-        last = folder / (folder / LATEST).read_text().strip()
+    if last := pointed(folder, LATEST):
         return sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
     sizes = [(_size(p), p.requires_grad) for p in policy.parameters()]
     return sum(size * (8 + 8 * trained) for size, trained in sizes)
@@ -303,11 +310,11 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return vars(parameter).get("ds_numel", parameter.numel())
 
 
-def _raise_together(accelerator: Accelerator, path: Path, problem: str, *, as_is: bool = False) -> None:
-    """Raise on all processes what the main one has found, so that none waits for another."""
+def _raise_together(problem: str) -> None:
+    """Raise on all processes what the main one has found, so that none waits for another. Empty: it found nothing."""
     [problem] = broadcast_object_list([problem])
     if problem:
-        raise CheckpointError(f"{path}: {problem}" if as_is else _unwritten(path, problem))
+        raise CheckpointError(problem)
 
 
 def _unwritten(path: Path, problem: str) -> str:
@@ -315,9 +322,9 @@ def _unwritten(path: Path, problem: str) -> str:
 
 
 def _delete_old(folder: Path, limit: int) -> None:
-    pointed = {(folder / name).read_text().strip() for name in (LATEST, BEST) if (folder / name).exists()}
+    kept = [pointed(folder, pointer) for pointer in (LATEST, BEST)]
     for old in sorted(folder.glob("step-*"))[:-limit]:
-        if old.name not in pointed:
+        if old not in kept:
             shutil.rmtree(old)
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from spark_vl.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from spark_vl.config import LoraConfig, ModelConfig, ObjectiveConfig
 from spark_vl.demo.tiny import CHECKPOINT, random_tiny
 from spark_vl.policy.packing import PackItem, make_pack
 from spark_vl.policy.policy import load_policy
-from spark_vl.policy.update import Updater
 from spark_vl.trainer import Trainer
 from tests.conftest import make_image, make_record
 from tests.test_trainer import make_config, metrics, weights
-from tests.test_update import make_groups, run_update
+from tests.test_update import make_groups, run_update, sgd_updater
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +40,7 @@ def moved_by_one_update(policy, processor, *, beta=0.0):
     """Names of the parameters that an update with SGD moves, and what the update reports."""
     groups, prompts = make_groups([[1, 0, 0, 1]], processor)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
-    updater = Updater(
-        Accelerator(cpu=True),
-        policy,
-        None,
-        optimizer,
-        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        processor,
-        ObjectiveConfig(beta=beta),
-        OptimizerConfig(max_grad_norm=1e9, tokens_per_pack=1000),
-        max_new_tokens=10,
-    )
+    updater = sgd_updater(policy, processor, ObjectiveConfig(beta=beta), lr=0.1, tokens_per_pack=1000)
     sums = run_update(updater, groups, prompts)
     return {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}, sums
 

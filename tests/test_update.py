@@ -194,15 +194,10 @@ def make_groups(rewards, processor):
     return groups, {group.record.id: processor.process(group.record) for group in groups}
 
 
-def gradient_of(groups, prompts, processor, make_policy, **settings):
-    """What one update with SGD at learning rate 1 takes from the weights, the update's sums, and its forward passes."""
-    policy = make_policy(torch.float64)
-    passes = []
-    policy.register_forward_hook(lambda *_: passes.append(1))
-    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    objective = ObjectiveConfig(beta=0.0, **settings.pop("objective", {}))
-    updater = Updater(
+def sgd_updater(policy, processor, objective, *, lr, **settings):
+    """An updater without a reference whose step is `lr` times the gradient."""
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
+    return Updater(
         Accelerator(cpu=True),
         policy,
         None,
@@ -210,9 +205,19 @@ def gradient_of(groups, prompts, processor, make_policy, **settings):
         torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
         processor,
         objective,
-        OptimizerConfig(**{"max_grad_norm": 1e9, "tokens_per_pack": 64} | settings),
+        OptimizerConfig(max_grad_norm=1e9, **settings),
         max_new_tokens=10,
     )
+
+
+def gradient_of(groups, prompts, processor, make_policy, **settings):
+    """What one update with SGD at learning rate 1 takes from the weights, the update's sums, and its forward passes."""
+    policy = make_policy(torch.float64)
+    passes = []
+    policy.register_forward_hook(lambda *_: passes.append(1))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    objective = ObjectiveConfig(beta=0.0, **settings.pop("objective", {}))
+    updater = sgd_updater(policy, processor, objective, lr=1.0, **{"tokens_per_pack": 64} | settings)
     sums = run_update(updater, groups, prompts)
     return {name: before[name] - p.detach() for name, p in policy.named_parameters()}, sums, len(passes)
 

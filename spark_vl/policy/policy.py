@@ -88,7 +88,7 @@ class Policy(nn.Module):
         plain = {}
         for name, tensor in state.items():
             name = name.removeprefix("model.")
-            if ".lora_" in name or name == "suppressed":
+            if ".lora_" in name:
                 continue
             if ".base_layer." in name:
                 layer, weight = name.split(".base_layer.")
