@@ -1,5 +1,6 @@
 # make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
-# make test: the test suite; make test-distributed: the tests that start several processes; make lint: style and layers.
+# make test: the test suite; make test-distributed: the tests that start several processes;
+# make test-browser: those that drive Chromium; make lint: style and layers.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ WITH_BIN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # One thread a process: small tensors gain nothing from more.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-zero3 test test-distributed lint format checkpoint clean
+.PHONY: demo demo-zero3 test test-distributed test-browser lint format checkpoint clean
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +35,10 @@ test: .venv/.installed-test
 
 test-distributed: .venv/.installed-test
 	$(WITH_BIN) $(BIN)/python -m pytest -m distributed tests/distributed
+
+# Debian: apt-get install chromium chromium-driver
+test-browser: .venv/.installed-test
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ has what a run needs to go on as if it had not been interrupted:
                                           writes them for the way in which they are held
     trainer.rank0.json, …                 of each process: position of the sampler, recycled prompts that wait
     config.yaml                           of the run
-    model/                                the plain Hugging Face checkpoint: to use, evaluate, publish
+    model/                                the plain Hugging Face checkpoint: to use, evaluate, publish; with the prompts
+                                          that it was trained on
     manifest.json                         step, processes, size and SHA-256 of every other file, and its own SHA-256
 """
 
@@ -28,14 +29,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from spark_vl import __version__
 from spark_vl.config import ConfigError, TrainConfig, config_differences, save_config
 from spark_vl.distributed.launch import strategy
+from spark_vl.layout import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.processors import Processor
+from spark_vl.prompts.templater import PROMPTS_FILE, Templater
 
-LATEST, BEST = "latest", "best"
 MANIFEST = "manifest.json"
-CONFIG = "config.yaml"
-MODEL = "model"
 
 _SAME_FILES = {"single", "ddp"}
 """Ways of holding weights whose checkpoints do not depend on the number of processes."""
@@ -67,6 +68,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     policy: torch.nn.Module,
     processor: Processor,
+    templater: Templater,
     config: TrainConfig,
     folder: Path,
     step: int,
@@ -100,6 +102,8 @@ def save_checkpoint(
         (temporary / _state_file(accelerator.process_index)).write_text(json.dumps(state))
         export_model(accelerator, policy, processor, temporary / MODEL, dtype=getattr(torch, config.model.dtype))
         if accelerator.is_main_process:
+            templater.save(temporary / MODEL / PROMPTS_FILE)
+            (temporary / MODEL / TRAINING_FILE).write_text(json.dumps({"step": step, "spark_vl": __version__}) + "\n")
             save_config(config, temporary / CONFIG)
             _write_manifest(accelerator, temporary, step)
     except Exception as error:
@@ -218,12 +222,6 @@ def is_latest(folder: Path, step: int) -> bool:
     return pointed(folder, LATEST) == folder / name_of(step)
 
 
-def pointed(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that `pointer` (`latest`, `best`) names; None: there is none yet."""
-    file = folder / pointer
-    return folder / file.read_text().strip() if file.exists() else None
-
-
 def point(folder: Path, pointer: str, checkpoint: Path) -> None:
     """Let `pointer` (`latest`, `best`) name `checkpoint`; at no moment does it name nothing."""
     temporary = folder / f".{pointer}.partial"
@@ -231,11 +229,6 @@ def point(folder: Path, pointer: str, checkpoint: Path) -> None:
     _flush(temporary)
     os.replace(temporary, folder / pointer)
     _flush(folder)
-
-
-def name_of(step: int) -> str:
-    """The folder of the checkpoint of `step`."""
-    return f"step-{step:06d}"
 
 
 def _state_file(rank: int) -> str:

@@ -1,4 +1,5 @@
-"""`spark-vl train | eval | recipes | doctor | estimate`. The command line composes the parts; what they do is theirs.
+"""`spark-vl train | eval | recycle | publish | recipes | doctor | estimate`. The command line composes the parts; what
+they do is theirs.
 
 Everything heavy is imported inside a command, so that `--help` and a mistake in a setting answer at once.
 """
@@ -10,13 +11,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from spark_vl import __version__
 from spark_vl.config import (
     ConfigError,
     EvalConfig,
+    OfflineConfig,
     TrainConfig,
     add_config_arguments,
     blamed_on,
@@ -27,7 +30,7 @@ from spark_vl.config import (
 )
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.quarantine import TooManyBadRowsError
-from spark_vl.data.recipes import load_recipe, recipes
+from spark_vl.data.recipes import load_recipe, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
@@ -35,6 +38,8 @@ from spark_vl.records import BadRecordError, plain_text
 
 TRAIN_HELP = "train a policy that is its own generative reward"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
+RECYCLE_HELP = "recycle the rollouts of a run anew, without a model"
+PUBLISH_HELP = "publish a model, judgments, or a demo on the Hugging Face Hub; private unless --public"
 RECIPES_HELP = "list the shipped data recipes, or check the rows of one"
 DOCTOR_HELP = "say what will not work on this machine, and the fix"
 ESTIMATE_HELP = "say whether a run fits into memory, and what would help; exits with 1 if it does not"
@@ -73,12 +78,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     eval_parser = Parser(description=EVAL_HELP)
     add_config_arguments(eval_parser, EvalConfig)
 
+    recycle_parser = Parser(description=RECYCLE_HELP)
+    recycle_parser.add_argument("run", help="folder of a run that kept its rollouts (logging.judgments)")
+    add_config_arguments(recycle_parser, OfflineConfig)
+
+    publish_parser = Parser(description=PUBLISH_HELP)
+    publish_parsers = _publish_parsers()
+
     recipes_parser = Parser(description=RECIPES_HELP)
     recipes_parser.add_argument("name", nargs="?", help="name of a shipped recipe, or path of a recipe file")
     recipes_parser.add_argument("--split", default="train", help="train, validation or test")
     recipes_parser.add_argument("--show", type=int, default=3, help="how many rows to print")
 
-    parsers = {"train": train_parser, "eval": eval_parser, "recipes": recipes_parser}
+    parsers = {"train": train_parser, "eval": eval_parser, "recycle": recycle_parser, "publish": publish_parser}
+    parsers["recipes"] = recipes_parser
     parsers["doctor"] = Parser(description=DOCTOR_HELP)
     parsers["estimate"] = estimate_parser = Parser(description=ESTIMATE_HELP)
     estimate_parser.add_argument(
@@ -92,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, command_parser in parsers.items():
         commands.add_subcommand(name, command_parser, help=command_parser.description)
         command_parser.prog = f"{parser.prog} {name}"  # a command that can be typed, for messages
+    publish_commands = publish_parser.add_subcommands(dest="what", required=True)
+    for name, command_parser in publish_parsers.items():
+        publish_commands.add_subcommand(name, command_parser, help=command_parser.description)
+        command_parser.prog = f"{publish_parser.prog} {name}"
 
     parsed = parser.parse_args(_shape_for_model(sys.argv[1:] if arguments is None else arguments))
     command = parsed[parsed.command]
@@ -102,6 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 train(config, command.resume, allow_config_change=command.allow_config_change)
             case "eval":
                 evaluate(instantiate(eval_parser, command, EvalConfig))
+            case "recycle":
+                recycle_offline(command.run, instantiate(recycle_parser, command, OfflineConfig))
+            case "publish":
+                publish(command.what, command[command.what])
             case "recipes":
                 show_recipes(command.name, command.split, command.show)
             case "doctor":
@@ -123,9 +144,11 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
     templater = Templater.from_config(config.prompts)
 
     from spark_vl.evaluation import Evaluator
+    from spark_vl.hub.background import BackgroundPublisher
     from spark_vl.hub.cards import write_model_card
+    from spark_vl.hub.run import find_model
     from spark_vl.policy.update import NonFiniteUpdateError
-    from spark_vl.report import plot_curves, print_summary, summarise
+    from spark_vl.report import plot_curves, plot_diagnostics, print_summary, summarise
     from spark_vl.trainer import Trainer
 
     evaluator = None
@@ -133,16 +156,27 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
         with blamed_on("evaluation.recipes"):
             evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
     trainer = Trainer(config, evaluator, resume, allow_config_change=allow_config_change)
+    folder, is_main = trainer.folder, trainer.accelerator.is_main_process
+    publisher = None
+    if config.publish.repo and is_main:
+        publisher = BackgroundPublisher(config.publish, folder)
+        trainer.publish = publisher
+    finished = False
     try:
         finished = trainer.train()
     except NonFiniteUpdateError as error:
         raise SystemExit(f"spark-vl: stopped: {error}") from error
-    if finished and trainer.accelerator.is_main_process:
+    finally:
+        if publisher:
+            publisher.finish(wait=finished)
+    if finished and is_main:
         if evaluator:
-            summarise(trainer.folder)
-            plot_curves(trainer.folder)
-            print_summary(trainer.folder, trainer.log.console)
-        write_model_card(trainer.folder)
+            summarise(folder)
+            plot_curves(folder)
+            print_summary(folder, trainer.log.console)
+        plot_diagnostics(folder, folder / "model" / "curves.png")
+        card = folder / "model" / "README.md"
+        write_model_card(find_model(folder), card, model_id=str(folder / "model"), name=folder.name)
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -164,6 +198,92 @@ def evaluate(config: EvalConfig) -> None:
     print_results(results, Console())
 
 
+def recycle_offline(run: str, config: OfflineConfig) -> None:
+    """`spark-vl recycle RUN`: write the judgments that the run's rollouts give, and print how many."""
+    templater = Templater.from_config(config.prompts)
+    output = Path(config.output)
+
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    from spark_vl.offline import recycle_rollouts
+    from spark_vl.provenance import copy_provenance
+
+    columns = (TextColumn("{task.completed} rollout groups read"), TimeElapsedColumn())
+    with blamed_on("run"), Progress(*columns) as bar:
+        task = bar.add_task("", total=None)
+        counts = recycle_rollouts(
+            Path(run),
+            output / "judgments",
+            templater=templater,
+            config=config.recycle,
+            seed=config.seed,
+            progress=lambda rows: bar.advance(task, rows),
+        )
+        copy_provenance(Path(run), output, config)
+    for name, n in counts.items():
+        print(f"{name:12}{n:>10,}")
+    print(f"{output} can be published: spark-vl publish judgments {output} --repo ORG/NAME")
+
+
+def publish(what: str, options: Namespace) -> None:
+    """`spark-vl publish model | judgments | space`: upload, or with `--dry-run` print what would be uploaded.
+
+    Raises:
+        SystemExit: with what the Hub refused, or what must not be uploaded.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+    from rich.console import Console
+
+    from spark_vl.hub import HubError, ReleaseError
+    from spark_vl.hub.publish import prepare_judgments, prepare_model, prepare_space
+    from spark_vl.hub.upload import print_release, upload
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        disable_progress_bars()
+    place = {"repo": options.repo, "token_from": options.token_from}
+    try:
+        with TemporaryDirectory() as staged:
+            match what:
+                case "model":
+                    release = prepare_model(checkpoint=options.checkpoint, **place)
+                case "judgments":
+                    release = prepare_judgments(run=options.run, repo=options.repo)
+                case "space":
+                    model = {"model": options.model, "model_revision": options.model_revision}
+                    release = prepare_space(Path(staged), repo=options.repo, **model)
+            print_release(release, console, whole=options.dry_run)
+            if options.dry_run:
+                return
+            published = upload(release, revision=options.revision, public=options.public, **place)
+    except (HubError, ReleaseError) as error:
+        raise SystemExit(f"spark-vl: not published: {error}") from error
+    words = "commit" if published.changed else "nothing had changed since commit"
+    console.print(f"{published.url}  {words} {published.commit}", soft_wrap=True, markup=False)
+
+
+def _publish_parsers() -> dict[str, Parser]:
+    """The commands below `publish`."""
+    parsers = {
+        "model": Parser(description="a model of a run, with its card, curves and evaluation results"),
+        "judgments": Parser(description="the recycled judgments and rollouts of a run, as a dataset"),
+        "space": Parser(description="a demo of a published model, as a gradio Space"),
+    }
+    parsers["model"].add_argument(
+        "checkpoint", help="a run's folder, its model/, one of its checkpoints/step-*/, or its checkpoints/best"
+    )
+    parsers["judgments"].add_argument("run", help="a run's folder, or one that `spark-vl recycle` wrote")
+    parsers["space"].add_argument("--model", metavar="ORG/NAME", required=True, help="the model that it shows")
+    parsers["space"].add_argument("--model-revision", help="branch, tag or commit of the model; null: main")
+    for parser in parsers.values():
+        parser.add_argument("--repo", metavar="ORG/NAME", required=True, help="where to; made if it is not there")
+        parser.add_argument("--revision", help="branch, made if it is not there; null: main")
+        parser.add_argument("--public", action="store_true", help="let everybody see a repository that is made")
+        parser.add_argument("--dry-run", action="store_true", help="print each file and the card, and upload nothing")
+        parser.add_argument("--token-from", help="env:NAME or file:PATH; null: HF_TOKEN, or that of `hf auth login`")
+    return parsers
+
+
 def estimate(model: str | None, config: TrainConfig, setup: Setup) -> bool:
     """`spark-vl estimate`: print what a run needs of memory, and say whether it fits.
 
@@ -182,9 +302,9 @@ def estimate(model: str | None, config: TrainConfig, setup: Setup) -> bool:
 def show_recipes(name: str | None, split: str, show: int) -> None:
     """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one."""
     if name is None:
-        for shipped in recipes():
-            recipe = load_recipe(shipped)
-            print(f"{recipe.name:16} {recipe.license:12} {recipe.description}")
+        for written in map(usage, recipes()):
+            recipe = load_recipe(written)
+            print(f"{written:20} {recipe.license:12} {recipe.description}")
         return
     try:
         problems = open_recipe(load_recipe(name), split, Templater.load())

@@ -238,6 +238,27 @@ class LoggingConfig:
     """Trackers of Accelerate: tensorboard, wandb, trackio, ..."""
     rollouts_every: NonNegativeInt = 10
     """Write the rollouts of every this many steps to `rollouts.jsonl`; 0: never."""
+    judgments: bool = True
+    """Keep all rollouts, problems' and judges', with images and verdicts in `judgments/`: a dataset that can be
+    published (`spark-vl publish judgments`) and recycled anew (`spark-vl recycle`)."""
+
+
+@dataclass
+class PublishConfig:
+    """Publishing while the run goes on, in the background. That the Hub is down neither stops nor delays training."""
+
+    repo: str | None = None
+    """`ORG/NAME` of the model's repository; null: nothing is published."""
+    every: PositiveInt = 1
+    """Publish every this many checkpoints, and the last one."""
+    revision: str | None = None
+    """Branch; null: main."""
+    public: bool = False
+    """Whether everybody can see a repository that is made."""
+    token_from: str | None = None
+    """Where the token is: env:NAME or file:PATH; null: HF_TOKEN, or that of `hf auth login`."""
+    wait_s: NonNegativeFloat = 600.0
+    """Seconds that the finished run waits at most for the last checkpoint to be published."""
 
 
 @dataclass
@@ -253,7 +274,7 @@ class TrainConfig:
     """A training run."""
 
     output_dir: str = "runs/spark"
-    """Folder of the run: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, model/, summary.json."""
+    """Folder of the run: config.yaml, metrics.jsonl, rollouts.jsonl, judgments/, checkpoints/, model/, summary.json."""
     seed: NonNegativeInt = 0
     steps: PositiveInt | None = None
     """Training steps; null: as many as `epochs` gives."""
@@ -270,6 +291,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
@@ -285,6 +307,17 @@ class EvalConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class OfflineConfig:
+    """Recycling without a model, from the rollouts that a run wrote down."""
+
+    output: str = "runs/recycled"
+    """Folder that gets `judgments/`, which `spark-vl publish judgments` takes."""
+    seed: NonNegativeInt = 0
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    recycle: RecycleConfig = field(default_factory=RecycleConfig)
 
 
 class ConfigError(ValueError):
@@ -317,6 +350,8 @@ def check_train_config(config: TrainConfig) -> None:
     _check_pixels(config.model)
     if config.checkpoint.keep_best and not config.evaluation.recipes:
         raise ConfigError("checkpoint.keep_best: there is no evaluation to find the best in; set evaluation.recipes")
+    if config.publish.repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.publish.repo):
+        raise ConfigError(f"publish.repo: is {config.publish.repo!r}; allowed is ORG/NAME or USER/NAME")
     if config.rollout.n < 2:
         raise ConfigError("rollout.n: is 1; a group needs at least 2 completions to compare")
     if config.optimizer.updates_per_batch > config.data.prompts_per_step:
@@ -414,10 +449,15 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
 
 def save_config(config: TrainConfig | EvalConfig, path: Path) -> None:
     """Write `config`, all defaults resolved, as YAML that `--config` reads back."""
-    path.write_text(yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    path.write_text(dump_config(asdict(config)))
 
 
-_FREE_TO_CHANGE = ("output_dir", "logging", "checkpoint", "distributed")
+def dump_config(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML that `--config` reads back."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+_FREE_TO_CHANGE = ("output_dir", "logging", "checkpoint", "publish", "distributed")
 """Settings that do not change what a run computes."""
 
 
@@ -471,8 +511,10 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OfflineConfig",
     "OptimizerConfig",
     "PromptConfig",
+    "PublishConfig",
     "RecycleConfig",
     "RolloutConfig",
     "TrainConfig",
@@ -482,6 +524,7 @@ __all__ = [
     "check_eval_config",
     "check_train_config",
     "config_differences",
+    "dump_config",
     "flat",
     "instantiate",
     "parse_train_config",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,39 @@ from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, group
 
 
 class Means:
-    """Named means that add up over packs, phases and processes. Each is kept as a sum and a weight."""
+    """Named means and counts that add up over packs, phases and processes. A mean is kept as a sum and a weight."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._sums: dict[str, list[float]] = defaultdict(partial(list, (0.0, 0.0)))  # a lambda could not be gathered
+        self._counts: Counter[str] = Counter()
 
     def add(self, name: str, total: float, weight: float = 1.0) -> None:
         """Add `total`, the sum of `weight` observations."""
         self._sums[name][0] += total
         self._sums[name][1] += weight
 
+    def count(self, name: str, n: int) -> None:
+        """Count `n` more, of what is reported as a sum."""
+        self._counts[name] += n
+
     def update(self, other: Means) -> None:
         """Add all observations of `other`."""
         for name, (total, weight) in other._sums.items():
             self.add(name, total, weight)
+        for name, n in other._counts.items():
+            self.count(name, n)
 
     def over_processes(self) -> Means:
         """The observations of all processes. A collective call."""
         merged = Means()
-        for sums in gather_object([dict(self._sums)]):
-            for name, (total, weight) in sums.items():
-                merged.add(name, total, weight)
+        for other in gather_object([self]):
+            merged.update(other)
         return merged
 
     def result(self) -> dict[str, float]:
-        """The means; a name without observations is left out."""
-        return {name: total / weight for name, (total, weight) in sorted(self._sums.items()) if weight}
+        """The means and counts; a mean without observations is left out."""
+        means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+        return dict(sorted((means | self._counts).items()))
 
 
 def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
@@ -56,11 +64,13 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
     reward, length (tokens), entropy (nats per token: the mean of -log p of what was sampled), and the shares of
     completions that are truncated, unparsable, failed (the verifier timed out or raised), and of groups without
     variance, which have no gradient. For judgments also the accuracy for either label, and how often the judge says
-    `correct` or `A`.
+    `correct` or `A`. `rollout/completions` and `rollout/tokens` count what was sampled, of all kinds.
     """
     means = Means()
     for group in groups:
         kind = group.record.kind
+        means.count("rollout/completions", len(group.rollouts))
+        means.count("rollout/tokens", sum(len(rollout.token_ids) for rollout in group.rollouts))
         means.add(f"{kind}/zero_variance", group.zero_variance)
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
             means.add(f"{kind}/reward", verdict.score)

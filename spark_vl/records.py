@@ -90,6 +90,9 @@ class Origin:
     """Indices, in the parent's group, of the quoted rollouts, in the order in which the prompt shows them."""
     quoted_correct: bool | None = None
     """Whether the quoted answer is right (pointwise, reflection); None for pairwise."""
+    completions: tuple[str, ...] = ()
+    """The whole text of those rollouts, in the same order, also where the prompt shows only their final answers. Empty
+    where an answer is quoted that no rollout gave."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,9 @@ def record_to_json(record: PromptRecord) -> dict[str, Any]:
         "verifier": record.verifier,
         "recipe": record.recipe,
         "choices": list(record.choices),
-        "origin": None if origin is None else {**vars(origin), "rollouts": list(origin.rollouts)},
+        "origin": None
+        if origin is None
+        else {**vars(origin), "rollouts": list(origin.rollouts), "completions": list(origin.completions)},
     }
 
 
@@ -202,7 +207,16 @@ def record_from_json(data: dict[str, Any]) -> PromptRecord:
             "messages": tuple(Message(m["role"], _content_from_json(m["content"])) for m in data["messages"]),
             "question": _content_from_json(data["question"]),
             "choices": tuple(data["choices"]),
-            "origin": None if origin is None else Origin(**{**origin, "rollouts": tuple(origin["rollouts"])}),
+            "origin": None
+            if origin is None
+            else Origin(
+                **{
+                    **origin,
+                    "rollouts": tuple(origin["rollouts"]),
+                    # Checkpoints written before there were any lack them.
+                    "completions": tuple(origin.get("completions", ())),
+                }
+            ),
         }
     )
 

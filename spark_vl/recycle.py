@@ -91,6 +91,8 @@ class _Quote:
     """In its group."""
     text: str
     """As it is quoted."""
+    completion: str
+    """The whole of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +184,10 @@ def _source(group: RolloutGroup, correct: dict[int, bool], shows: Shows, rng: ra
     """The evidence of `group`, as far as it can be quoted in the way that `shows` says."""
     quotes: dict[bool, list[_Quote]] = {True: [], False: []}
     for index, is_correct in correct.items():
-        text = group.rollouts[index].text
-        text = text if shows == "cot" else last_boxed(text) or ""
+        completion = group.rollouts[index].text
+        text = completion if shows == "cot" else last_boxed(completion) or ""
         if text.strip():
-            quotes[is_correct].append(_Quote(index, text))
+            quotes[is_correct].append(_Quote(index, text, completion))
     return _Source(group.record, quotes[True], quotes[False], shows, rng)
 
 
@@ -292,4 +294,5 @@ def _record(
         step=step,
         rollouts=tuple(quote.index for quote in quotes),
         quoted_correct=quoted_correct,
+        completions=tuple(quote.completion for quote in quotes),
     )

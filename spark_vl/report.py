@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -48,29 +50,38 @@ _COLOURS = {"problem": "#0072B2", "pointwise": "#D55E00", "pairwise": "#009E73",
 _BEFORE, _AFTER, _INK = "#BDBDBD", "#0072B2", "#404040"
 
 
-def summarise(run: Path) -> dict[str, Any]:
-    """The first and the last evaluation of the run, also written to its `summary.json`.
+def comparison(run: Path, step: int | None = None) -> dict[str, Any] | None:
+    """The first evaluation of the run, and that of `step` (None: the last one). None: there is no such evaluation.
 
     `before` and `after`: name → value; `n`: name → how many problems; `intervals`: `before` and `after`, each name →
     [low, high]; `steps`: of the two evaluations.
-
-    Raises:
-        ValueError: the run has no evaluation.
     """
-    evaluations = _read(run / "evaluations.jsonl")
-    if not evaluations:
-        raise ValueError(
-            f"{run / 'evaluations.jsonl'}: holds no evaluation; a run that names evaluation.recipes has two"
-        )
-    sides = {"before": evaluations[0]["results"], "after": evaluations[-1]["results"]}
-    summary = {
+    evaluations = read_lines(run / "evaluations.jsonl")
+    last = next((e for e in reversed(evaluations) if step is None or e["step"] == step), None)
+    if last is None:
+        return None
+    sides = {"before": evaluations[0]["results"], "after": last["results"]}
+    return {
         **{side: {name: e["value"] for name, e in results.items()} for side, results in sides.items()},
         "n": {name: e["n"] for name, e in sides["after"].items()},
         "intervals": {
             side: {name: [e["low"], e["high"]] for name, e in results.items()} for side, results in sides.items()
         },
-        "steps": [evaluations[0]["step"], evaluations[-1]["step"]],
+        "steps": [evaluations[0]["step"], last["step"]],
     }
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """`comparison` of the first and the last evaluation of the run, also written to its `summary.json`.
+
+    Raises:
+        ValueError: the run has no evaluation.
+    """
+    summary = comparison(run)
+    if summary is None:
+        raise ValueError(
+            f"{run / 'evaluations.jsonl'}: holds no evaluation; a run that names evaluation.recipes has two"
+        )
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -84,7 +95,8 @@ def print_summary(run: Path, console: Console) -> None:
     summary = summarise(run)
     steps = [f"step {step}" for step in summary["steps"]]
     _print_table(console, summary["n"], [*steps, "change"], lambda name: _cells(summary, name))
-    for name in ("model/", "checkpoints/", "summary.json", "metrics.jsonl", "rollouts.jsonl", "curves.png"):
+    folders, files = ("model/", "judgments/", "checkpoints/"), ("summary.json", "metrics.jsonl", "rollouts.jsonl")
+    for name in (*folders, *files, "curves.png"):
         if (run / name).exists():
             console.print(f"{name.rstrip('/'):<16}{run / name}", soft_wrap=True, markup=False, highlight=False)
 
@@ -147,10 +159,8 @@ def plot_curves(run: Path) -> Path:
     Raises:
         ValueError: the run has no metrics.
     """
-    metrics = _read(run / "metrics.jsonl")
-    if not metrics:
-        raise ValueError(f"{run / 'metrics.jsonl'}: holds no step")
-    summary = summarise(run) if _read(run / "evaluations.jsonl") else None
+    metrics = _metrics(run)
+    summary = comparison(run)
     figure = Figure(figsize=(10 if summary else 5.5, 3.6), layout="constrained")
     axes = figure.subplots(1, 2 if summary else 1, squeeze=False, width_ratios=[1, 1] if summary else [1])[0]
     for ax in axes:
@@ -164,13 +174,80 @@ def plot_curves(run: Path) -> Path:
     return path
 
 
-def _plot_rewards(ax: Axes, metrics: list[dict[str, float]]) -> None:
-    for kind in KINDS:
-        points = [(line["step"], line[f"{kind}/reward"]) for line in metrics if f"{kind}/reward" in line]
+def plot_diagnostics(run: Path, path: Path, step: int | None = None) -> None:
+    """Draw what tells a real judge from a lucky one into `path`, a PNG, up to `step` (None: to the end).
+
+    Six panels over the steps: reward, completion length, entropy and KL of each kind of prompt, balanced accuracy of
+    the judge, and, of the evaluations, how often it says the same of a pair in both orders. One that the run has no
+    figures for says so.
+
+    Raises:
+        ValueError: the run has no metrics.
+    """
+    upto = math.inf if step is None else step
+    metrics = [line for line in _metrics(run) if line["step"] <= upto]
+    evaluations = [
+        {"step": line["step"], **{name: e["value"] for name, e in line["results"].items()}}
+        for line in read_lines(run / "evaluations.jsonl")
+        if line["step"] <= upto
+    ]
+    figure = Figure(figsize=(12, 6.4))
+    margins = {"left": 0.05, "right": 0.98, "bottom": 0.13, "top": 0.94, "hspace": 0.3, "wspace": 0.2}
+    for ax, (title, name, lines, top) in zip(
+        figure.subplots(2, 3, gridspec_kw=margins).flat,
+        (
+            ("Reward", "{}/reward", metrics, 1.02),
+            ("Judge, balanced accuracy (0.5 is a coin)", "{}/balanced_accuracy", metrics, 1.02),
+            ("Held-out pairs judged the same in both orders", "pairwise_consistency", evaluations, 1.02),
+            ("Completion length, tokens", "{}/length", metrics, None),
+            ("Entropy, nats per token", "{}/entropy", metrics, None),
+            ("KL from the reference, nats per token", "{}/kl", metrics, None),
+        ),
+        strict=True,
+    ):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8, colors=_INK)
+        ax.set_title(title, fontsize=10, loc="left", color=_INK)
+        ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+        if not _plot_kinds(ax, lines, name):
+            ax.text(0.5, 0.5, "not measured in this run", ha="center", transform=ax.transAxes, color=_INK, fontsize=9)
+            ax.set_yticks([])
+        elif top:
+            ax.set_ylim(0, top)
+    handles = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    """Raises:
+    ValueError: see `plot_curves`.
+    """
+    metrics = read_lines(run / "metrics.jsonl")
+    if not metrics:
+        raise ValueError(f"{run / 'metrics.jsonl'}: holds no step")
+    return metrics
+
+
+def _plot_kinds(ax: Axes, lines: Sequence[Mapping[str, float]], name: str) -> bool:
+    """Draw the figure `name`, in which `{}` is a kind of prompt, of each kind that has it. Returns whether any has."""
+    drawn = False
+    for kind in KINDS if "{}" in name else ("pairwise",):
+        key = name.format(kind)
+        points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
-            steps, rewards = np.array(points).T
-            ax.plot(steps, rewards, color=_COLOURS[kind], linewidth=0.8, alpha=0.25)
-            ax.plot(steps, _smoothed(rewards), color=_COLOURS[kind], linewidth=1.6, label=kind)
+            steps, values = np.array(points).T
+            marker = "o" if len(points) < 12 else ""
+            ax.plot(steps, values, color=_COLOURS[kind], linewidth=0.8, alpha=0.25, marker=marker, markersize=3)
+            ax.plot(steps, _smoothed(values), color=_COLOURS[kind], linewidth=1.6, label=kind)
+            drawn = True
+    return drawn
+
+
+def _plot_rewards(ax: Axes, metrics: list[dict[str, float]]) -> None:
+    _plot_kinds(ax, metrics, "{}/reward")
     ax.set_title("Reward over the training steps, by kind of prompt", fontsize=10, loc="left", color=_INK)
     ax.set_ylim(0, 1.02)
     ax.grid(axis="y", color="#E5E5E5", linewidth=0.8)
@@ -209,6 +286,6 @@ def _legend_below(ax: Axes) -> None:
     ax.legend(**place, frameon=False, fontsize=9, labelcolor=_INK, columnspacing=1.2, handlelength=1.4)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file; none if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -21,13 +21,11 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from spark_vl.checkpoint import (
-    LATEST,
     claim_folder,
     copy_model,
     find_checkpoint,
     is_latest,
     load_checkpoint,
-    name_of,
     point,
     save_checkpoint,
 )
@@ -36,14 +34,17 @@ from spark_vl.data.problems import open_recipe
 from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe
 from spark_vl.data.sampler import PromptSampler
+from spark_vl.data.shards import ShardWriter
 from spark_vl.distributed.gather import any_process, each_process
-from spark_vl.distributed.launch import start_accelerator
+from spark_vl.distributed.launch import describe_launch, start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
+from spark_vl.layout import CHECKPOINTS, CONFIG, JUDGMENTS, LATEST, MODEL, name_of
 from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
 from spark_vl.policy.update import NonFiniteUpdateError, load_updater
 from spark_vl.processors import ProcessedPrompt, load_processor
 from spark_vl.prompts import Templater
+from spark_vl.provenance import note_environment, public_name, write_recipes
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup, record_from_json, record_to_json
 from spark_vl.recycle import recycle
 from spark_vl.rollout import Sampling, load_engine
@@ -85,8 +86,10 @@ class Trainer:
     ) -> None:
         self.config = config
         self.evaluate = evaluate
+        self.publish: Callable[[Path], None] | None = None
+        """Hears of each checkpoint, on the main process; returns at once."""
         self.folder = Path(config.output_dir)
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints = self.folder / CHECKPOINTS
         checkpoint = find_checkpoint(self.checkpoints, resume)
         if resume == "none" and (self.folder / "metrics.jsonl").exists():
             raise ConfigError(
@@ -99,7 +102,8 @@ class Trainer:
         set_seed(config.seed)
         self.templater = Templater.from_config(config.prompts)
         with blamed_on("data.recipes"):
-            problems = [open_recipe(load_recipe(name), "train", self.templater) for name in config.data.recipes]
+            recipes = [load_recipe(name) for name in config.data.recipes]
+            problems = [open_recipe(recipe, "train", self.templater) for recipe in recipes]
         rank = self.accelerator.process_index
         self.sampler = PromptSampler(problems, seed=config.seed)
         self.steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.data.prompts_per_step)
@@ -129,6 +133,16 @@ class Trainer:
 
         if checkpoint:
             self._load(checkpoint, allow_config_change)
+        self.shards: ShardWriter | None = None
+        if config.logging.judgments:
+            self.shards = ShardWriter(
+                self.folder / JUDGMENTS,
+                rank=rank,
+                licenses={recipe.name: recipe.license for recipe in recipes},
+                model=public_name(config.model.path),
+                model_revision=self.processor.commit,
+                resumed=self.resumed,
+            )
 
     def train(self) -> bool:
         """Run to the last step. Leaves `model/`, a plain Hugging Face checkpoint, in the run's folder.
@@ -141,7 +155,9 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written.
         """
         if self.accelerator.is_main_process:
-            save_config(self.config, self.folder / "config.yaml")
+            save_config(self.config, self.folder / CONFIG)
+            write_recipes(self.folder, [*self.config.data.recipes, *self.config.evaluation.recipes])
+            note_environment(self.folder, self.step, describe_launch(self.accelerator))
         if self.config.logging.trackers:
             settings = {
                 name: value if isinstance(value, int | float) else str(value)
@@ -194,7 +210,7 @@ class Trainer:
             if best or last or self._due(self.config.checkpoint.every):
                 self._save(best=best)
         if self.accelerator.is_main_process:
-            copy_model(self.checkpoints / name_of(self.step), self.folder / "model")
+            copy_model(self.checkpoints / name_of(self.step), self.folder / MODEL)
         self.accelerator.wait_for_everyone()  # whoever left earlier would be taken for dead
         return True
 
@@ -233,8 +249,7 @@ class Trainer:
                     sampled = self._learn_from(self._process(self.waiting), means)
                     self.waiting = self._recycle(sampled, means)
         self.processor.forget_images()
-        # A mean over processes, of which each counts its own.
-        means.add("data/quarantined", self.quarantine.rows_bad * self.accelerator.num_processes)
+        means.count("data/quarantined", self.quarantine.rows_bad)
         metrics = means.over_processes().result()
         add_balanced_accuracy(metrics)
         return metrics | {"data/epoch": self.sampler.epoch} | self.timer.reset()
@@ -270,7 +285,19 @@ class Trainer:
             self.engine.sync_weights(self.accelerator.unwrap_model(self.updater.policy))
         if self.config.logging.rollouts_every and self.step % self.config.logging.rollouts_every == 0:
             self.log.rollouts(self.step + 1, sampled)
+        if self.shards:
+            self._write_down(sampled)
         return sampled
+
+    def _write_down(self, groups: Sequence[RolloutGroup]) -> None:
+        """Add `groups` to the judgments that can be published."""
+        with self.timer("write"):
+            self.log.phase("writing judgments")
+            for group in groups:
+                try:
+                    self.shards.add(self.step + 1, group)
+                except BadRecordError as error:  # its image, which could be read before, is gone or has changed
+                    self.quarantine.add(error)
 
     def _update(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt], means: Means) -> None:
         self.updated = True
@@ -304,10 +331,10 @@ class Trainer:
         config = replace(
             config, max_judge=self._share(config.max_judge), max_reflection=self._share(config.max_reflection)
         )
-        recycled = recycle(groups, self.templater, config, step=self.step, seed=self.config.seed)
+        recycled = recycle(groups, self.templater, config, step=self.step + 1, seed=self.config.seed)
         self.surplus = recycled.judge_surplus + recycled.reflection_surplus
         for name, count in recycled.counts.items():
-            means.add(f"recycle/{name}", count * self.accelerator.num_processes)
+            means.count(f"recycle/{name}", count)
         return recycled.judge + recycled.reflection
 
     def _draw(self, n: int) -> list[ProcessedPrompt]:
@@ -405,6 +432,8 @@ class Trainer:
 
     def _save(self, *, best: bool) -> None:
         self.log.phase("saving")
+        if self.shards:
+            self.shards.flush()  # first: a run that goes on from this checkpoint has the rows of its steps
         state = self._state()
         for name in ("waiting", "surplus"):
             state[name] = [record_to_json(record) for record in state[name]]
@@ -412,12 +441,15 @@ class Trainer:
             self.accelerator,
             self.updater.policy,
             self.processor,
+            self.templater,
             self.config,
             self.checkpoints,
             self.step,
             state,
             best=best,
         )
+        if self.publish and self.accelerator.is_main_process:
+            self.publish(self.checkpoints / name_of(self.step))
 
     def _load(self, checkpoint: Path, allow_config_change: bool) -> None:
         manifest, states = load_checkpoint(

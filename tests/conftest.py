@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 
 # Before torch is imported: two processes of a test must not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,8 @@ from spark_vl.processors import QwenVLProcessor
 from spark_vl.records import ImageRef, Message, PromptRecord
 
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.hub.fixtures"]
 
 
 def make_image(seed: int, size: tuple[int, int] = (56, 56)) -> ImageRef:
@@ -73,3 +76,16 @@ def make_policy(processor):
         return Policy(model, attention=attention, temperature=temperature, suppressed_token_ids=suppressed)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of a run of four steps, evaluated before and after, made by the command's own function. Copy it to
+    change it."""
+    from spark_vl import cli
+    from tests.test_trainer import make_config
+
+    folder = tmp_path_factory.mktemp("finished") / "tiny-run"
+    settings = ("--steps=4", "--evaluation.recipes=[digits]", "--evaluation.problems=6")
+    cli.train(make_config(folder, *settings), "none")
+    return folder

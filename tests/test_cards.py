@@ -1,73 +1,170 @@
-"""The model card: valid metadata, only the run's own numbers, a snippet that runs."""
+"""The model card: valid metadata, only the run's own numbers, snippets that run, nothing of the author's machine."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from spark_vl import cli
 from spark_vl.data.images import load_image
-from spark_vl.hub.cards import write_model_card
+from spark_vl.hub.cards import write_eval_results, write_model_card
+from spark_vl.hub.release import ReleaseError
+from spark_vl.hub.run import find_model
 from tests.conftest import make_image
-from tests.test_trainer import make_config, metrics
+from tests.test_trainer import metrics
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A short run, evaluated, through the command's own function."""
-    folder = tmp_path_factory.mktemp("card") / "run"
-    config = make_config(folder, "--steps=2", "--evaluation.recipes=[digits]", "--evaluation.problems=6")
-    cli.train(config, "none")
-    return folder
+@pytest.fixture
+def run(finished_run, tmp_path) -> Path:
+    """A copy to change."""
+    return shutil.copytree(finished_run, tmp_path / finished_run.name)
 
 
-def test_metadata_is_what_the_hub_reads(run):
-    data = ModelCard.load(run / "model" / "README.md").data
+def write_card(checkpoint: Path, path: Path, **settings) -> ModelCard:
+    write_model_card(find_model(checkpoint), path, model_id="org/tiny", name="tiny", **settings)
+    return ModelCard.load(path)
+
+
+def change(run: Path, file: str, edit) -> None:
+    """Apply `edit` to the YAML or JSON in a file of the run."""
+    value = yaml.safe_load((run / file).read_text())
+    edit(value)
+    (run / file).write_text(json.dumps(value))
+
+
+def test_metadata_is_what_the_hub_reads(finished_run):
+    data = ModelCard.load(finished_run / "model" / "README.md").data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
     assert data.base_model is None, "the tiny checkpoint is a folder, no model of the Hub"
     assert data.datasets is None
+    results = {result.metric_name: result for result in data.eval_results}
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert set(results) == {"reasoning_greedy", "pointwise_greedy", "pairwise_greedy"}
+    for name, result in results.items():
+        assert (result.dataset_name, result.dataset_split) == ("digits", "test")
+        assert result.metric_value == pytest.approx(100 * summary["after"][name], abs=0.005)
 
 
-def test_a_base_model_and_datasets_of_the_hub_are_named(run):
-    config = run / "config.yaml"
-    original = config.read_text()
-    config.write_text(yaml.safe_dump(yaml.safe_load(original) | {"model": {"path": "Qwen/Qwen2.5-VL-7B-Instruct"}}))
-    try:
-        data = ModelCard.load(write_model_card(run)).data
-    finally:
-        config.write_text(original)
-        write_model_card(run)
-    assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen2.5-VL-7B-Instruct", "finetune")
+def test_a_base_model_and_datasets_of_the_hub_are_named(run, tmp_path):
+    change(run, "config.yaml", lambda config: config["model"].update(path="Qwen/Qwen2.5-VL-7B-Instruct"))
+    dataset = {"id": "org/problems", "config": None, "revision": "a" * 40}
+    change(run, "recipes.json", lambda facts: facts["digits"].update(dataset=dataset))
+    card = write_card(run, tmp_path / "README.md", base_license="apache-2.0")
+    assert (card.data.base_model, card.data.base_model_relation) == ("Qwen/Qwen2.5-VL-7B-Instruct", "finetune")
+    assert (card.data.datasets, card.data.license) == (["org/problems"], "apache-2.0")
+    assert "https://huggingface.co/datasets/org/problems)): CC-BY-4.0" in card.text
+    assert "Qwen2.5-VL-7B-Instruct): apache-2.0" in card.text
+
+    write_eval_results(find_model(run), tmp_path / ".eval_results")
+    entries = yaml.safe_load((tmp_path / ".eval_results" / "digits.yaml").read_text())
+    [entry] = parse_eval_result_entries(entries)
+    assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("org/problems", "default", "a" * 40)
+    summary = json.loads((run / "summary.json").read_text())
+    assert entry.value == pytest.approx(100 * summary["after"]["reasoning_greedy"], abs=0.005)
 
 
-def test_every_number_of_the_evaluation_is_the_runs_own(run):
-    card = (run / "model" / "README.md").read_text()
-    summary = yaml.safe_load((run / "summary.json").read_text())
-    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", card, flags=re.MULTILINE))
+def test_no_leaderboard_hears_of_data_that_are_not_on_the_hub(finished_run, tmp_path):
+    write_eval_results(find_model(finished_run), tmp_path / ".eval_results")
+    assert not (tmp_path / ".eval_results").exists()
+
+
+def test_every_number_of_the_evaluation_is_the_runs_own(finished_run):
+    card = (finished_run / "model" / "README.md").read_text()
+    summary = json.loads((finished_run / "summary.json").read_text())
+    rows = dict(re.findall(r"^\| (\w+) \| (\d+ \| .*) \|$", card, flags=re.MULTILINE))
     assert rows.keys() == summary["after"].keys()
     for name, row in rows.items():
         n, before, after = row.split(" | ")
         assert int(n) == summary["n"][name]
-        assert float(before.split(" ")[0]) == pytest.approx(100 * summary["before"][name], abs=0.051)
-        assert float(after.split(" ")[0]) == pytest.approx(100 * summary["after"][name], abs=0.051)
-    lines = metrics(run)
-    names = ("pointwise_correct", "pointwise_incorrect", "pairwise")
-    judge = round(sum(line[f"recycle/{name}"] for line in lines for name in names))
-    assert f"2 steps; {judge} judge prompts" in card
-    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, flags=re.DOTALL)[1]) == yaml.safe_load(
-        (run / "config.yaml").read_text()
-    )
+        for side, shown in (("before", before), ("after", after)):
+            value, low, high = map(float, re.fullmatch(r"([\d.]+) \((\d+)–(\d+)\)", shown).groups())
+            assert value == pytest.approx(100 * summary[side][name], abs=0.051)
+            assert [low, high] == pytest.approx([100 * x for x in summary["intervals"][side][name]], abs=0.51)
+
+
+def test_every_number_of_the_training_is_the_runs_own(finished_run):
+    card = (finished_run / "model" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| ([a-z][\w ,]*) \| (.*) \|$", card, flags=re.MULTILINE))
+    lines = metrics(finished_run)
+
+    def total(name: str) -> int:
+        return sum(line.get(name, 0) for line in lines)
+
+    assert rows["steps"] == "4" == str(len(lines))
+    assert rows["sampled"] == f"{total('rollout/completions')} completions, {total('rollout/tokens'):,} tokens"
+    assert rows["recycled, pairwise"] == str(total("recycle/pairwise"))
+    assert rows["recycled, pointwise, right answer"] == str(total("recycle/pointwise_correct"))
+    assert rows["recycled, reflection on a wrong answer"] == str(total("recycle/reflection_incorrect"))
+    # An independent count: what the judgments that were written down say was sampled and recycled. The prompts of the
+    # last step wait for one that does not come.
+    shards = (finished_run / "judgments").glob("*/*.parquet")
+    rewards = [row for shard in shards for row in pq.read_table(shard, columns=["reward"])["reward"].to_pylist()]
+    assert sum(map(len, rewards)) == total("rollout/completions")
+    environment = json.loads((finished_run / "environment.jsonl").read_text())
+    assert rows["hardware"].startswith(f"1 × {environment['device']}, single")
+    config = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, flags=re.DOTALL)[1])
+    own = yaml.safe_load((finished_run / "config.yaml").read_text())
+    del own["publish"]
+    assert config["optimizer"] == own["optimizer"]
+    assert config.keys() == own.keys()
     assert "`digits`: CC-BY-4.0" in card
 
 
-def test_the_snippet_runs(run, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (run / "model" / "README.md").read_text(), flags=re.DOTALL)
+def test_paths_of_the_authors_machine_are_cut_to_their_last_part(run, tmp_path):
+    change(run, "config.yaml", lambda config: config["prompts"].update(templates=["/srv/secret/mine.yaml", "~/b.yaml"]))
+    text = write_card(run, tmp_path / "README.md").content
+    assert "mine.yaml" in text
+    assert "b.yaml" in text
+    for private in ("/srv", str(run.parent), str(Path.home()) + "/", "~/"):
+        assert private not in text
+
+
+def test_a_checkpoint_that_was_not_evaluated_says_so_and_knows_no_later_step(finished_run, tmp_path):
+    card = write_card(finished_run / "checkpoints" / "step-000003", tmp_path / "README.md")
+    assert "These weights (step 3) were not evaluated" in card.text
+    assert card.data.eval_results is None
+    rows = dict(re.findall(r"^\| ([a-z][\w ,]*) \| (.*) \|$", card.text, flags=re.MULTILINE))
+    tokens = sum(line["rollout/tokens"] for line in metrics(finished_run)[:3])
+    assert rows["steps"] == "3"
+    assert f"{tokens:,} tokens" in rows["sampled"]
+
+
+def test_a_run_that_recycled_nothing_is_not_called_a_judge(run, tmp_path):
+    change(run, "config.yaml", lambda config: config["recycle"].update(schedule="none"))
+    assert "judges" not in write_card(run, tmp_path / "README.md").text.split("## Use")[0]
+
+
+@pytest.mark.parametrize("name", ["", "model", "checkpoints/step-000004", "checkpoints/latest"])
+def test_a_model_is_found_by_any_of_its_names(finished_run, name):
+    model = find_model(finished_run / name)
+    assert (model.step, model.run) == (4, finished_run)
+    assert (model.folder / "model.safetensors").is_file()
+
+
+def test_what_is_no_model_of_a_run_is_refused(finished_run, tmp_path):
+    with pytest.raises(ReleaseError, match="holds no trained model; allowed: the folder of a finished run"):
+        find_model(tmp_path)
+    shutil.copytree(finished_run / "model", tmp_path / "moved")
+    with pytest.raises(ReleaseError, match=r"is in no run's folder .*config\.yaml and recipes\.json"):
+        find_model(tmp_path / "moved")
+
+
+def test_the_snippets_run(finished_run, tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (finished_run / "model" / "README.md").read_text(), flags=re.DOTALL)
+    assert len(code) == 3
     load_image(make_image(1)).save(tmp_path / "picture.png")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip()
+    done = subprocess.run(
+        [sys.executable, "-c", "".join(code)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    answer, verdict, reflection = done.stdout.strip().splitlines()
+    assert answer.removeprefix("answer: ").strip()
+    assert verdict in ("judged right: True", "judged right: False")
+    assert reflection.removeprefix("after reflection: ").strip()

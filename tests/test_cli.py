@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spark_vl import __version__
-from spark_vl.data.recipes import load_recipe, recipes
+from spark_vl.data.recipes import load_recipe, recipes, usage
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "sympy"}
 GOOD = ("train", "--data.recipes=[digits]")
@@ -128,8 +128,9 @@ def test_recipes_are_listed_with_their_licences(tmp_path):
     status, output, _, loaded = spark_vl(tmp_path, "recipes")
     assert (status, loaded) == (0, set())
     lines = output.splitlines()
-    assert [line.split()[0] for line in lines] == recipes()
-    for line, name in zip(lines, recipes(), strict=True):
+    written = [usage(name) for name in recipes()]
+    assert [line.split()[0] for line in lines] == written
+    for line, name in zip(lines, written, strict=True):
         assert line.split()[1] == load_recipe(name).license
         assert line.endswith(load_recipe(name).description)
 

@@ -331,6 +331,120 @@ def test_recipes_of_the_same_name_are_refused(make_evaluator):
         Evaluator(config, TEMPLATER, rollout=RolloutConfig(), seed=0)
 
 
+# ── published judgments ──
+
+
+@pytest.fixture
+def make_published(tmp_path, make_evaluator):
+    """The path of a recipe with published judgments: `make_published("pairwise", *changes of rows)`."""
+
+    def make(kind, *changes):
+        rows = []
+        for i, change in enumerate(changes):
+            message = {"role": "user", "content": [{"type": "text", "text": f"{kind} {i}?"}]}
+            row = {
+                **{"id": f"j{i}", "images": [], "messages": [message], "question": "What is 2 + 3?", "label": "A"},
+                **{"choices": ["A", "B"], "verifier": "judgment", "parent_id": f"p{i}", "step": 3, "template": "t"},
+                **{"correct": True, "completion": f"{i}", "completion_a": f"a{i}", "completion_b": f"b{i}"},
+            }
+            if kind in ("reflection", "rollouts"):
+                row |= {"label": "5", "choices": [], "verifier": "number"}
+            rows.append(row | change)
+        (tmp_path / f"published-{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = {
+            **{"name": f"published-{kind}", "description": "x", "license": "other", "columns": {"judgments": kind}},
+            **{"source": {"jsonl": str(tmp_path)}, "splits": {"test": f"published-{kind}.jsonl"}},
+        }
+        path = tmp_path / f"published-{kind}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return make
+
+
+def evaluate(recipes, engine, processor, verifiers, **settings):
+    config = EvaluationConfig(recipes=[str(path) for path in recipes], **settings)
+    rollout = RolloutConfig(temperature=0.7, top_p=0.9, max_new_tokens=8)
+    return Evaluator(config, TEMPLATER, rollout=rollout, seed=0)(engine, processor, verifiers)
+
+
+def test_published_pairs_are_asked_as_they_are_and_in_one_order(make_published, processor, verifiers):
+    """Of one problem come two pairs with different labels, which are not one pair in both orders."""
+    path = make_published("pairwise", {}, {"label": "B", "parent_id": "p0"}, {"label": "B"}, {})
+    engine = Scripted(lambda record, i: r"\boxed{A}")
+    results = evaluate([path], engine, processor, verifiers)
+    assert values(results) == {
+        "pairwise_greedy": pytest.approx((0.5 + 0 + 1) / 3),
+        "pairwise_sampled": pytest.approx((0.5 + 0 + 1) / 3),
+        "unusable": 0.0,
+    }
+    assert (results["pairwise_greedy"]["n"], results["unusable"]["n"]) == (3, 4)
+    asked = {record.id: plain_text(record.messages[0].content) for record in engine.records()}
+    assert asked == {f"published-pairwise/test/j{i}": f"pairwise {i}?" for i in range(4)}
+    assert [len(records) for _, _, records in engine.asked[:2]] == [4, 4]
+    assert not any(records for _, _, records in engine.asked[2:])
+
+
+def test_published_pairs_in_both_orders_have_a_consistency(make_published, processor, verifiers):
+    swapped = {"parent_id": "p0", "label": "B", "completion_a": "b0", "completion_b": "a0"}
+    path = make_published("pairwise", {}, swapped, {})
+    for reply, consistency in ((oracle, 1.0), (lambda record, i: r"\boxed{A}", 0.0)):
+        results = evaluate([path], Scripted(reply), processor, verifiers)
+        assert (results["pairwise_consistency"]["value"], results["pairwise_consistency"]["n"]) == (consistency, 1)
+
+
+def test_published_pointwise_prompts_and_reflections(make_published, processor, verifiers):
+    pointwise = make_published(
+        *("pointwise", {"choices": ["Yes", "No"], "label": "Yes"}),
+        *({"choices": ["Yes", "No"], "label": "No", "correct": False}, {"label": "B", "correct": False}),
+    )
+    reflection = make_published("reflection", {}, {"correct": False}, {"correct": False, "label": "7"})
+    engine = Scripted(lambda record, i: rf"\boxed{{{'5' if record.kind == 'reflection' else record.choices[0]}}}")
+    results = evaluate([pointwise, reflection], engine, processor, verifiers)
+    figures = values(results)
+    assert {name: value for name, value in figures.items() if "/" not in name} == {
+        "pointwise_greedy": pytest.approx(1 / 3),
+        "pointwise_sampled": pytest.approx(1 / 3),
+        "pointwise_says_correct": 1.0,
+        "reflection_greedy": 0.5,
+        "reflection_sampled": 0.5,
+        "reflection_keeps": 1.0,
+        "unusable": 0.0,
+    }
+    assert results["reflection_greedy"]["n"] == 2
+
+
+def test_problems_and_published_judgments_side_by_side(make_published, make_evaluator, processor, verifiers, caplog):
+    pairs = make_published("pairwise", {}, {"label": "C"}, {"verifier": "os:system"}, {"verifier": "number"})
+    sums = make_evaluator({"sums": SUMS}).config.recipes
+    results = evaluate([*sums, pairs], Scripted(oracle), processor, verifiers)
+    assert (results["unusable"]["value"], results["unusable"]["n"]) == (pytest.approx(3 / 8), 8)
+    assert results["reasoning_greedy"]["n"] == results["sums/pairwise_greedy"]["n"] == 4
+    assert results["published-pairwise/pairwise_greedy"]["n"] == 1
+    assert results["pairwise_consistency"]["n"] == 4
+    assert "published-pairwise/reasoning_greedy" not in results
+    assert "published-pairwise/pairwise_consistency" not in results
+    assert "'verifier' is 'os:system'; allowed: judgment" in caplog.text
+
+
+def test_published_rollouts_are_problems(make_published, processor, verifiers):
+    path = make_published("rollouts", {}, {"label": "6"})
+    results = evaluate([path], Scripted(oracle), processor, verifiers)
+    assert {name: results[name]["value"] for name in ACCURACIES} == dict.fromkeys(ACCURACIES, 1.0)
+    assert results["pairwise_consistency"]["n"] == 2
+
+
+def test_published_judgments_can_be_scored_again(make_published, processor, verifiers, tmp_path):
+    path = make_published("pairwise", {}, {"label": "B", "parent_id": "p0"})
+    config = EvaluationConfig(recipes=[str(path)])
+    file = tmp_path / "samples.jsonl"
+    evaluator = Evaluator(config, TEMPLATER, rollout=RolloutConfig(max_new_tokens=8), seed=0, samples_file=file)
+    results = evaluator(Scripted(oracle), processor, verifiers)
+    [again] = rescore(file, verifiers)
+    assert again == {name: figure for name, figure in results.items() if name != "unusable"}
+    assert again.keys() == {"pairwise_greedy", "pairwise_sampled"}
+
+
 # ── test-time reflection and its baseline ──
 
 

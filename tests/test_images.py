@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -14,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from spark_vl.data import images
-from spark_vl.data.images import ImageError, load_image
+from spark_vl.data.images import ImageError, check_encoded, encode_image, load_image
 from spark_vl.records import ImageRef
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -360,3 +363,248 @@ def test_a_huge_file_is_not_read(root: Path) -> None:
         file.truncate(images.MAX_BYTES + 1)
     with pytest.raises(ImageError, match="bytes"):
         images.image_path(ImageRef(path="huge.png", root=str(root)))
+
+
+# ── encoded anew: only pixels remain ──
+
+
+def encoded(data: bytes) -> bytes:
+    new = encode_image(ImageRef(data=data))
+    check_encoded(new)
+    return new
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_what_is_no_jpeg_becomes_a_png_with_equal_pixels(format: str, photo: np.ndarray) -> None:
+    data = encode(Image.fromarray(photo), format, **({"lossless": True} if format == "WEBP" else {}))
+    new = encoded(data)
+    with Image.open(io.BytesIO(new)) as image:  # by Pillow alone
+        assert (image.format, image.mode, image.info) == ("PNG", "RGB", {})
+        assert (np.asarray(image) == photo).all()
+    assert encoded(new) == new
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_becomes_a_jpeg_of_nearly_the_same_pixels(mode: str) -> None:
+    smooth = np.add.outer(np.arange(32), np.arange(24)).astype(np.uint8)[..., None].repeat(3, 2) * 4
+    data = encode(Image.fromarray(smooth).convert(mode), "JPEG", quality=90)
+    new = encoded(data)
+    assert abs(pixels(new).astype(int) - pixels(data)).max() <= 4
+    with Image.open(io.BytesIO(new)) as image:
+        assert (image.format, image.mode, image.layers) == ("JPEG", "RGB", 3)
+        assert {component[1:3] for component in image.layer} == {(1, 1)}  # no chroma subsampling
+
+
+def location() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0110] = "a camera"
+    exif.get_ifd(0x8825)[1] = "N"  # GPS latitude, north
+    return exif
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_metadata_never_survive(format: str) -> None:
+    text = PngInfo()
+    text.add_text("Comment", "my password")
+    extra = {
+        "PNG": {"pnginfo": text, "dpi": (300, 300), "icc_profile": b"a profile" * 20},
+        "JPEG": {"comment": b"my password", "dpi": (300, 300), "icc_profile": b"a profile" * 20},
+        "WEBP": {"xmp": b"my password", "icc_profile": b"a profile" * 20},
+        "TIFF": {"description": "my password"},
+    }
+    image = Image.new("RGB", (16, 16), RED)
+    data = encode(image, format, exif=location(), **extra[format]) + b"PK\3\4 a zip of secrets"
+    assert b"a camera" in data
+    assert b"my password" in data
+    new = encoded(data)
+    for secret in (
+        b"a camera",
+        b"my password",
+        b"a profile",
+        b"PK",
+        b"Exif",
+        b"eXIf",
+        b"ICC",
+        b"iCCP",
+        b"pHYs",
+        b"XMP",
+    ):
+        assert secret not in new
+    with pytest.raises(ImageError):
+        check_encoded(data)
+
+
+def test_turned_and_clear_pixels_are_encoded_as_they_are_shown(photo: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    assert (pixels(encoded(encode(Image.fromarray(photo), "PNG", exif=exif))) == UPRIGHT[6](photo)).all()
+    assert pixels(encoded(encode(Image.new("RGBA", (2, 2), (*RED, 0)), "PNG"))).min() == 255
+
+
+def test_what_cannot_be_loaded_cannot_be_encoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "link.png").symlink_to("/etc/hostname")
+    for path, reason in (("link.png", "leads out"), ("../picture.png", "must be relative"), ("file:///x", "is a URL")):
+        with pytest.raises(ImageError, match=reason):
+            encode_image(ImageRef(path=path, root=str(root)))
+    assert encode_image(ImageRef(path="sub/picture.png", root=str(root)))[:4] == b"\x89PNG"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    data = encode(noise, "WEBP", quality=1)
+    monkeypatch.setattr(images, "MAX_BYTES", 2 * len(data))
+    with pytest.raises(ImageError, match="bytes; 1 to"):  # it would be refused when it is read again
+        encode_image(ImageRef(data=data))
+
+
+# ── the proof ──
+
+
+def case_name(value: bytes | str) -> str:
+    """Names of parametrised tests, in place of the bytes."""
+    return value if isinstance(value, str) else "image"
+
+
+def chunk(tag: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
+
+
+CLEAN_PNG = png(2, 1, 8, 2, b"\0" + bytes(6))
+"""Two black pixels."""
+HEADER, END = 33, len(CLEAN_PNG) - 12
+"""Where IHDR ends and IEND begins."""
+
+
+def with_pixels(compressed: bytes) -> bytes:
+    return CLEAN_PNG[:HEADER] + chunk(b"IDAT", compressed) + CLEAN_PNG[END:]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (CLEAN_PNG[:END] + chunk(b"tEXt", b"Comment\0secret") + CLEAN_PNG[END:], "chunks IHDR, IDAT, tEXt, IEND; IHDR"),
+        (CLEAN_PNG[:HEADER] + chunk(b"tIME", bytes(7)) + CLEAN_PNG[HEADER:], "chunks IHDR, tIME, IDAT, IEND"),
+        (CLEAN_PNG[:HEADER] + chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\0") + CLEAN_PNG[HEADER:], "chunks IHDR, eXIf"),
+        (CLEAN_PNG[:HEADER] + chunk(b"prVt", b"secret") + CLEAN_PNG[HEADER:], "chunks IHDR, prVt"),
+        (CLEAN_PNG + b"PK\3\4secret", "no PNG chunk with a right checksum"),
+        (CLEAN_PNG + b"\0", "no PNG chunk with a right checksum"),
+        (CLEAN_PNG + chunk(b"IDAT", b"secret"), "chunks IHDR, IDAT, IEND"),
+        (CLEAN_PNG[:END] + chunk(b"IEND", b"secret"), "IEND holds 6 bytes"),
+        (CLEAN_PNG[:-1] + b"\0", "no PNG chunk with a right checksum"),
+        (with_pixels(zlib.compress(b"\0" + bytes(6)) + b"secret"), "IDAT holds something besides the pixels"),
+        (with_pixels(zlib.compress(b"\0" + bytes(6) + b"secret")), "IDAT holds something besides the pixels"),
+        (with_pixels(zlib.compress(b"\0" + bytes(6) + b"!")), "IDAT holds something besides the pixels"),
+        (with_pixels(zlib.compress(b"\0" + bytes(6))[:-1] + b"\0"), "do not decompress|broken image"),
+        (png(2, 1, 8, 0, b"\0\0\0"), "8-bit RGB"),
+        (png(2, 1, 8, 6, bytes(9)), "8-bit RGB"),
+        (png(2, 1, 16, 2, bytes(13)), "8-bit RGB"),
+        (png(2, 1, 8, 3, b"\0\0\0", (b"PLTE", bytes(3))), "chunks IHDR, PLTE"),
+        (encode(Image.new("RGB", (4, 4)), "WEBP"), "the format is WEBP; PNG and JPEG"),
+        (encode(Image.new("RGB", (4, 4)), "GIF"), "the format is GIF"),
+        (b"hello", "not an image"),
+        (CLEAN_PNG[:END], "broken image|IHDR, IDAT and IEND"),
+    ],
+    ids=case_name,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_png_with_anything_besides_pixels_is_refused(data: bytes, reason: str) -> None:
+    check_encoded(CLEAN_PNG)
+    with pytest.raises(ImageError, match=reason):
+        check_encoded(data)
+
+
+def test_pixels_may_be_in_several_idats() -> None:
+    compressed = zlib.compress(b"\0" + bytes(6))
+    check_encoded(
+        CLEAN_PNG[:HEADER] + chunk(b"IDAT", compressed[:5]) + chunk(b"IDAT", compressed[5:]) + CLEAN_PNG[END:]
+    )
+
+
+NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8))
+
+
+def jpeg(**options) -> bytes:
+    return encode(NOISE, "JPEG", **({"quality": 95, "subsampling": 0} | options))
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, 2 + len(body)) + body
+
+
+def find(data: bytes, marker: int) -> int:
+    """Where the first segment of that kind begins."""
+    return data.index(bytes([0xFF, marker]))
+
+
+def insert(data: bytes, marker: int, extra: bytes) -> bytes:
+    """`data` with `extra` before the first segment of that kind."""
+    place = find(data, marker)
+    return data[:place] + extra + data[place:]
+
+
+CLEAN_JPEG = jpeg()
+QUANTISATION = segment(0xDB, b"\0" + bytes(range(1, 65)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        CLEAN_JPEG,
+        jpeg(quality=60),
+        jpeg(optimize=True),  # other Huffman tables
+        jpeg(restart_marker_blocks=2),
+    ],
+    ids=["clean", "quality", "optimised", "restarts"],
+)
+def test_a_jpeg_of_any_encoder_of_pixels_is_accepted(data: bytes) -> None:
+    check_encoded(data)
+
+
+def test_tables_may_share_a_segment() -> None:
+    first, second = (m.start() for m in re.finditer(b"\xff\xdb", CLEAN_JPEG[:200]))
+    assert (first, second) == (20, 20 + 69)
+    merged = segment(0xDB, CLEAN_JPEG[first + 4 : first + 69] + CLEAN_JPEG[second + 4 : second + 69])
+    check_encoded(CLEAN_JPEG[:first] + merged + CLEAN_JPEG[second + 69 :])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (CLEAN_JPEG + b"PK\3\4secret", "an end marker alone may follow"),
+        (CLEAN_JPEG + b"\0", "an end marker alone may follow"),
+        (CLEAN_JPEG + CLEAN_JPEG, "an end marker alone may follow"),
+        (CLEAN_JPEG[:-2] + segment(0xFE, b"secret") + CLEAN_JPEG[-2:], "an end marker alone may follow"),
+        (jpeg(comment=b"secret"), "a segment FE with b'secret'"),
+        (jpeg(exif=location()), "a segment E1 with b'Exif"),
+        (jpeg(icc_profile=b"profile"), "a segment E2 with b'ICC_PROFILE"),
+        (jpeg(xmp=b"secret"), "a segment E1"),
+        (jpeg(dpi=(300, 300)), "a segment E0 with b'JFIF"),
+        (insert(CLEAN_JPEG, 0xDB, segment(0xED, b"Photoshop 3.0\0")), "a segment ED"),
+        (insert(CLEAN_JPEG, 0xDB, segment(0xE0, b"JFXX\0\x13\1\1\0\0\0")), "a segment E0 with b'JFXX"),
+        (insert(CLEAN_JPEG, 0xDB, CLEAN_JPEG[2:20]), "lacks the JFIF header, or has a header or table twice"),
+        (CLEAN_JPEG[:2] + CLEAN_JPEG[20:], "lacks the JFIF header"),
+        (insert(CLEAN_JPEG, 0xDB, QUANTISATION), "has a header or table twice"),
+        (insert(CLEAN_JPEG, 0xC4, segment(0xDB, b"\x12" + bytes(64) + bytes(64))), "a table 12 in a segment DB"),
+        (jpeg(progressive=True), "a segment C2"),
+        (jpeg(subsampling=2), "a segment C0"),
+        (encode(Image.new("L", (8, 8)), "JPEG"), "a segment C0"),
+        (encode(Image.new("CMYK", (8, 8)), "JPEG"), "a segment EE|a segment C0|lacks the JFIF"),
+    ],
+    ids=case_name,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_jpeg_with_anything_besides_pixels_is_refused(data: bytes, reason: str) -> None:
+    assert pixels(data).size, "a reader of images is content with it"
+    with pytest.raises(ImageError, match=reason):
+        check_encoded(data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    clean=st.sampled_from([CLEAN_PNG, CLEAN_JPEG]),
+    place=st.integers(2, 10**6),
+    extra=st.binary(min_size=1, max_size=40),
+    length=st.integers(0, 4),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_the_proof_survives_any_damage(clean: bytes, place: int, extra: bytes, length: int) -> None:
+    place %= len(clean)
+    with contextlib.suppress(ImageError):
+        check_encoded(clean[:place] + extra + clean[place + length :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from math import log
 
@@ -61,6 +62,8 @@ def test_problems_by_hand():
             "problem/unparsable": 1 / 6,
             "problem/failed": 2 / 6,
             "problem/zero_variance": 1 / 2,
+            "rollout/completions": 6,
+            "rollout/tokens": 8,
         }
     )
 
@@ -128,10 +131,12 @@ def test_means_add_up_over_parts_of_any_size():
     for part in parts:
         means = Means()
         means.add("x", sum(part), len(part))
+        means.count("n", len(part))
         total.update(means)
     total.add("never", 0.0, 0.0)
-    assert total.result() == {"x": 4.0}
-    assert total.over_processes().result() == {"x": 4.0}
+    assert total.result() == {"x": 4.0, "n": 4}
+    assert total.over_processes().result() == {"x": 4.0, "n": 4}
+    assert pickle.loads(pickle.dumps(total)).result() == total.result(), "gathering over processes pickles"
 
 
 def test_a_timer_adds_up_and_starts_anew():
@@ -278,4 +283,5 @@ def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_
         "template": "t",
         "rollouts": [0],
         "quoted_correct": True,
+        "completions": [],
     }

@@ -18,7 +18,11 @@ from spark_vl.demo.warm_start import TEMPLATES
 from spark_vl.prompts import Templater
 
 ROOT = Path(__file__).parents[1]
-MAPPED = {"spark_vl/data_recipes": "data_recipes", "spark_vl/model_cards": "model_cards"}
+MAPPED = {
+    "spark_vl/data_recipes": "data_recipes",
+    "spark_vl/model_cards": "model_cards",
+    "spark_vl/space": "scripts/space",
+}
 """Folder in the package → in the tree."""
 SETUP = ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
@@ -26,11 +30,11 @@ SETUP.read(ROOT / "setup.cfg")
 PROBE = """
 import json, sys
 from importlib.resources import files
-from spark_vl.data.recipes import load_recipe, recipes
+from spark_vl.data.recipes import load_recipe, recipes, usage
 from spark_vl.prompts import Templater
 print(json.dumps({
     "folders": {package: str(files(package).joinpath("")) for package in sys.argv[1:]},
-    "recipes": {name: load_recipe(name).license for name in recipes()},
+    "recipes": {name: load_recipe(usage(name)).license for name in recipes()},
     "templates": sorted(Templater.load().templates),
     "demo templates": sorted(Templater.load([files("spark_vl.demo") / "templates.yaml"], builtin=False).templates),
 }))

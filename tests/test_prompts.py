@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from spark_vl.prompts import REASONING_SUFFIX, Rendered, Template, Templater, neutralise
+from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import Content, ImageRef, Message, PromptRecord, plain_text
 from spark_vl.verifiers.base import get_verifier
 
@@ -544,3 +546,74 @@ def test_the_two_ways_to_ask_pointwise_are_equally_likely_whatever_their_number(
 def test_names_are_unique_without_files_too():
     with pytest.raises(ValueError, match="more than one is named demo/ab_1"):
         Templater([*DEMO.templates.values(), DEMO.templates["demo/ab_1"]])
+
+
+# ── saved beside a model ──
+
+
+@pytest.mark.parametrize(
+    "templater",
+    [
+        BUILTIN,
+        Templater.load(
+            [DEMO_FILE], builtin=False, system_prompt="Sei kürz. 数", reasoning_suffix=" Answer in \\boxed{}."
+        ),
+        Templater.load(system_prompt=None, reasoning_suffix=""),
+    ],
+    ids=["builtin", "demo", "no suffix"],
+)
+def test_what_is_saved_is_read_back_and_draws_and_words_the_same(templater, tmp_path):
+    def prompts(templater: Templater) -> list[object]:
+        rng, question = random.Random(7), (IMAGES[0], "Wie viele <|im_end|> Enten?")
+        return [
+            prompt
+            for _ in range(50)
+            for prompt in (
+                templater.problem(question),
+                templater.pointwise(question, "x", correct=True, rng=rng),
+                templater.pairwise(question, correct="x", wrong="y", rng=rng),
+                templater.reflection(question, "x", correct=False, shows="cot", rng=rng),
+                templater.reflection(question, "x", correct=True, shows="answer", rng=rng),
+            )
+        ]
+
+    file = tmp_path / PROMPTS_FILE
+    templater.save(file)
+    read = Templater.read(file)
+    assert list(read.templates.items()) == list(templater.templates.items())
+    assert prompts(read) == prompts(templater)
+    assert json.loads(file.read_text("utf-8")).keys() == {"system", "reasoning_suffix", "templates"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: "{", r"is not valid JSON"),
+        (lambda saved: "[]", r"found \[\]; allowed: a mapping with system \(a text or null\)"),
+        (lambda saved: "{}", r"found \{\}; allowed: a mapping with system"),
+        (lambda saved: saved | {"extra": 1}, r"found .*; allowed: .* and nothing else"),
+        (
+            lambda saved: saved | {"system": 3},
+            r"found \{'system': 3, .*allowed: a mapping with system \(a text or null\)",
+        ),
+        (
+            lambda saved: saved | {"reasoning_suffix": None},
+            r"found .*'reasoning_suffix': None.*reasoning_suffix \(a text\)",
+        ),
+        (lambda saved: saved | {"templates": {}}, r"found dict; allowed: a list of templates"),
+        (lambda saved: saved | {"templates": []}, r"found list; allowed: a list of templates, not empty"),
+        (lambda saved: saved | {"templates": [YES_NO]}, r"templates: there is no pairwise"),
+        (lambda saved: saved | {"templates": [YES_NO, YES_NO]}, r"name: more than one template is named mine/1"),
+        (
+            lambda saved: saved | {"templates": [YES_NO | {"labels": ["No", "Yes"]}]},
+            r"entry 1: template 'mine/1': labels: found \('No', 'Yes'\)",
+        ),
+    ],
+)
+def test_a_bad_saved_file_is_named(change, message, tmp_path):
+    file = tmp_path / PROMPTS_FILE
+    DEMO.save(file)
+    changed = change(json.loads(file.read_text("utf-8")))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed), "utf-8")
+    with pytest.raises(ValueError, match=r"spark_prompts\.json: " + message):
+        Templater.read(file)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from spark_vl.data.images import load_image
 from spark_vl.data.problems import ProblemSet, check, open_recipe
-from spark_vl.data.recipes import load_recipe, recipes
+from spark_vl.data.recipes import load_recipe, recipes, usage
 from spark_vl.data.sources import open_rows
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
@@ -156,6 +156,10 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"verifier": 5}, "verifier: found 5"),
         ({"image_placeholder": " "}, "image_placeholder: found ' '"),
         ({"media_root": 3}, "media_root: found 3"),
+        ({"verifier": ...}, "verifier: is missing"),
+        ({"columns": {"judgments": "pairs"}}, "columns.judgments: found 'pairs'; allowed: pointwise, pairwise, refl"),
+        ({"columns": {"judgments": "pairwise", "id": "x"}}, "columns: found .*; allowed beside judgments: nothing"),
+        ({"columns": {"judgments": "pairwise"}, "media_root": "x"}, "media_root: is of no use to a judgment dataset"),
     ],
 )
 def test_a_bad_field_is_named_with_what_is_allowed(recipe_file, fields: dict[str, Any], message: str) -> None:
@@ -179,6 +183,79 @@ def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> No
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="limit: is no field"):
         load_recipe("digits", limit=5)
+
+
+# ── parameters ──
+
+PARAMETERS = {"name": "mine-${kind}", "license": "${kind}-${repo}", "parameters": {"repo": None, "kind": "a"}}
+
+
+def test_parameters_stand_where_the_file_has_them(recipe_file) -> None:
+    file = recipe_file(**PARAMETERS, source={"hub": {"id": "${repo}", "config": "${kind}"}})
+    recipe = load_recipe(f"{file}?repo=org/name")
+    assert (recipe.name, recipe.license) == ("mine-a", "a-org/name")
+    assert (recipe.source.location, recipe.source.config) == ("org/name", "a")
+    assert load_recipe(f"{file}?kind=b&repo=x%26y%20z").license == "b-x&y z"
+
+
+def test_what_is_filled_in_is_not_filled_again(recipe_file) -> None:
+    assert load_recipe(f"{recipe_file(**PARAMETERS, description='${repo}')}?repo=$%7Bkind}}").description == "${kind}"
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("", r"parameter repo: is missing; write mine\?repo=…"),
+        ("?", "parameter repo: is missing"),
+        ("?kind=b", "parameter repo: is missing"),
+        ("?repo=", "parameter repo: is missing"),
+        ("?repo=x&kind=", "parameter kind: is missing"),
+        ("?repo=x&split=b", "'split' is no parameter; allowed: kind, repo"),
+        ("?repo=x&repo=y", "found 'repo=x&repo=y'; allowed: each parameter once"),
+        ("?repo", "found 'repo'; allowed: parameters as name=value&name=value"),
+    ],
+)
+def test_parameters_are_checked(recipe_file, query: str, message: str) -> None:
+    file = recipe_file(**PARAMETERS)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(f"{file}{query}")
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parameters": ["repo"]}, "parameters: found .*; allowed: a mapping of names to texts or null"),
+        ({"parameters": {"repo": 3}}, "parameters: found .*; allowed: a mapping"),
+        ({"parameters": {"repo": "x"}, "license": "${rep}"}, r"\$\{rep\}: is no parameter; allowed: repo"),
+        ({"parameters": {"repo": "x"}, "license": "${}"}, r"\$\{\}: is no parameter; allowed: repo"),
+    ],
+)
+def test_parameters_of_a_file_are_checked(recipe_file, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file(**fields))
+
+
+def test_without_parameters_texts_are_left_alone_and_none_are_allowed(recipe_file) -> None:
+    file = recipe_file(description="costs ${5}")
+    assert load_recipe(file).description == "costs ${5}"
+    with pytest.raises(ValueError, match="'repo' is no parameter; allowed: none"):
+        load_recipe(f"{file}?repo=x")
+    with pytest.raises(ValueError, match=r"digits\.yaml: 'kind' is no parameter; allowed: none"):
+        load_recipe("digits?kind=x")
+
+
+def test_a_base_gets_its_parameters_from_the_file_that_starts_from_it(recipe_file, tmp_path: Path) -> None:
+    recipe_file(**PARAMETERS)
+    (tmp_path / "b.yaml").write_text("{base: 'mine.yaml?repo=${to}&kind=c', parameters: {to: null}, name: b}")
+    recipe = load_recipe(f"{tmp_path / 'b.yaml'}?to=org/name")
+    assert (recipe.name, recipe.license, recipe.source.location) == ("b", "c-org/name", str(tmp_path / "data"))
+    (tmp_path / "c.yaml").write_text("{base: 'judgments?repo=org/name&kind=rollouts', verifier: 'my.module:check'}")
+    assert load_recipe(tmp_path / "c.yaml").columns.judgments == "rollouts"
+
+
+def test_how_recipes_are_written() -> None:
+    assert (usage("digits"), usage("judgments")) == ("digits", "judgments?repo=REPO")
 
 
 def test_what_a_recipe_names_must_be_there(recipe_file, tmp_path: Path) -> None:
@@ -287,8 +364,16 @@ def test_a_letter_to_a_lettered_question_is_a_choice(problems, question: str, an
 
 
 def test_a_row_may_name_its_verifier(problems) -> None:
-    opened = problems({"v": "number"}, {"v": None}, {"v": "my.module:check", "choices": ["5", "6"]})
-    assert [record.verifier for record in opened] == ["number", "math", "my.module:check"]
+    opened = problems({"v": "number"}, {"v": None}, {"v": "number", "choices": ["5", "6"]})
+    assert [record.verifier for record in opened] == ["number", "math", "number"]
+
+
+def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
+    rows = [{"v": "my.module:check"}, {"v": "os:system"}, {"v": "number"}]
+    opened = problems(*rows, verifier="my.module:check")
+    assert [opened[0].verifier, opened[2].verifier] == ["my.module:check", "number"]
+    assert reason(opened, 1).startswith("'v' is 'os:system'; allowed: null, choice, judgment, math, my.module:check")
+    assert "allowed: null, choice, judgment, math, number" in reason(problems(*rows))
 
 
 # ── bad and hostile rows ──
@@ -323,6 +408,8 @@ def test_a_row_may_name_its_verifier(problems) -> None:
         ({"v": "choice", "a": "A, C"}, "the answer 'A, C' names no single option"),
         ({"v": ""}, "'v' is empty"),
         ({"v": 3}, "'v' is int 3"),
+        ({"v": "maths"}, "'v' is 'maths'; allowed: null, choice"),
+        ({"v": "os:system"}, "'v' is 'os:system'; allowed: null, choice"),
         ({"images": [None]}, "an image is null"),
         ({"images": [3]}, "an image is int 3"),
         ({"images": [["a.png"]]}, "an image is list"),
@@ -711,9 +798,9 @@ def test_digits_run_out_of_the_box() -> None:
 
 
 def test_every_shipped_recipe_is_exercised_here() -> None:
-    assert recipes() == sorted({*FIXTURES, "digits"})
+    assert recipes() == sorted({*FIXTURES, "digits", "judgments"})  # judgments: tests/test_judgments.py
     for name in recipes():
-        recipe = load_recipe(name)
-        assert recipe.name == name
+        recipe = load_recipe(usage(name))
+        assert recipe.name == (name if name != "judgments" else "judgments-pairwise")
         assert recipe.source.kind in ("hub", "factory")  # no path of ours
         assert recipe.license

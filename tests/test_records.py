@@ -37,6 +37,7 @@ origins = st.builds(
     template=st.text(),
     rollouts=st.lists(st.integers(0)).map(tuple),
     quoted_correct=st.none() | st.booleans(),
+    completions=st.lists(st.text()).map(tuple),
 )
 records = st.builds(
     PromptRecord,
@@ -59,7 +60,7 @@ def test_a_record_survives_json(record):
 
 
 def test_a_record_as_json_is_what_a_checkpoint_holds():
-    origin = Origin("digits/7", 3, "yes_no", (2,), True)
+    origin = Origin("digits/7", 3, "yes_no", (2,), True, (r"So \boxed{7}",))
     record = make_record("digits/7@3#pointwise", ImageRef(data=b"\x89P"), "Right?", gold="Yes", kind="pointwise")
     record = replace(record, choices=("Yes", "No"), origin=origin, question=(ImageRef("a.png", "/data"), "Larger?"))
     assert record_to_json(record) == {
@@ -77,9 +78,17 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
             "template": "yes_no",
             "rollouts": [2],
             "quoted_correct": True,
+            "completions": [r"So \boxed{7}"],
         },
     }
     assert record_to_json(record).keys() == {field.name for field in fields(PromptRecord)}
+
+
+def test_a_record_of_a_checkpoint_without_the_quoted_completions_is_read():
+    record = replace(make_record("a@3#pairwise", "Which?"), origin=Origin("a", 3, "pair", (0, 1)))
+    saved = record_to_json(record)
+    del saved["origin"]["completions"]
+    assert record_from_json(saved) == record
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,17 @@ def test_trap_2_the_judged_answer_is_the_last_box():
         assert "11111" not in text(record)
 
 
+def test_the_whole_quoted_completions_are_kept_in_the_order_of_the_prompt():
+    settings = config(judge_sees="mixed", balance_labels=False, pairwise_share=0.5)
+    groups = {g.record.id: g for g in many(MIXED, 60) + many(WRONG, 20)}
+    recycled = run(list(groups.values()), settings)
+    for record in recycled.judge + recycled.reflection:
+        source = groups[record.origin.parent_id]
+        assert record.origin.completions == tuple(source.rollouts[i].text for i in record.origin.rollouts)
+        assert len(record.origin.completions) == (2 if record.kind == "pairwise" else 1)
+    assert {record.kind for record in recycled.judge + recycled.reflection} == {"pointwise", "pairwise", "reflection"}
+
+
 def test_trap_4_mixed_groups_make_up_for_unanimous_ones():
     pointwise = config(pairwise_share=0)
     for groups in (

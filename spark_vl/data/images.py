@@ -1,13 +1,19 @@
-"""The one loader of images. Rows of datasets are untrusted, and so are their images.
+"""The one loader of images, and the one encoder. Rows of datasets are untrusted, and so are their images.
 
 Image libraries disagree on orientation, alpha, 16-bit grey and frames; here each has one meaning, and everything that
 cannot be given one is refused with a reason. Nothing is decoded before its header has been checked.
+
+What is published is encoded anew, so that nothing but pixels gets out: no position of a camera, no thumbnail of what
+was cropped away, nothing behind the end of the file. `check_encoded` proves that of a file, whoever wrote it.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import struct
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +77,51 @@ def load_image(ref: ImageRef) -> Image.Image:
         ImageError: the file cannot be reached (`image_path`), is not one whole single image in one of `FORMATS`, or is
             larger than `MAX_BYTES`, `MAX_PIXELS` or `MAX_ASPECT` allow.
     """
+    return _load(ref)[0]
+
+
+def encode_image(ref: ImageRef) -> bytes:
+    """The pixels of `load_image` as a new file: JPEG (quality 95, colour at full resolution) of a JPEG, else PNG.
+
+    Raises:
+        ImageError: see `load_image`; or the new file has more than `MAX_BYTES`.
+    """
+    image, format = _load(ref)
+    buffer = io.BytesIO()
+    if format == "JPEG":
+        image.save(buffer, "JPEG", quality=95, subsampling="4:4:4")
+    else:
+        image.save(buffer, "PNG")
+    _check_bytes(buffer.tell())
+    return buffer.getvalue()
+
+
+def check_encoded(data: bytes) -> None:
+    """Checks that `data` is a file of the form that `encode_image` gives, which holds pixels and little room besides.
+
+    The form, because the bytes depend on the versions of libraries. The compressed data of a JPEG are not compared with
+    its pixels: what somebody hid among them stays.
+
+    Raises:
+        ImageError: it is not; says which part is foreign.
+    """
+    image, format = _load(ImageRef(data=data))
+    if format == "PNG":
+        _check_png(data, *image.size)
+    elif format == "JPEG":
+        _check_jpeg(data)
+    else:
+        raise ImageError(f"the format is {format}; PNG and JPEG are allowed")
+
+
+def _load(ref: ImageRef) -> tuple[Image.Image, str]:
+    """The pixels, and the format of the file that they are from."""
     data = image_path(ref).read_bytes() if ref.data is None else ref.data
     _check_bytes(len(data))
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
-            return _to_rgb(image)
+            return _to_rgb(image), image.format
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -124,3 +169,96 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     image.info.clear()
     return image
+
+
+# ── proof that a file holds nothing but pixels ──
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_HEADERS = {
+    0xE0: rb"JFIF\0\x01\x01\0\0\x01\0\x01\0\0",  # version 1.1, no unit, density 1×1, no thumbnail
+    0xC0: rb"\x08.{4}\x03(?:.\x11.){3}",  # baseline, 8 bits, three components at full resolution
+    0xDD: rb"..",  # restart interval
+    0xDA: rb"\x03.{6}\0\x3f\0",  # the only scan, of all components and coefficients
+}
+"""Marker (ISO/IEC 10918-1, table B.1) → what its segment is."""
+_JPEG_TABLES = {0xDB: (0, 1, 2, 3), 0xC4: (0x00, 0x01, 0x10, 0x11)}
+"""Marker of quantisation and of Huffman tables → their names."""
+
+
+def _check_png(data: bytes, width: int, height: int) -> None:
+    chunks = list(_png_chunks(data))
+    names = [name for name, _ in chunks]
+    if names != [b"IHDR", *[b"IDAT"] * (len(names) - 2), b"IEND"]:
+        shown = ", ".join(dict.fromkeys(name.decode("latin-1") for name in names))
+        raise ImageError(f"the PNG has the chunks {shown}; IHDR, IDAT and IEND are allowed")
+    if chunks[0][1] != struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0):
+        raise ImageError("the PNG is not one of 8-bit RGB without interlacing")
+    if chunks[-1][1]:
+        raise ImageError(f"the PNG's IEND holds {len(chunks[-1][1])} bytes; none are allowed")
+    size = height * (1 + 3 * width)
+    stream = zlib.decompressobj()
+    try:
+        pixels = stream.decompress(b"".join(body for _, body in chunks[1:-1]), size + 1)
+    except zlib.error as error:
+        raise ImageError(f"the PNG's pixels do not decompress: {error}") from error
+    if len(pixels) != size or not stream.eof or stream.unused_data:
+        raise ImageError("the PNG's IDAT holds something besides the pixels")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name and content of each chunk."""
+    place = len(_PNG_SIGNATURE)
+    while place < len(data):
+        length = int.from_bytes(data[place : place + 4])
+        end = place + 12 + length
+        name, body = data[place + 4 : place + 8], data[place + 8 : end - 4]
+        if end > len(data) or data[end - 4 : end] != struct.pack(">I", zlib.crc32(name + body)):
+            raise ImageError(f"there is no PNG chunk with a right checksum at byte {place} of {len(data)}")
+        yield name, body
+        place = end
+
+
+def _check_jpeg(data: bytes) -> None:
+    found: list[tuple[int, int]] = []  # markers, and names of tables
+    for marker, body in _jpeg_segments(data):
+        if marker in _JPEG_TABLES:
+            found += ((marker, name) for name in _jpeg_tables(marker, body))
+        elif re.fullmatch(_JPEG_HEADERS.get(marker, b"(?!)"), body, re.DOTALL):
+            found.append((marker, 0))
+        else:
+            raise ImageError(
+                f"the JPEG has a segment {marker:02X} with {body[:20]!r}; those of a baseline JFIF file "
+                "with colour at full resolution are allowed"
+            )
+    if len(set(found)) != len(found) or (0xE0, 0) not in found:
+        raise ImageError("the JPEG lacks the JFIF header, or has a header or table twice")
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and content of each segment; the one with the pixels is the last."""
+    place, marker, escaped = 2, 0, rb"\xff\0"
+    while marker != 0xDA:
+        length = int.from_bytes(data[place + 2 : place + 4])
+        if data[place : place + 1] != b"\xff" or length < 2:
+            raise ImageError(f"there is no JPEG segment at byte {place} of {len(data)}")
+        marker = data[place + 1]
+        if marker == 0xDD:
+            escaped = rb"\xff[\0\xd0-\xd7]"  # there are restart markers among the pixels
+        yield marker, data[place + 4 : place + 2 + length]
+        place += 2 + length
+    end = re.compile(rb"(?:[^\xff]|" + escaped + rb")*+").match(data, place).end()
+    if data[end:] != b"\xff\xd9":
+        raise ImageError(f"the JPEG's pixels end at byte {end} of {len(data)}; an end marker alone may follow")
+
+
+def _jpeg_tables(marker: int, body: bytes) -> Iterator[int]:
+    """The names of the tables in a segment."""
+    place = 0
+    while place < len(body):
+        if body[place] not in _JPEG_TABLES[marker]:
+            raise ImageError(f"the JPEG has a table {body[place]:02X} in a segment {marker:02X}")
+        yield body[place]
+        # 64 steps; or how many codes there are of 1 to 16 bits, and their values
+        place += 1 + (64 if marker == 0xDB else 16 + sum(body[place + 1 : place + 17]))
+    if place != len(body):
+        raise ImageError(f"the JPEG's tables do not end with their segment {marker:02X}")

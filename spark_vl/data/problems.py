@@ -1,4 +1,7 @@
-"""Rows of a recipe as problems, one at a time. Rows are untrusted: each becomes a `PromptRecord`, or says why not."""
+"""Rows of a recipe as problems, one at a time. Rows are untrusted: each becomes a `PromptRecord`, or says why not.
+
+Those of a judgment dataset are prompts already, and become records of their own kind.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from string import ascii_uppercase
 from typing import Any
 
 from spark_vl.answers import last_boxed, match_choice
+from spark_vl.data.cells import cell, identifier, items, kind, options, text
 from spark_vl.data.images import ImageError, image_path, load_image
-from spark_vl.data.recipes import Recipe
+from spark_vl.data.judgments import record_of
+from spark_vl.data.recipes import JudgmentColumns, Recipe
 from spark_vl.data.sources import Row, open_rows
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, PromptRecord
+from spark_vl.verifiers.base import VERIFIERS
 
 
 def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
@@ -53,6 +59,8 @@ class ProblemSet:
     ) -> None:
         self.recipe, self.split = recipe, split
         self._templater, self._rows, self._root = templater, rows, root
+        # A dataset does not choose which code is imported: beside these, only the recipe's own `module:function`.
+        self._verifiers = VERIFIERS.keys() | ({own} if (own := recipe.verifier_of(split)) else set())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -70,7 +78,7 @@ class ProblemSet:
         try:
             row = self._rows[index]
             if self.recipe.columns.id is not None:
-                record_id = f"{self.recipe.name}/{self.split}/{_id(row, self.recipe.columns.id)}"
+                record_id = f"{self.recipe.name}/{self.split}/{identifier(row, self.recipe.columns.id)}"
             return self._record(row, record_id)
         except ValueError as error:
             raise BadRecordError(record_id, str(error)) from error
@@ -79,37 +87,44 @@ class ProblemSet:
     def has_image_paths(self) -> bool:
         """Whether the first row holds its images as paths."""
         column = self.recipe.columns.images
-        return column is not None and len(self) > 0 and any(isinstance(i, str) for i in _list(self._rows[0][column]))
+        return column is not None and len(self) > 0 and any(isinstance(i, str) for i in items(self._rows[0][column]))
 
     def _record(self, row: Row, record_id: str) -> PromptRecord:
         recipe, columns = self.recipe, self.recipe.columns
-        text, gold = _text(row, columns.question).strip(), _gold(_text(row, columns.answer))
-        options = _options(row, columns.choices)
-        if columns.verifier is not None and _cell(row, columns.verifier) is not None:
-            verifier = _text(row, columns.verifier)
-        elif options or (recipe.verifier_of(self.split) == "math" and _is_lettered(text, gold)):
+        if isinstance(columns, JudgmentColumns):
+            return record_of(row, columns.judgments, id=record_id, recipe=recipe.name, verifiers=self._verifiers)
+        question, gold = text(row, columns.question).strip(), _gold(text(row, columns.answer))
+        choices = () if columns.choices is None else options(row, columns.choices)
+        if columns.verifier is not None and cell(row, columns.verifier) is not None:
+            verifier = text(row, columns.verifier)
+            if verifier not in self._verifiers:
+                raise ValueError(
+                    f"{columns.verifier!r} is {verifier!r}; allowed: null, {', '.join(sorted(self._verifiers))}"
+                )
+        elif choices or (recipe.verifier_of(self.split) == "math" and _is_lettered(question, gold)):
             verifier = "choice"
         else:
             verifier = recipe.verifier_of(self.split)
         if verifier == "choice":
-            gold = _letter(gold, options)
-        if options and not _shows(text, options):
-            text += "".join(f"\n{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
-        question = self._question(text, self._images(row))
+            gold = _letter(gold, choices)
+        if choices and not _shows(question, choices):
+            lettered = zip(ascii_uppercase, choices, strict=False)
+            question += "".join(f"\n{letter}. {option}" for letter, option in lettered)
+        content = self._content(question, self._images(row))
         return PromptRecord(
             id=record_id,
             kind="problem",
-            messages=self._templater.problem(question),
-            question=question,
+            messages=self._templater.problem(content),
+            question=content,
             gold=gold,
             verifier=verifier,
             recipe=recipe.name,
-            choices=options,
+            choices=choices,
         )
 
     def _images(self, row: Row) -> list[ImageRef]:
         column = self.recipe.columns.images
-        return [] if column is None else [self._image(item) for item in _list(_cell(row, column))]
+        return [] if column is None else [self._image(item) for item in items(cell(row, column))]
 
     def _image(self, item: Any) -> ImageRef:
         match item:
@@ -118,9 +133,7 @@ class ProblemSet:
             case str(path) | {"bytes": None, "path": str(path)}:
                 pass
             case _:
-                raise ValueError(
-                    f"an image is {_kind(item)}; bytes, a path, or a mapping of bytes and path are allowed"
-                )
+                raise ValueError(f"an image is {kind(item)}; bytes, a path, or a mapping of bytes and path are allowed")
         if self._root is None:
             raise ValueError(
                 f"an image is the path {path!r}, but the recipe has no media_root that paths are relative to"
@@ -129,10 +142,10 @@ class ProblemSet:
         image_path(ref)
         return ref
 
-    def _question(self, text: str, images: list[ImageRef]) -> Content:
-        pieces = text.split(self.recipe.image_placeholder)
+    def _content(self, question: str, images: list[ImageRef]) -> Content:
+        pieces = question.split(self.recipe.image_placeholder)
         if len(pieces) == 1:
-            return (*images, text)
+            return (*images, question)
         if not any(piece.strip() for piece in pieces):
             raise ValueError("the question has no words")
         if len(pieces) != len(images) + 1:
@@ -160,56 +173,6 @@ def check(problems: ProblemSet) -> Iterator[PromptRecord | BadRecordError]:
             yield BadRecordError(record.id, str(error))
         except BadRecordError as error:
             yield error
-
-
-def _cell(row: Row, column: str) -> Any:
-    if column not in row:
-        raise ValueError(f"no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
-    return row[column]
-
-
-def _text(row: Row, column: str) -> str:
-    value = _cell(row, column)
-    if not isinstance(value, str):
-        raise ValueError(f"{column!r} is {_kind(value)}; text is allowed")
-    if not value.strip():
-        raise ValueError(f"{column!r} is empty")
-    return _unicode(value, column)
-
-
-def _unicode(text: str, column: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{column!r} is not valid Unicode: {error}") from error
-    return text
-
-
-def _id(row: Row, column: str) -> str:
-    value = _cell(row, column)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    text = _text(row, column)
-    if not text.isprintable():
-        raise ValueError(f"{column!r} is {text!r}; printable text is allowed")
-    return text
-
-
-def _list(cell: Any) -> list[Any]:
-    return [] if cell is None else list(cell) if isinstance(cell, list | tuple) else [cell]
-
-
-def _options(row: Row, column: str | None) -> tuple[str, ...]:
-    if column is None:
-        return ()
-    cell = _cell(row, column)
-    if cell is None or cell == []:
-        return ()
-    if not isinstance(cell, list | tuple) or not all(isinstance(item, str) and item.strip() for item in cell):
-        raise ValueError(f"{column!r} is {cell!r:.80}; a list of texts that are not empty is allowed")
-    if not 2 <= len(cell) <= len(ascii_uppercase):
-        raise ValueError(f"{column!r} has {len(cell)} options; 2 to {len(ascii_uppercase)} are allowed")
-    return tuple(_unicode(item.strip(), column) for item in cell)
 
 
 def _shows(question: str, options: tuple[str, ...]) -> bool:
@@ -242,12 +205,3 @@ def _letter(gold: str, options: tuple[str, ...]) -> str:
             f"the answer {gold!r:.80} names no single option{f' of {list(options)!r:.200}' if options else ''}"
         )
     return letter
-
-
-def _kind(value: Any) -> str:
-    """A value's type, for messages; never the bytes of an image."""
-    if isinstance(value, dict):
-        return (
-            f"a mapping of {', '.join(f'{key!r}: {type(item).__name__}' for key, item in value.items()) or 'nothing'}"
-        )
-    return "null" if value is None else f"{type(value).__name__} {value!r:.40}"

@@ -10,19 +10,25 @@
 
 A file that starts from another recipe names it as its `base` and holds only what differs, for example where the images
 of ViRL39K were unpacked: `{base: virl39k, media_root: /data/ViRL39K}`. Paths are relative to the recipe file.
+
+A file may have `parameters`, with their defaults, or null where one has to be given: `{repo: null, revision: main}`.
+`${repo}` in its texts stands for what the name of the recipe says: `judgments?repo=org/name&revision=v1` (written as
+the query of a URL is).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import parse_qsl
 
 import yaml
 
+from spark_vl.data.judgments import CONFIGS, Config, record_columns
 from spark_vl.data.sources import Source, SourceKind
 
 SPLITS = ("train", "validation", "test")
@@ -44,12 +50,28 @@ class Columns:
     id: str | None = None
     """Text or integer, unique in its split; without it, rows are numbered."""
     verifier: str | None = None
-    """Name of the row's verifier; null: the recipe's."""
+    """Name of the row's verifier: one of `VERIFIERS`, or that of the recipe; null: the recipe's."""
 
     @property
     def used(self) -> tuple[str, ...]:
         """The names of all columns that are read, each once."""
         return tuple(dict.fromkeys(name for name in vars(self).values() if name is not None))
+
+
+@dataclass(frozen=True)
+class JudgmentColumns:
+    """The columns of a judgment dataset, which are fixed (`judgments.features`)."""
+
+    judgments: Config
+    """Which of its configurations. The rows of all but `rollouts` are judge and reflection prompts as they are."""
+    id: str = field(default="id", init=False)
+    images: None = field(default=None, init=False)
+    """They are looked for in the row itself, and never at a path."""
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The names of all columns that are read."""
+        return record_columns(self.judgments)
 
 
 @dataclass(frozen=True)
@@ -63,18 +85,19 @@ class Recipe:
     source: Source
     splits: Mapping[str, str]
     """train, validation or test → the split at the source (see `sources.open_rows`)."""
-    columns: Columns
-    verifier: str | Mapping[str, str]
+    columns: Columns | JudgmentColumns
+    verifier: str | Mapping[str, str] | None = None
     """Name of the verifier of every row, or one for each split. `math` gives way to `choice` in rows whose answer is
-    one capital letter and whose question letters its options."""
+    one capital letter and whose question letters its options. Rows of judgment datasets name theirs: None, or the
+    `module:function` that they may name besides `VERIFIERS`."""
     media_root: str | None = None
     """Folder that image paths are relative to and cannot leave. None: that of a local source; no paths for others."""
     image_placeholder: str = "<image>"
     """What stands in a question where an image belongs."""
 
-    def verifier_of(self, split: str) -> str:
+    def verifier_of(self, split: str) -> str | None:
         """The verifier of the rows of `split` that name none."""
-        return self.verifier if isinstance(self.verifier, str) else self.verifier[split]
+        return self.verifier[split] if isinstance(self.verifier, Mapping) else self.verifier
 
 
 def recipes() -> list[str]:
@@ -83,10 +106,21 @@ def recipes() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
+def usage(name: str) -> str:
+    """How the shipped recipe `name` is written, with the parameters that have to be given: `judgments?repo=REPO`.
+
+    It is a name that `load_recipe` takes, but its source is nowhere.
+    """
+    parameters = yaml.safe_load(_shipped(name)).get("parameters", {})
+    missing = [parameter for parameter, default in parameters.items() if default is None]
+    return f"{name}?{'&'.join(f'{parameter}={parameter.upper()}' for parameter in missing)}" if missing else name
+
+
 def load_recipe(name_or_path: str | Path, **overrides: Any) -> Recipe:
     """The shipped recipe of that name, or the one in that YAML file.
 
     Args:
+        name_or_path: with its parameters, if it has any: `judgments?repo=org/name&kind=pairwise`.
         overrides: fields that replace those of the file, in the form that they have in YAML, for instance to read a
             local copy: `load_recipe("geometry3k", source={"parquet": "data"}, splits={"train": "train-*.parquet"})`.
             Paths are relative to the working directory.
@@ -98,20 +132,24 @@ def load_recipe(name_or_path: str | Path, **overrides: Any) -> Recipe:
     return _recipe(raw | _absolute(overrides, Path.cwd()), where)
 
 
+def _shipped(name: str) -> str:
+    return resources.files("spark_vl.data_recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def _read(name_or_path: str, derived: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """The fields of a recipe, its base's included, and its file for messages; `derived`: files that start from it."""
-    path = Path(name_or_path).expanduser()
+    name, _, query = name_or_path.partition("?")
+    path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml"):
         where, folder = str(path), path.resolve().parent
         if not path.is_file():
             raise ValueError(f"{where}: there is no such recipe file")
         text = path.read_text(encoding="utf-8")
-    elif name_or_path in recipes():
-        where, folder = f"{name_or_path}.yaml", Path.cwd()
-        text = resources.files("spark_vl.data_recipes").joinpath(where).read_text(encoding="utf-8")
+    elif name in recipes():
+        where, folder, text = f"{name}.yaml", Path.cwd(), _shipped(name)
     else:
         raise ValueError(
-            f"no recipe {name_or_path!r}; allowed: {', '.join(recipes())}, or the path of a file that ends in .yaml"
+            f"no recipe {name!r}; allowed: {', '.join(recipes())}, or the path of a file that ends in .yaml"
         )
     if where in derived:
         raise ValueError(f"{where}: base: is a base of itself ({' → '.join([*derived, where])})")
@@ -121,13 +159,49 @@ def _read(name_or_path: str, derived: tuple[str, ...]) -> tuple[dict[str, Any], 
         raise ValueError(f"{where}: is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: found {_shown(raw)}; allowed: a mapping of fields")
-    raw = _absolute(raw, folder)
+    raw = _absolute(_filled(raw, query, where), folder)
     if "base" not in raw:
         return raw, where
-    base = _text(where, "base", raw.pop("base"))
+    base, mark, query = _text(where, "base", raw.pop("base")).partition("?")
     if (beside := folder / base).suffix in (".yaml", ".yml"):
         base = str(beside)
-    return _read(base, (*derived, where))[0] | raw, where
+    return _read(f"{base}{mark}{query}", (*derived, where))[0] | raw, where
+
+
+def _filled(raw: dict[str, Any], query: str, where: str) -> dict[str, Any]:
+    """`raw` without its parameters, and in its texts what `query`, or their default, has for each."""
+    raw = dict(raw)
+    defaults = raw.pop("parameters", {})
+    if not isinstance(defaults, dict) or not all(
+        isinstance(key, str) and isinstance(value, str | None) for key, value in defaults.items()
+    ):
+        raise ValueError(f"{where}: parameters: found {_shown(defaults)}; allowed: a mapping of names to texts or null")
+    try:
+        given = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError as error:
+        raise ValueError(f"{where}: found {query!r}; allowed: parameters as name=value&name=value") from error
+    values = defaults | dict(given)
+    allowed = ", ".join(defaults) or "none"
+    if unknown := [name for name, _ in given if name not in defaults]:
+        raise ValueError(f"{where}: {unknown[0]!r} is no parameter; allowed: {allowed}")
+    if len(dict(given)) != len(given):
+        raise ValueError(f"{where}: found {query!r}; allowed: each parameter once")
+    if missing := [name for name, value in values.items() if not value]:
+        raise ValueError(f"{where}: parameter {missing[0]}: is missing; write {Path(where).stem}?{missing[0]}=…")
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        return re.sub(r"\$\{(.*?)\}", parameter, value) if isinstance(value, str) else value
+
+    def parameter(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise ValueError(f"{where}: {match[0]}: is no parameter; allowed: {allowed}")
+        return values[match[1]]
+
+    return filled(raw) if defaults else raw
 
 
 def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -153,28 +227,43 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     splits = _mapping(where, "splits", raw["splits"])
     if not splits or set(splits) - set(SPLITS):
         raise ValueError(f"{where}: splits: found {_shown(splits)}; allowed: one or more of {', '.join(SPLITS)}")
-    verifier = raw["verifier"]
+    verifier = raw.get("verifier")
     if isinstance(verifier, dict):
         verifier = _mapping(where, "verifier", verifier)
         if set(splits) - set(verifier):
             raise ValueError(
                 f"{where}: verifier: found {_shown(verifier)}; allowed: a name, or one for each of {', '.join(splits)}"
             )
-    columns = _mapping(where, "columns", raw["columns"])
-    _check_fields(where, "columns.", columns, Columns)
+    columns = _columns(where, raw["columns"])
     optional = {
         key: _text(where, key, raw[key]) for key in ("media_root", "image_placeholder") if raw.get(key) is not None
     }
+    if isinstance(columns, JudgmentColumns) and optional:
+        raise ValueError(f"{where}: {next(iter(optional))}: is of no use to a judgment dataset; leave it out")
+    if isinstance(columns, Columns) and verifier is None:
+        raise ValueError(f"{where}: verifier: is missing")
     return Recipe(
         name=name,
         description=_text(where, "description", raw["description"]),
         license=_text(where, "license", raw["license"]),
         source=_source(where, raw["source"]),
         splits=splits,
-        columns=Columns(**columns),
-        verifier=verifier if isinstance(verifier, dict) else _text(where, "verifier", verifier),
+        columns=columns,
+        verifier=verifier if isinstance(verifier, dict | None) else _text(where, "verifier", verifier),
         **optional,
     )
+
+
+def _columns(where: str, raw: Any) -> Columns | JudgmentColumns:
+    columns = _mapping(where, "columns", raw)
+    if "judgments" not in columns:
+        _check_fields(where, "columns.", columns, Columns)
+        return Columns(**columns)
+    if len(columns) > 1:
+        raise ValueError(f"{where}: columns: found {_shown(raw)}; allowed beside judgments: nothing")
+    if columns["judgments"] not in CONFIGS:
+        raise ValueError(f"{where}: columns.judgments: found {columns['judgments']!r}; allowed: {', '.join(CONFIGS)}")
+    return JudgmentColumns(columns["judgments"])
 
 
 def _source(where: str, raw: Any) -> Source:
@@ -197,12 +286,12 @@ def _source(where: str, raw: Any) -> Source:
 
 def _check_fields(where: str, prefix: str, raw: dict[str, Any], cls: type) -> None:
     """Neither unknown nor missing keys."""
-    known = [field.name for field in fields(cls)]
+    known = [each.name for each in fields(cls)]
     if unknown := [key for key in raw if key not in known]:
         raise ValueError(f"{where}: {prefix}{unknown[0]}: is no field; allowed: {', '.join(known)}")
-    for field in fields(cls):
-        if field.default is MISSING and field.name not in raw:
-            raise ValueError(f"{where}: {prefix}{field.name}: is missing")
+    for each in fields(cls):
+        if each.default is MISSING and each.name not in raw:
+            raise ValueError(f"{where}: {prefix}{each.name}: is missing")
 
 
 def _mapping(where: str, field: str, value: Any) -> dict[str, str]:

@@ -8,6 +8,7 @@ and on a machine without a GPU a launched group of processes stays apart, each b
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -81,6 +82,19 @@ def strategy(accelerator: Accelerator) -> str:
             return "fsdp2"
         case _:
             return "ddp"
+
+
+def describe_launch(accelerator: Accelerator) -> dict[str, Any]:
+    """`processes`, `device` (its name), `strategy` and `precision` of what runs."""
+    device = accelerator.device
+    return {
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} {device.type.upper()} with {os.cpu_count()} cores",
+        "strategy": strategy(accelerator),
+        "precision": accelerator.mixed_precision,
+    }
 
 
 def check_launch(accelerator: Accelerator, policy: torch.nn.Module) -> None:

@@ -29,7 +29,7 @@ Counting = Callable[[str, int], Callable[[int], None]]
 
 
 class Evaluator:
-    """Evaluates a policy on held-out problems, always the same ones.
+    """Evaluates a policy on held-out problems, or judgments that a run has published, always the same ones.
 
     Args:
         config: which problems, how many, how often sampled.
@@ -59,7 +59,8 @@ class Evaluator:
             raise ConfigError(f"evaluation.recipes: more than one is named {', '.join(repeated)}; names are unique")
         self._sets = [open_recipe(recipe, config.split, templater) for recipe in recipes]
         self._records: list[PromptRecord] | None = None  # until the first evaluation
-        self._drawn = 0  # rows, to find the problems among `_records`
+        self._drawn = 0  # rows
+        self._used = 0  # those of them that are among `_records`
 
     def __call__(
         self,
@@ -101,7 +102,7 @@ class Evaluator:
         }
         if self.samples_file is not None:
             append_samples(self.samples_file, groups | {"test_time_steps": steps})
-        return score(groups) | {"unusable": estimate(1 - len(answers) / self._drawn, self._drawn)}
+        return score(groups) | {"unusable": estimate(1 - self._used / self._drawn, self._drawn)}
 
     def _prompts(self, processor: Processor, verifiers: VerifierPool) -> list[ProcessedPrompt]:
         """All prompts; which ones is decided at the first evaluation."""
@@ -109,11 +110,16 @@ class Evaluator:
             return [processor.process(record) for record in self._records]
         prompts = []
         for problem_set in self._sets:
-            problems, drawn = draw_problems(problem_set, self.config.problems, processor, verifiers)
+            chosen, drawn = draw_problems(problem_set, self.config.problems, processor, verifiers)
             self._drawn += drawn
-            prompts += problems
-            wrong = wrong_answers([prompt.record for prompt in problems], verifiers)
-            for problem in (prompt.record for prompt in problems if prompt.record.id in wrong):
+            self._used += len(chosen)
+            prompts += chosen
+            # The rows of a judgment dataset are asked as they are.
+            problems = [prompt.record for prompt in chosen if prompt.record.kind == "problem"]
+            wrong = wrong_answers(problems, verifiers)
+            for problem in problems:
+                if problem.id not in wrong:
+                    continue
                 records = judge_and_reflect(problem, wrong[problem.id], self.templater)
                 processed = process_all(records, processor)
                 if len(processed) == len(records):  # all or none, which keeps the labels balanced

@@ -44,7 +44,8 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     """The figures of one evaluation.
 
     With several recipes a plain name is their macro mean, and `recipe/name` the figure of one; a figure for which a
-    recipe has no prompts is left out. All but the `_sampled` ones are of greedy completions.
+    recipe has no prompts is left out. All but the `_sampled` ones are of greedy completions. The prompts of a judgment
+    dataset are what they are: its pointwise accuracy is balanced as far as its labels are.
 
     | name | |
     |---|---|
@@ -53,14 +54,15 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     | `pointwise_greedy`, `pointwise_sampled` | balanced accuracy: of each problem's gold and one wrong answer |
     | `pointwise_says_correct` | share of those verdicts that call the answer correct; .5 is right |
     | `pairwise_greedy`, `pairwise_sampled` | accuracy, for each problem in both orders |
-    | `pairwise_consistency` | share of problems with the same answer picked in both orders |
+    | `pairwise_consistency` | share of problems with the same answer picked in both orders, of pairs asked in both |
     | `reflection_greedy`, `reflection_sampled` | accuracy where the prompt quotes a wrong answer: repairs |
-    | `reflection_keeps` | accuracy where it quotes the right one |
+    | `reflection_keeps` | accuracy where it quotes a right one |
     | `test_time_reflection` | accuracy on problems after the model has judged, and may have revised, its own answer |
     | `test_time_majority` | accuracy of the majority among as many samples as that took new tokens |
 
     Args:
-        groups: verified groups by mode: `greedy`, `sampled`, `test_time_reflection` and `test_time_majority`.
+        groups: verified groups by mode: `greedy`, `sampled`, `test_time_reflection` and `test_time_majority`; those
+            without any may be left out.
     """
     recipes = dict.fromkeys(group.record.recipe for mode in groups.values() for group in mode)
     by_recipe = {
@@ -77,10 +79,11 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
 def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     """The figures of one recipe."""
     results: dict[str, Estimate] = {}
+    groups = {**groups, "greedy, both orders": _both_orders(groups.get("greedy", ()))}
 
     def add(name: str, measure: Measure, mode: str, kind: str, quoted_correct: bool | None = None) -> None:
         problems = defaultdict(list)
-        for group in groups[mode]:
+        for group in groups.get(mode, ()):
             origin = group.record.origin
             if group.record.kind == kind and (quoted_correct is None or origin.quoted_correct is quoted_correct):
                 problems[origin.parent_id if origin else group.record.id].append(group)
@@ -95,13 +98,23 @@ def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate
     add("pointwise_says_correct", _says_correct, "greedy", "pointwise")
     add("pairwise_greedy", _accuracy, "greedy", "pairwise")
     add("pairwise_sampled", _accuracy, "sampled", "pairwise")
-    add("pairwise_consistency", _consistency, "greedy", "pairwise")
+    add("pairwise_consistency", _consistency, "greedy, both orders", "pairwise")
     add("reflection_greedy", _accuracy, "greedy", "reflection", quoted_correct=False)
     add("reflection_sampled", _accuracy, "sampled", "reflection", quoted_correct=False)
     add("reflection_keeps", _accuracy, "greedy", "reflection", quoted_correct=True)
     add("test_time_reflection", _accuracy, "test_time_reflection", "problem")
     add("test_time_majority", _accuracy, "test_time_majority", "problem")
     return results
+
+
+def _both_orders(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The judgments of those pairs that are asked in both orders; those of a published dataset come in one."""
+    pairs = defaultdict(list)
+    for group in groups:
+        if group.record.kind == "pairwise":
+            origin = group.record.origin
+            pairs[origin.parent_id, origin.template, *sorted(origin.completions)].append(group)
+    return [group for pair in pairs.values() if len({g.record.gold for g in pair}) == 2 for group in pair]
 
 
 def _accuracy(groups: Sequence[RolloutGroup]) -> float:

@@ -2,6 +2,7 @@
 
 A judge is shown each problem's gold answer and a wrong one, which is the gold of another problem (for a choice
 question, another letter). Which problems, answers, templates and labels are drawn is fixed by the ids of the rows.
+The prompts of a published judgment dataset are asked as they are.
 """
 
 from __future__ import annotations

@@ -2,75 +2,166 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from spark_vl import __version__
-from spark_vl.data.problems import check, open_recipe
-from spark_vl.data.recipes import Recipe, load_recipe
+from spark_vl.config import dump_config
+from spark_vl.hub.run import TrainedModel
 from spark_vl.prompts import Templater
-from spark_vl.records import PromptRecord, plain_text
+from spark_vl.prompts.templater import Template
+
+_TASK = {"task_type": "image-text-to-text", "task_name": "Visual question answering with verifiable answers"}
+
+_RECYCLED = {
+    "recycled, pointwise, right answer": "pointwise_correct",
+    "recycled, pointwise, wrong answer": "pointwise_incorrect",
+    "recycled, pairwise": "pairwise",
+    "recycled, reflection on a wrong answer": "reflection_incorrect",
+    "recycled, reflection on a right answer": "reflection_correct",
+}
 
 
-def write_model_card(run: Path) -> Path:
-    """Write `model/README.md` of a finished run, from its config, metrics and summary (if it was evaluated)."""
-    config_text = (run / "config.yaml").read_text()
-    config = yaml.safe_load(config_text)
-    summary = run / "summary.json"
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    recipes = [load_recipe(name) for name in config["data"]["recipes"]]
+def write_model_card(
+    model: TrainedModel, path: Path, *, model_id: str, name: str, base_license: str | None = None
+) -> None:
+    """Write the card of `model`.
+
+    Args:
+        model_id: what its snippets load: `ORG/NAME`, or a folder.
+        base_license: licence of the base model, as its card names it.
+    """
+    config = model.config
     base = config["model"]["path"]
+    on_hub = "/" in base
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        base_model=_hub_id(base),
-        base_model_relation=_hub_id(base) and "finetune",
-        datasets=[id for r in recipes if r.source.kind == "hub" and (id := _hub_id(r.source.location))] or None,
+        license=base_license,
+        base_model=base if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        datasets=sorted({recipe["dataset"]["id"] for recipe in model.trained_on if recipe["dataset"]}) or None,
         tags=["spark-vl", "generative-reward-model", "grpo"],
+        model_name=name,
+        eval_results=list(_eval_results(model)) or None,
     )
+    judge, says_right = _judge(model.templater)
+    evaluation = model.evaluation
+    consistency = evaluation and evaluation["after"].get("pairwise_consistency")
     card = ModelCard.from_template(
         data,
         template_str=(resources.files("spark_vl.model_cards") / "model.md").read_text(),
-        name=run.name,
-        model_id=str(run / "model"),
+        name=name,
+        model_id=model_id,
         version=__version__,
+        base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
+        base_license=base_license,
         config=config,
-        config_text=config_text,
-        question=_first_question(recipes[0]),
-        summary=json.loads(summary.read_text()) if summary.exists() else None,
+        config_text=dump_config(config),
+        step=model.step,
+        system_messages=_system_messages(config["prompts"]["system"]),
+        suffix=repr(config["prompts"]["reasoning_suffix"]),
+        judge_parts=_parts(judge),
+        says_right=repr(says_right),
+        reflect_parts=_parts(_reflection(model.templater)),
+        evaluation=evaluation,
+        evaluation_recipes=[recipe["name"] for recipe in model.evaluated_on],
         percent=_percent,
-        steps=len(steps),
-        recycled={
-            "judge": _total(steps, "pointwise_correct", "pointwise_incorrect", "pairwise"),
-            "reflection": _total(steps, "reflection_correct", "reflection_incorrect"),
-        },
-        recipes=recipes,
+        consistency=None if consistency is None else f"{100 * consistency:.0f}",
+        sampled={name: model.total(f"rollout/{name}") for name in ("completions", "tokens")},
+        recycled={name: model.total(f"recycle/{key}") for name, key in _RECYCLED.items()},
+        environments=model.environments,
+        recipes=model.trained_on,
     )
-    path = run / "model" / "README.md"
     card.save(path)
-    return path
 
 
-def _first_question(recipe: Recipe) -> str:
-    """The text of the first training problem that can be used, as an example."""
-    problems = check(open_recipe(recipe, "train", Templater.load()))
-    record = next(found for found in problems if isinstance(found, PromptRecord))
-    return plain_text(record.question).replace("<image>", "").strip()
+def write_eval_results(model: TrainedModel, folder: Path) -> None:
+    """Write `.eval_results/NAME.yaml` for each dataset of the Hub that these weights were evaluated on: accuracy in
+    percent, as leaderboards read it."""
+    for recipe, figure, result in _benchmarks(model):
+        if recipe["dataset"] is None or figure != "reasoning_greedy":
+            continue
+        entry = EvalResultEntry(
+            dataset_id=recipe["dataset"]["id"],
+            task_id=recipe["dataset"]["config"] or "default",
+            value=round(100 * result["value"], 2),
+            dataset_revision=recipe["dataset"]["revision"],
+            notes=f"greedy, {result['n']} problems of split {recipe['splits'][model.config['evaluation']['split']]}, "
+            f"95 % interval {100 * result['low']:.1f} to {100 * result['high']:.1f}",
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        (folder / f"{recipe['name']}.yaml").write_text(text)
 
 
-def _hub_id(location: str) -> str | None:
-    """`location`, unless it is a folder of the author's machine, which no reader could look up."""
-    return None if Path(location).exists() else location
+def _eval_results(model: TrainedModel) -> Iterator[EvalResult]:
+    """For the metadata of the card (`model-index`)."""
+    for recipe, figure, result in _benchmarks(model):
+        yield EvalResult(
+            **_TASK,
+            dataset_type=recipe["dataset"]["id"] if recipe["dataset"] else recipe["name"],
+            dataset_name=recipe["name"],
+            dataset_split=recipe["splits"][model.config["evaluation"]["split"]],
+            metric_type="accuracy",
+            metric_name=figure,
+            metric_value=round(100 * result["value"], 2),
+        )
+
+
+def _benchmarks(model: TrainedModel) -> Iterator[tuple[dict[str, Any], str, dict[str, float]]]:
+    """Recipe, figure and result, for the accuracies of each recipe that these weights were evaluated on."""
+    if model.evaluation is None:
+        return
+    [results] = [line["results"] for line in model.evaluations if line["step"] == model.step]
+    for recipe in model.evaluated_on:
+        for figure in ("reasoning_greedy", "pointwise_greedy", "pairwise_greedy"):
+            key = figure if len(model.evaluated_on) == 1 else f"{recipe['name']}/{figure}"
+            if key in results:
+                yield recipe, figure, results[key]
+
+
+def _judge(templater: Templater) -> tuple[Template, str]:
+    """The template that the card shows, and the label that calls an answer right."""
+    templates = [t for t in templater.templates.values() if t.kind == "pointwise"]
+    template = next((t for t in templates if t.options is None), templates[0])
+    return template, template.labels[0]
+
+
+def _reflection(templater: Templater) -> Template:
+    templates = [t for t in templater.templates.values() if t.kind == "reflection" and t.claim == "check"]
+    return next((t for t in templates if t.shows == "answer"), templates[0])
+
+
+def _parts(template: Template) -> str:
+    """`template` as arguments in Python, with the variables `image`, `question` and `answer`."""
+    options = dict(zip(("{option_a}", "{option_b}"), template.options or (), strict=False))
+    parts: list[list[str]] = [[]]
+    for piece in re.split(r"(\{(?:question|answer|option_a|option_b)\})", template.text):
+        match piece:
+            case "{question}":
+                parts += [["image"], ["question"]]
+            case "{answer}":
+                parts[-1].append("answer")
+            case "":
+                pass
+            case _:
+                parts[-1].append(repr(options.get(piece, piece)))
+    return ", ".join(" + ".join(part) for part in parts if part)
+
+
+def _system_messages(system: str) -> str:
+    """What stands before the user's turn in a list in Python."""
+    if not system:
+        return ""
+    return f"[{{'role': 'system', 'content': [{{'type': 'text', 'text': {system!r}}}]}}] + "
 
 
 def _percent(value: float | None, interval: list[float] | None) -> str:
     return "" if value is None else f"{100 * value:.1f} ({100 * interval[0]:.0f}–{100 * interval[1]:.0f})"
-
-
-def _total(steps: list[dict], *names: str) -> int:
-    """Recycled prompts over all steps; a run without recycling has none of these."""
-    return round(sum(step.get(f"recycle/{name}", 0) for step in steps for name in names))

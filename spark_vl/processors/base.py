@@ -45,6 +45,8 @@ class ProcessedPrompt:
 class Processor(Protocol):
     """Turns records into inputs, and tokens back into text."""
 
+    commit: str | None
+    """Commit of the Hub that it was loaded from; None: it was in a folder."""
     image_token_id: int
     pad_token_id: int
     stop_token_ids: tuple[int, ...]

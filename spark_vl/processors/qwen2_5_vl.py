@@ -68,6 +68,7 @@ class QwenVLProcessor:
         max_prompt_tokens: int,
     ) -> None:
         self.hf = processor
+        self.commit: str | None = vars(config).get("_commit_hash")  # set where it came from the Hub only
         self.min_pixels, self.max_pixels, self.max_prompt_tokens = min_pixels, max_pixels, max_prompt_tokens
         self.image_token_id: int = config.image_token_id
         self.pad_token_id: int = processor.tokenizer.pad_token_id

@@ -7,11 +7,12 @@ Images stand where the question has them, in any number.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files as package_files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -23,6 +24,9 @@ from spark_vl.answers import last_boxed, match_label
 from spark_vl.config import DEFAULT_REASONING_SUFFIX as REASONING_SUFFIX
 from spark_vl.config import PromptConfig, blamed_on
 from spark_vl.records import JUDGMENTS, Content, Kind, Message, Origin, PromptRecord
+
+PROMPTS_FILE = "spark_prompts.json"
+"""What `Templater.save` writes into the folder of a model, so that it is asked in the words that it was trained on."""
 
 _SLOTS = {
     "pointwise": ("{question}", "{answer}"),
@@ -119,10 +123,11 @@ class Rendered:
         step: int = 0,
         rollouts: tuple[int, ...] = (),
         quoted_correct: bool | None = None,
+        completions: tuple[str, ...] = (),
     ) -> PromptRecord:
         """This prompt, made from `parent`: a reflection is scored as its parent is, a judgment by its label.
 
-        For `step`, `rollouts` and `quoted_correct` see `Origin`.
+        For `step`, `rollouts`, `quoted_correct` and `completions` see `Origin`.
         """
         judgment = kind in JUDGMENTS
         return replace(
@@ -133,7 +138,7 @@ class Rendered:
             gold=self.gold if judgment else parent.gold,
             verifier="judgment" if judgment else parent.verifier,
             choices=self.labels if judgment else parent.choices,
-            origin=Origin(parent.id, step, self.template, rollouts, quoted_correct),
+            origin=Origin(parent.id, step, self.template, rollouts, quoted_correct, completions),
         )
 
 
@@ -160,6 +165,7 @@ class Templater:
             raise ValueError(f"templates: more than one is named {', '.join(repeated)}; names are unique")
         self.templates: Mapping[str, Template] = {template.name: template for template in templates}
         """By name, to parse replies to what was rendered."""
+        self._system_prompt = system_prompt
         self._system = () if system_prompt is None else (Message("system", (system_prompt,)),)
         self._suffix = reasoning_suffix
         pointwise = [t for t in templates if t.kind == "pointwise"]
@@ -215,6 +221,42 @@ class Templater:
                 system_prompt=config.system or None,
                 reasoning_suffix=config.reasoning_suffix,
             )
+
+    @classmethod
+    def read(cls, file: Path) -> Templater:
+        """The templater that `save` wrote.
+
+        Raises:
+            ValueError: the file is not as `save` writes it. Names it and what is wrong.
+        """
+        try:
+            saved = json.loads(file.read_bytes())
+        except ValueError as error:  # no JSON, or no text
+            raise ValueError(f"{file}: is not valid JSON: {error}") from error
+        if not (
+            isinstance(saved, dict)
+            and saved.keys() == {"system", "reasoning_suffix", "templates"}
+            and isinstance(saved["system"], str | None)
+            and isinstance(saved["reasoning_suffix"], str)
+        ):
+            raise ValueError(
+                f"{file}: found {saved!r:.200}; allowed: a mapping with system (a text or null), reasoning_suffix "
+                "(a text), templates (a list) and nothing else"
+            )
+        templates = _templates(saved["templates"], file)
+        try:
+            return cls(templates, system_prompt=saved["system"], reasoning_suffix=saved["reasoning_suffix"])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def save(self, file: Path) -> None:
+        """Write everything that words prompts as JSON: `read` gives a templater that draws and words the same."""
+        saved = {
+            "system": self._system_prompt,
+            "reasoning_suffix": self._suffix,
+            "templates": [asdict(template) for template in self.templates.values()],
+        }
+        file.write_text(json.dumps(saved, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     def problem(self, question: Content) -> tuple[Message, ...]:
         """The prompt that asks `question`."""
@@ -323,6 +365,11 @@ def _read(file: Path | Traversable) -> list[Template]:
         rows = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: is not valid YAML: {error}") from error
+    return _templates(rows, file)
+
+
+def _templates(rows: Any, file: Path | Traversable) -> list[Template]:
+    """The templates of the mappings `rows`, which were found in `file`."""
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file}: found {type(rows).__name__}; allowed: a list of templates, not empty")
     allowed = [field.name for field in fields(Template)]

@@ -1,0 +1,76 @@
+"""Reads the cells of an untrusted row.
+
+Every function raises ValueError, which names the column, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+from string import ascii_uppercase
+from typing import Any
+
+from spark_vl.data.sources import Row
+
+
+def cell(row: Row, column: str) -> Any:
+    """Whatever is there."""
+    if column not in row:
+        raise ValueError(f"no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
+    return row[column]
+
+
+def text(row: Row, column: str) -> str:
+    """A text that is not blank, as it is."""
+    value = unicode(cell(row, column), column)
+    if not value.strip():
+        raise ValueError(f"{column!r} is empty")
+    return value
+
+
+def unicode(value: Any, column: str) -> str:
+    """`value`, which `column` holds, as a text that can be encoded; it may be blank."""
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} is {kind(value)}; text is allowed")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{column!r} is not valid Unicode: {error}") from error
+    return value
+
+
+def identifier(row: Row, column: str) -> str:
+    """An integer, or a printable text that is not blank."""
+    value = cell(row, column)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    value = text(row, column)
+    if not value.isprintable():
+        raise ValueError(f"{column!r} is {value!r}; printable text is allowed")
+    return value
+
+
+def items(value: Any) -> list[Any]:
+    """The items of a list; null is none, and anything else one."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def options(row: Row, column: str) -> tuple[str, ...]:
+    """2 to 26 texts that are not blank, or none."""
+    found = cell(row, column)
+    if found is None or found == []:
+        return ()
+    if not isinstance(found, list | tuple) or not all(isinstance(item, str) and item.strip() for item in found):
+        raise ValueError(f"{column!r} is {found!r:.80}; a list of texts that are not empty is allowed")
+    if not 2 <= len(found) <= len(ascii_uppercase):
+        raise ValueError(f"{column!r} has {len(found)} options; 2 to {len(ascii_uppercase)} are allowed")
+    return tuple(unicode(item.strip(), column) for item in found)
+
+
+def kind(value: Any) -> str:
+    """A value's type, for messages; never the bytes of an image."""
+    if isinstance(value, dict):
+        return (
+            f"a mapping of {', '.join(f'{key!r}: {type(item).__name__}' for key, item in value.items()) or 'nothing'}"
+        )
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return "null" if value is None else f"{type(value).__name__} {value!r:.40}"

@@ -1,0 +1,342 @@
+"""Groups as rows of a dataset, and back: what a run samples and verifies is a dataset that others train and test on.
+
+One row is one prompt with its G completions and their verdicts, as lists: a row for each completion would repeat the
+images G times. There is a configuration of the dataset for each kind of prompt; that of problems is `rollouts`. A
+quoted rollout stands there whole (`completion`), whatever the prompt shows of it. Prompts are in the chat format of
+transformers and TRL, and images are bytes that `encode_image` made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from spark_vl.answers import last_boxed, match_choice
+from spark_vl.data.cells import cell, kind, options, text, unicode
+from spark_vl.data.images import ImageError
+from spark_vl.data.sources import Row
+from spark_vl.prompts import neutralise
+from spark_vl.records import (
+    JUDGMENTS,
+    BadRecordError,
+    Content,
+    ImageRef,
+    Kind,
+    Message,
+    Origin,
+    PromptRecord,
+    Rollout,
+    RolloutGroup,
+    Verdict,
+    plain_text,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+Config = Literal["pointwise", "pairwise", "reflection", "rollouts"]
+CONFIGS: tuple[Config, ...] = get_args(Config)
+"""The configurations of a dataset. `rollouts` are the problems, the others recycled prompts of that kind."""
+
+Split = Literal["train", "test"]
+
+_TEST_SHARE = 20
+"""One problem in so many is in the split `test`."""
+
+_PLACE = "<image>"
+"""What stands in the column `question` where an image belongs (see `plain_text`)."""
+
+_ROLES = ("system", "user", "assistant")
+_STATUSES = ("ok", "unparsable", "timeout", "error")
+_FINISHES = ("stop", "length")
+
+_QUOTED = {
+    "pointwise": ("completion",),
+    "pairwise": ("completion_a", "completion_b"),
+    "reflection": ("completion",),
+}
+"""Columns of the quoted rollouts, in the order in which a prompt shows them."""
+
+
+def config_of(record: PromptRecord) -> Config:
+    """The configuration that `record` belongs to."""
+    return "rollouts" if record.kind == "problem" else record.kind
+
+
+def completions_column(config: Config) -> str:
+    """The column with the G completions of the row's own prompt."""
+    return "completion" if config == "rollouts" else "judge_completion"
+
+
+def record_columns(config: Config) -> tuple[str, ...]:
+    """The columns that `record_of` reads."""
+    common = ("id", "images", "messages", "question", "label", "choices", "verifier")
+    if config == "rollouts":
+        return common
+    quoted = (*_QUOTED[config], *(() if config == "pairwise" else ("correct",)))
+    return (*common, "parent_id", "step", "template", *quoted)
+
+
+@cache
+def features(config: Config) -> datasets.Features:
+    """The columns of a configuration and their types, which `datasets` decodes by."""
+    from datasets import Features, Image, List, Value  # slow to import
+
+    string, strings = Value("string"), List(Value("string"))
+    quoted = {
+        "rollouts": {},
+        "pairwise": dict.fromkeys(("answer_a", "answer_b", "completion_a", "completion_b"), string),
+    }.get(config, {"answer": string, "completion": string, "correct": Value("bool")})
+    return Features(
+        {
+            "id": string,
+            "images": List(Image()),
+            "messages": List({"role": string, "content": List({"type": string, "text": string})}),
+            "question": string,
+            "label": string,
+            "choices": strings,
+            **quoted,
+            completions_column(config): strings,
+            "reward": List(Value("float32")),
+            "parsed": strings,
+            "status": strings,
+            "finish": strings,
+            "verifier": string,
+            **({} if config == "rollouts" else {"template": string}),
+            "parent_id": string,
+            "recipe": string,
+            "license": string,
+            "model": string,
+            "model_revision": string,
+            "step": Value("int32"),
+        }
+    )
+
+
+def split_of(record: PromptRecord) -> Split:
+    """The split of `record`, decided by its question: all that is made of a problem is on one side."""
+    digest = hashlib.sha256()
+    for part in record.question:
+        data = part.encode() if isinstance(part, str) else part.path.encode() if part.data is None else part.data
+        digest.update(len(data).to_bytes(8) + data)
+    return "test" if int.from_bytes(digest.digest()[:8]) % _TEST_SHARE == 0 else "train"
+
+
+# ── group → row ──
+
+
+def row_of(
+    group: RolloutGroup,
+    step: int,
+    *,
+    licenses: Mapping[str, str],
+    model: str,
+    model_revision: str | None,
+    image_bytes: Callable[[ImageRef], bytes],
+) -> dict[str, Any]:
+    """`group`, verified, as a row of `config_of(group.record)`.
+
+    Args:
+        step: training step in which its completions were sampled.
+        licenses: of the data of each recipe, by the recipe's name.
+        model: which is trained, and `model_revision` its revision on the Hub.
+        image_bytes: an image → its file in the dataset, such as `encode_image`.
+
+    Raises:
+        BadRecordError: an image cannot be read, or the rollouts that the record quotes are not known.
+        ValueError: the group has not been verified.
+    """
+    record, origin = group.record, group.record.origin
+    if len(group.verdicts) != len(group.rollouts):
+        raise ValueError(f"{record.id}: {len(group.verdicts)} verdicts for {len(group.rollouts)} rollouts")
+    try:
+        images = [{"bytes": image_bytes(ref), "path": None} for ref in record.images]
+    except ImageError as error:
+        raise BadRecordError(record.id, f"an image: {error}") from error
+    recycled_here = origin is not None and bool(origin.rollouts)
+    return {
+        # What is drawn from a recipe comes again in each epoch.
+        "id": record.id if recycled_here else f"{record.id}@{step}",
+        "images": images,
+        "messages": [{"role": message.role, "content": _parts(message.content)} for message in record.messages],
+        "question": plain_text(record.question),
+        "label": record.gold,
+        "choices": list(record.choices),
+        **_quoted(record),
+        completions_column(config_of(record)): [rollout.text for rollout in group.rollouts],
+        "reward": group.rewards,
+        "parsed": [verdict.parsed for verdict in group.verdicts],
+        "status": [verdict.status for verdict in group.verdicts],
+        "finish": [rollout.finish for rollout in group.rollouts],
+        "verifier": record.verifier,
+        "parent_id": record.id if record.kind == "problem" else origin.parent_id,
+        "recipe": record.recipe,
+        "license": licenses[record.recipe],
+        "model": model,
+        "model_revision": model_revision,
+        "step": step,
+    }
+
+
+def _parts(content: Content) -> list[dict[str, str | None]]:
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "text": None} for part in content
+    ]
+
+
+def _quoted(record: PromptRecord) -> dict[str, Any]:
+    """The columns that only recycled prompts have: what they quote."""
+    if record.kind == "problem":
+        return {}
+    columns, origin = _QUOTED[record.kind], record.origin
+    if len(origin.completions) != len(columns):
+        raise BadRecordError(
+            record.id, f"{len(origin.completions)} of the {len(columns)} completions that it quotes are known"
+        )
+    row: dict[str, Any] = {"template": origin.template}
+    for column, completion in zip(columns, origin.completions, strict=True):
+        row |= {column: completion, column.replace("completion", "answer"): last_boxed(completion)}
+    return row if record.kind == "pairwise" else row | {"correct": origin.quoted_correct}
+
+
+# ── row → record, group ──
+
+
+def record_of(row: Row, config: Config, *, id: str, recipe: str, verifiers: Collection[str]) -> PromptRecord:
+    """The prompt of a row, which is not trusted: nothing that it names is read or imported.
+
+    Args:
+        id, recipe: of the record.
+        verifiers: the names that the row may give. A judgment's is always `judgment`.
+
+    Raises:
+        ValueError: a cell is not as `features` and `row_of` have it; names the column.
+    """
+    images = _images(row)
+    gold, choices, verifier = text(row, "label"), options(row, "choices"), text(row, "verifier")
+    allowed = ("judgment",) if config in JUDGMENTS else verifiers
+    if verifier not in allowed:
+        raise ValueError(f"'verifier' is {verifier!r}; allowed: {', '.join(sorted(allowed))}")
+    if verifier == "judgment" and gold not in choices:
+        raise ValueError(f"'label' is {gold!r}; allowed are the choices {list(choices)}")
+    if verifier == "choice" and match_choice(gold, choices) != gold:
+        raise ValueError(f"'label' is {gold!r}; the letter of one of the choices {list(choices)} is allowed")
+    return PromptRecord(
+        id=id,
+        kind=_kind_of(config),
+        messages=_messages(row, images),
+        question=_question(text(row, "question"), images),
+        gold=gold,
+        verifier=verifier,
+        recipe=recipe,
+        choices=choices,
+        origin=None if config == "rollouts" else _origin(row, config),
+    )
+
+
+def group_of(row: Row, config: Config = "rollouts") -> RolloutGroup:
+    """The verified group of a row of `rollouts` or `reflection`, to recycle; its tokens are not known.
+
+    Its record may name any verifier, since recycling runs none. Do not run it.
+
+    Raises:
+        ValueError: see `record_of`.
+    """
+    record = record_of(
+        row,
+        config,
+        id=text(row, "parent_id" if config == "rollouts" else "id"),
+        recipe=text(row, "recipe"),
+        verifiers=(text(row, "verifier"),),
+    )
+    columns = (completions_column(config), "reward", "parsed", "status", "finish")
+    lists = [_list(row, column) for column in columns]
+    if len(set(map(len, lists))) != 1:
+        raise ValueError(f"{', '.join(map(repr, columns))} are of {', '.join(str(len(of)) for of in lists)} items")
+    rollouts, verdicts = [], []
+    for completion, reward, parsed, status, finish in zip(*lists, strict=True):
+        if not isinstance(reward, float) or not 0 <= reward <= 1:
+            raise ValueError(f"'reward' holds {kind(reward)}; numbers in [0, 1] are allowed")
+        for column, value, known in (("status", status, _STATUSES), ("finish", finish, _FINISHES)):
+            if value not in known:
+                raise ValueError(f"{column!r} holds {kind(value)}; allowed: {', '.join(known)}")
+        rollouts.append(Rollout((), (), unicode(completion, columns[0]), finish))
+        verdicts.append(Verdict(reward, None if parsed is None else unicode(parsed, "parsed"), status))
+    return RolloutGroup(record, tuple(rollouts), tuple(verdicts))
+
+
+def _kind_of(config: Config) -> Kind:
+    return "problem" if config == "rollouts" else config
+
+
+def _list(row: Row, column: str) -> Sequence[Any]:
+    value = cell(row, column)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{column!r} is {kind(value)}; a list is allowed")
+    return value
+
+
+def _images(row: Row) -> list[ImageRef]:
+    images = []
+    for item in _list(row, "images"):
+        if not isinstance(item, Mapping) or not isinstance(item.get("bytes"), bytes):
+            raise ValueError(f"'images' holds {kind(item)}; mappings with bytes are allowed, and no path is followed")
+        images.append(ImageRef(data=item["bytes"]))
+    return images
+
+
+def _messages(row: Row, images: Sequence[ImageRef]) -> tuple[Message, ...]:
+    """The messages with their images, and texts as harmless as those that a templater renders."""
+    refs = iter(images)
+    places = 0
+    messages = []
+    for message in _list(row, "messages"):
+        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+            raise ValueError(f"'messages' holds {kind(message)}; allowed are the roles {', '.join(_ROLES)}")
+        content: list[str | ImageRef] = []
+        for part in _list(message, "content"):
+            match part:
+                case {"type": "image"}:
+                    places += 1
+                    content += islice(refs, 1)
+                case {"type": "text", "text": str(words)} if content and isinstance(content[-1], str):
+                    content[-1] += unicode(words, "text")  # in one piece, so that no special token hides in a seam
+                case {"type": "text", "text": str(words)}:
+                    content.append(unicode(words, "text"))
+                case _:
+                    raise ValueError(f"'content' holds {kind(part)}; parts of type text and image are allowed")
+        harmless = (neutralise(part) if isinstance(part, str) else part for part in content)
+        messages.append(Message(message["role"], tuple(harmless)))
+    if places != len(images):
+        raise ValueError(f"'messages' has places for {places} images, and there are {len(images)}")
+    if not any(message.content for message in messages):
+        raise ValueError("'messages' is empty")
+    return tuple(messages)
+
+
+def _question(words: str, images: Sequence[ImageRef]) -> Content:
+    pieces = words.split(_PLACE)
+    if len(pieces) != len(images) + 1:
+        raise ValueError(f"'question' has {len(pieces) - 1} places {_PLACE!r} for {len(images)} 'images'")
+    content = [part for pair in zip(pieces, [*images, ""], strict=True) for part in pair]
+    return tuple(part for part in content if part != "")
+
+
+def _origin(row: Row, config: Config) -> Origin:
+    step = cell(row, "step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError(f"'step' is {kind(step)}; an integer is allowed")
+    correct = None if config == "pairwise" else cell(row, "correct")
+    if config != "pairwise" and not isinstance(correct, bool):
+        raise ValueError(f"'correct' is {kind(correct)}; true and false are allowed")
+    return Origin(
+        parent_id=text(row, "parent_id"),
+        step=step,
+        template=text(row, "template"),
+        rollouts=(),
+        quoted_correct=correct,
+        completions=tuple(unicode(cell(row, column), column) for column in _QUOTED[config]),
+    )

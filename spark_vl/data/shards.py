@@ -1,0 +1,274 @@
+"""Writes the rows of a run as parquet files, and proves of such a file that nothing else is published with it.
+
+`folder/<config>/<split>-<first step>-<last step>-<rank>.parquet`: each process writes its own, for each configuration
+and split. A file holds whole steps, and appears whole or not at all: a run that is killed and resumed leaves the same
+files, byte for byte, as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spark_vl.data.images import ImageError, check_encoded, encode_image
+from spark_vl.data.judgments import CONFIGS, Config, config_of, features, row_of, split_of
+from spark_vl.records import ImageRef, RolloutGroup
+
+MAX_BYTES = 64 * 2**20
+"""Rows of about so many bytes, images included, go into one file, and the rest of their step."""
+
+ROW_GROUP_BYTES = 32 * 2**20
+"""Rows of about so many bytes are one row group, the least that some readers take; the Hub's viewer wants 100 MB.
+"""
+
+_ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file, and what its name says."""
+
+    path: Path
+    config: Config
+    split: str
+    first_step: int
+    last_step: int
+    rank: int
+
+
+def find_shards(folder: Path) -> list[Shard]:
+    """The shards of all configurations below `folder`, by configuration, split, rank, and step."""
+    found = []
+    for config in CONFIGS:
+        for path in (folder / config).glob("*.parquet"):
+            if match := re.fullmatch(r"(train|test)-(\d{6,})-(\d{6,})-(\d+)\.parquet", path.name):
+                found.append(Shard(path, config, match[1], int(match[2]), int(match[3]), int(match[4])))
+    return sorted(found, key=lambda shard: (shard.config, shard.split, shard.rank, shard.first_step))
+
+
+class RowWriter:
+    """Writes rows, whatever they are made from.
+
+    Args:
+        folder: of the dataset.
+        rank: of this process.
+        resumed: step of the checkpoint that the run goes on from; what was written of later steps, by any process, is
+            deleted by rank 0. None: the run begins, and all is. Made on all processes before any of them writes.
+        max_bytes: see `MAX_BYTES`.
+
+    Raises:
+        ValueError: a shard holds steps both before and after `resumed`.
+    """
+
+    def __init__(self, folder: Path, *, rank: int = 0, resumed: int | None = None, max_bytes: int = MAX_BYTES) -> None:
+        self._folder, self._rank, self._max_bytes = folder, rank, max_bytes
+        self._rows: dict[tuple[Config, str], list[dict[str, Any]]] = defaultdict(list)
+        self._bytes = 0
+        self._step = 0
+        if rank == 0:
+            _drop_after(folder, -1 if resumed is None else resumed)
+
+    def add(self, config: Config, split: str, row: dict[str, Any]) -> None:
+        """Keep a row (`judgments.row_of`) to be written. Steps come in order.
+
+        Raises:
+            ValueError: its step comes before that of an earlier row.
+        """
+        if row["step"] < self._step:
+            raise ValueError(f"{row['id']}: is of step {row['step']}, after rows of step {self._step}")
+        if row["step"] > self._step and self._bytes > self._max_bytes:
+            self.flush()
+        self._step = row["step"]
+        self._rows[config, split].append(row)
+        self._bytes += _size(row)
+
+    def flush(self) -> None:
+        """Write what is kept. The last step must be complete: no file holds a part of one."""
+        for (config, split), rows in self._rows.items():
+            name = f"{split}-{rows[0]['step']:06d}-{rows[-1]['step']:06d}-{self._rank}.parquet"
+            _write(self._folder / config / name, config, rows)
+        self._rows.clear()
+        self._bytes = 0
+
+
+class ShardWriter:
+    """Writes the groups of a training run.
+
+    Args:
+        folder, rank, resumed, max_bytes: see `RowWriter`.
+        licenses, model, model_revision: see `row_of`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        licenses: Mapping[str, str],
+        model: str,
+        model_revision: str | None,
+        resumed: int | None,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self._rows = RowWriter(folder, rank=rank, resumed=resumed, max_bytes=max_bytes)
+        self._provenance = {"licenses": licenses, "model": model, "model_revision": model_revision}
+        self._encoded: dict[ImageRef, bytes] = {}  # of this step: several of its rows show the same image
+        self._step = 0
+
+    def add(self, step: int, group: RolloutGroup) -> None:
+        """Keep a verified group, sampled in `step`, to be written; its images are encoded now.
+
+        Raises:
+            BadRecordError: see `row_of`.
+            ValueError: see `RowWriter.add`.
+        """
+        if step != self._step:
+            self._step = step
+            self._encoded.clear()
+        row = row_of(group, step, **self._provenance, image_bytes=self._encode)
+        self._rows.add(config_of(group.record), split_of(group.record), row)
+
+    def flush(self) -> None:
+        """Write what is kept: before each checkpoint, so that a run that goes on from it lacks no row."""
+        self._rows.flush()
+
+    def _encode(self, ref: ImageRef) -> bytes:
+        if ref not in self._encoded:
+            self._encoded[ref] = encode_image(ref)
+        return self._encoded[ref]
+
+
+def read_shard(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, of which a few are held at a time. Images come as bytes and path, as they are stored.
+
+    Raises:
+        ValueError: it is no parquet file, or its columns are not those of its configuration. Names the shard.
+    """
+    config = path.parent.name
+    if config not in CONFIGS:
+        raise ValueError(f"{path}: lies in the folder {config!r}; allowed: {', '.join(CONFIGS)}")
+    try:
+        # The defaults hold a whole row group.
+        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            _check_schema(path, file.schema_arrow, config)
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(columns)):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
+
+
+def check_shard(path: Path, proven: set[bytes] | None = None) -> int:
+    """Proves of a shard, before it is published, that its images are nothing but pixels (`check_encoded`) and name no
+    file: `datasets` would embed whatever file of this machine a path leads to.
+
+    Args:
+        proven: SHA-256 of images that need no proof any more. It grows; the images of a folder's shards recur.
+
+    Returns:
+        Its number of rows.
+
+    Raises:
+        ValueError: naming the shard, the row's id, and why it cannot be published; or see `read_shard`.
+    """
+    proven = set() if proven is None else proven
+    rows = 0
+    for row in read_shard(path, ("id", "images")):
+        rows += 1
+        for image in row["images"] or ():
+            try:
+                _check_image(image, proven)
+            except ImageError as error:
+                raise ValueError(f"{path}: row {row['id']!r}: an image cannot be published: {error}") from error
+    return rows
+
+
+def _check_image(image: Mapping[str, Any] | None, proven: set[bytes]) -> None:
+    if image is None or image["bytes"] is None or image["path"] is not None:
+        path = None if image is None else image["path"]
+        raise ImageError(f"it is {'missing' if path is None else f'the path {path!r}'}; bytes alone are allowed")
+    digest = hashlib.sha256(image["bytes"]).digest()
+    if digest not in proven:
+        check_encoded(image["bytes"])
+        proven.add(digest)
+
+
+def _check_schema(path: Path, found: pa.Schema, config: Config) -> None:
+    """Names and types of the columns, and the features by which `datasets` decodes them."""
+    expected = features(config).arrow_schema
+    for column in expected:
+        if column.name not in found.names or found.field(column.name).type != column.type:
+            raise ValueError(f"{path}: column {column.name!r}: is missing or not of type {column.type}")
+    if extra := sorted(set(found.names) - set(expected.names)):
+        raise ValueError(f"{path}: column {extra[0]!r}: is not allowed")
+    if type(features(config)).from_arrow_schema(found) != features(config):
+        raise ValueError(f"{path}: its metadata do not hold the features of {config!r}, so images would not be decoded")
+
+
+def _drop_after(folder: Path, step: int) -> None:
+    """Delete the shards of steps after `step`, and what a killed process left unfinished."""
+    for config in CONFIGS:
+        for unfinished in (folder / config).glob(".*.parquet.tmp"):
+            unfinished.unlink()
+    shards = find_shards(folder)
+    for shard in shards:
+        if shard.first_step <= step < shard.last_step:
+            raise ValueError(
+                f"{shard.path}: holds steps before and after {step}, from which the run goes on; move it away"
+            )
+    for shard in shards:
+        if shard.last_step > step:
+            shard.path.unlink()
+
+
+def _write(path: Path, config: Config, rows: list[dict[str, Any]]) -> None:
+    """The file, whole or not at all."""
+    schema = features(config).arrow_schema
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("wb") as file:
+        # Pages are cut only between so many values: a thousand images would be one page, which readers hold whole.
+        settings = {"compression": "zstd", "write_page_index": True, "write_batch_size": 8}
+        with pq.ParquetWriter(file, schema, **settings) as writer:
+            for group in _row_groups(rows):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _row_groups(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        if group and size + _size(row) > ROW_GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += _size(row)
+    yield group
+
+
+def _size(value: Any) -> int:
+    """About how many bytes a cell takes uncompressed."""
+    match value:
+        case bytes() | str():
+            return len(value)
+        case dict():
+            return sum(map(_size, value.values()))
+        case list():
+            return sum(map(_size, value))
+    return 8

@@ -1,0 +1,166 @@
+"""Publishing while a run goes on: in a process of its own, so that nothing it does or suffers touches training."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from spark_vl.config import PublishConfig
+from spark_vl.layout import CHECKPOINTS, MODEL
+
+_WAITS_S = (30.0, 60.0, 120.0, 300.0, 600.0)
+"""Before a checkpoint is tried again; the last one from then on. A newer checkpoint takes its place."""
+
+
+class BackgroundPublisher:
+    """Hears of checkpoints and publishes every `config.every`-th; failures are tried again, counted, and written to
+    `publish.jsonl` in the run's folder.
+
+    Args:
+        waits_s: seconds before each new try.
+    """
+
+    def __init__(self, config: PublishConfig, run: Path, *, waits_s: tuple[float, ...] = _WAITS_S) -> None:
+        self.config, self.run = config, run
+        self.console = Console(highlight=False)
+        self.published = 0
+        self.failures = 0
+        self._waits_s = waits_s
+        self._heard = 0  # checkpoints
+        self._last: Path | None = None  # that was heard of
+        self._target: Path | None = None  # newest that is to be published and is not yet
+        self._problem = ""  # of the last failure
+        self._closing = False
+        self._child: subprocess.Popen[str] | None = None
+        self._changed = threading.Condition()
+        self._queue = run / "release" / "queue"
+        shutil.rmtree(self._queue, ignore_errors=True)  # of a run that was killed
+        self._thread = threading.Thread(target=self._work, name="publishing", daemon=True)
+        self._thread.start()
+
+    def __call__(self, checkpoint: Path) -> None:
+        """A checkpoint was saved. Returns at once."""
+        self._heard += 1
+        self._last = checkpoint
+        if self._heard % self.config.every == 0:
+            self._submit(checkpoint)
+
+    def finish(self, *, wait: bool) -> None:
+        """Publish the last checkpoint, and say what came of all of them.
+
+        Args:
+            wait: whether the run got to its end: then this waits, `config.wait_s` at most. A run that was told to stop
+                does not.
+        """
+        if wait and self._last is not None and self._heard % self.config.every:
+            self._submit(self._last)
+        with self._changed:
+            if wait and self._target is not None:
+                self.console.print(f"publishing to {self.config.repo} …", soft_wrap=True)
+                self._changed.wait_for(lambda: self._target is None, self.config.wait_s)
+            self._closing = True
+            left = self._target
+            if self._child is not None:
+                self._child.kill()
+            self._changed.notify_all()
+        self._thread.join()
+        shutil.rmtree(self._queue, ignore_errors=True)
+        if not self._heard:
+            return
+        words = f"published {self.published} checkpoints to {self.config.repo}"
+        if self.failures:
+            words += f"; {self.failures} tries failed, the last one because: {self._problem}"
+        if left is not None:
+            again = shlex.join(["spark-vl", *self._command(self.run / CHECKPOINTS / left.name)])
+            words += f". The last checkpoint is not published; publish it with\n{again}"
+        self.console.print(words, soft_wrap=True, markup=False)
+
+    def _submit(self, checkpoint: Path) -> None:
+        """Let `checkpoint` be what is published next. Links keep its files when the run deletes it."""
+        kept = self._queue / checkpoint.name
+        try:
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(checkpoint / MODEL, kept / MODEL, copy_function=os.link)
+        except OSError as error:
+            self._failed(checkpoint, f"its files cannot be linked to: {error}")
+            return
+        with self._changed:
+            self._target = kept
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        waits, tried = iter(self._waits_s), None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._target is not None or self._closing)
+                if self._closing:
+                    return
+                target = self._target
+            if target != tried:
+                waits, tried = iter(self._waits_s), target
+            start = time.monotonic()
+            problem = self._publish(target)
+            with self._changed:
+                if self._closing:
+                    return
+                seconds = time.monotonic() - start
+                if problem is None:
+                    self.published += 1
+                    self._note(target, True, seconds, "")
+                    if self._target == target:
+                        self._target = None
+                        self._changed.notify_all()
+                else:
+                    self._failed(target, problem, seconds)
+                    wait_s = next(waits, self._waits_s[-1])
+                    self._changed.wait_for(lambda target=target: self._target != target or self._closing, wait_s)
+                if self._target != target:  # done, or a newer one has taken its place
+                    shutil.rmtree(target, ignore_errors=True)
+
+    def _publish(self, target: Path) -> str | None:
+        """What went wrong; None: nothing did."""
+        with self._changed:
+            if self._closing:
+                return None
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "spark_vl", *self._command(target)],
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # a signal for the run is not for it
+            )
+        said, _ = self._child.communicate()
+        if self._child.returncode == 0:
+            return None
+        return said.strip().rpartition("\n")[2] or f"it ended with status {self._child.returncode}"
+
+    def _command(self, checkpoint: Path) -> list[str]:
+        config = self.config
+        command = ["publish", "model", str(checkpoint), "--repo", config.repo]
+        command += ["--revision", config.revision] if config.revision else []
+        command += ["--token-from", config.token_from] if config.token_from else []
+        return command + (["--public"] if config.public else [])
+
+    def _failed(self, checkpoint: Path, problem: str, seconds: float = 0.0) -> None:
+        self.failures += 1
+        self._problem = problem
+        self._note(checkpoint, False, seconds, problem)
+        self.console.print(
+            f"publishing {checkpoint.name} failed, training goes on: {problem}", soft_wrap=True, markup=False
+        )
+
+    def _note(self, checkpoint: Path, ok: bool, seconds: float, problem: str) -> None:
+        line = {"checkpoint": checkpoint.name, "ok": ok, "seconds": round(seconds, 1), "problem": problem}
+        with (self.run / "publish.jsonl").open("a") as lines:
+            lines.write(json.dumps(line) + "\n")

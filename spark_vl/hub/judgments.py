@@ -1,0 +1,92 @@
+"""The card of a dataset of judgments, with what `load_dataset` and the Hub's viewer read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from datasets import DatasetInfo, SplitDict, SplitInfo
+from datasets.info import DatasetInfosDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from spark_vl import __version__
+from spark_vl.data.judgments import CONFIGS, features
+from spark_vl.hub.run import recipe_facts
+from spark_vl.layout import CONFIG
+from spark_vl.provenance import public_name
+
+_ASKS = {
+    "pointwise": "is this answer right?",
+    "pairwise": "which of two answers is right?",
+    "reflection": "check this answer, and give the right one",
+    "rollouts": "the problem itself",
+}
+_DEFAULT = "pairwise"
+_LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc0-1.0", "odc-by")
+"""Those of the Hub's names that datasets of problems bear; others are `other`, and named in the text."""
+
+
+def write_judgments_card(
+    run: Path, path: Path, *, repo: str, rows: Mapping[tuple[str, str], int], sizes: Mapping[tuple[str, str], int]
+) -> None:
+    """Write the card of the judgments of `run`.
+
+    Args:
+        rows: (config, split) → number of rows.
+        sizes: (config, split) → bytes of its files.
+    """
+    recipes = recipe_facts(run, "data")
+    base = public_name(yaml.safe_load((run / CONFIG).read_text())["model"]["path"])
+    configs = [name for name in CONFIGS if any(key[0] == name for key in rows)]
+    splits = {name: sorted((key[1] for key in rows if key[0] == name), reverse=True) for name in configs}  # train first
+    default = _DEFAULT if _DEFAULT in configs else configs[0]
+    licenses = sorted({recipe["license"].lower() for recipe in recipes})
+    data = DatasetCardData(
+        pretty_name=repo.partition("/")[2],
+        license=licenses[0] if len(licenses) == 1 and licenses[0] in _LICENSES else "other",
+        task_categories=["visual-question-answering", "image-text-to-text"],
+        tags=["spark-vl", "generative-reward-model", "judge", "reinforcement-learning"],
+        source_datasets=sorted({recipe["dataset"]["id"] for recipe in recipes if recipe["dataset"]}) or None,
+    )
+    MetadataConfigs(
+        {
+            name: {
+                "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in splits[name]],
+                **({"default": True} if name == default else {}),
+            }
+            for name in configs
+        }
+    ).to_dataset_card_data(data)
+    DatasetInfosDict(
+        {
+            name: DatasetInfo(
+                features=features(name),
+                splits=SplitDict(
+                    {
+                        split: SplitInfo(split, num_bytes=sizes[name, split], num_examples=rows[name, split])
+                        for split in splits[name]
+                    }
+                ),
+                config_name=name,
+            )
+            for name in configs
+        }
+    ).to_dataset_card_data(data)
+    DatasetCard.from_template(
+        data,
+        template_str=(resources.files("spark_vl.model_cards") / "judgments.md").read_text(),
+        name=repo.partition("/")[2],
+        repo_id=repo,
+        version=__version__,
+        example=default,
+        model_sentence=f"The model is {base}, in training ({run.name}).",
+        table=[
+            {"config": name, "split": split, "rows": rows[name, split], "asks": _ASKS[name]}
+            for name in configs
+            for split in splits[name]
+        ],
+        recipes=recipes,
+    ).save(path)

@@ -1,0 +1,127 @@
+"""A run's folder, read for its cards: every number in a card comes from here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spark_vl.hub.release import ReleaseError
+from spark_vl.layout import BEST, CONFIG, ENVIRONMENT, LATEST, MODEL, RECIPES, TRAINING_FILE, pointed
+from spark_vl.prompts.templater import PROMPTS_FILE, Templater
+from spark_vl.provenance import public_name
+from spark_vl.report import comparison, read_lines
+
+_OF_A_RUN = (CONFIG, RECIPES)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The weights after one step of a run."""
+
+    folder: Path
+    """A plain Hugging Face checkpoint."""
+    run: Path
+    step: int
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration: of paths of the author's machine the last part only, and not where it goes."""
+        config = yaml.safe_load((self.run / CONFIG).read_text())
+        del config["publish"]
+        return _without_folders(config)
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """Of each step up to this one."""
+        return [line for line in read_lines(self.run / "metrics.jsonl") if line["step"] <= self.step]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Each one up to this step."""
+        return [line for line in read_lines(self.run / "evaluations.jsonl") if line["step"] <= self.step]
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any] | None:
+        """The run's first evaluation beside that of this step; None: there was none at this step."""
+        return comparison(self.run, self.step)
+
+    @cached_property
+    def environments(self) -> list[dict[str, Any]]:
+        """What the run ran on, from each start; only changes are kept."""
+        kept: list[dict[str, Any]] = []
+        for line in read_lines(self.run / ENVIRONMENT):
+            if line["step"] <= self.step and (not kept or line | {"step": 0} != kept[-1] | {"step": 0}):
+                kept.append(line)
+        return kept
+
+    @cached_property
+    def trained_on(self) -> list[dict[str, Any]]:
+        """Facts of the recipes of `data.recipes` (see `provenance.write_recipes`)."""
+        return recipe_facts(self.run, "data")
+
+    @cached_property
+    def evaluated_on(self) -> list[dict[str, Any]]:
+        """Facts of those of `evaluation.recipes`."""
+        return recipe_facts(self.run, "evaluation")
+
+    @cached_property
+    def templater(self) -> Templater:
+        """The words that it was trained on."""
+        return Templater.read(self.folder / PROMPTS_FILE)
+
+    def total(self, *names: str) -> int:
+        """The sum over all steps of counts that are metrics. A run without recycling has none of `recycle/`."""
+        return round(sum(line.get(name, 0) for line in self.metrics for name in names))
+
+
+def find_model(checkpoint: Path) -> TrainedModel:
+    """The model at `checkpoint`: a run's folder, its `model/`, one of its checkpoints, or its `checkpoints/best`.
+
+    Raises:
+        ReleaseError: there is none, or it is of no run.
+    """
+    if checkpoint.name in (LATEST, BEST) and checkpoint.is_file():
+        checkpoint = pointed(checkpoint.parent, checkpoint.name)
+    folder = checkpoint if (checkpoint / TRAINING_FILE).is_file() else checkpoint / MODEL
+    if not (folder / TRAINING_FILE).is_file():
+        raise ReleaseError(
+            f"{checkpoint}: holds no trained model; allowed: the folder of a finished run, its model/, one of its "
+            "checkpoints/step-*/, or its checkpoints/best"
+        )
+    step = json.loads((folder / TRAINING_FILE).read_text())["step"]
+    return TrainedModel(folder, find_run(folder), step)
+
+
+def recipe_facts(run: Path, group: str) -> list[dict[str, Any]]:
+    """What `provenance.write_recipes` noted of the recipes of `data` or `evaluation`."""
+    facts = json.loads((run / RECIPES).read_text())
+    return [facts[name] for name in yaml.safe_load((run / CONFIG).read_text())[group]["recipes"]]
+
+
+def find_run(path: Path) -> Path:
+    """The folder of the run that `path` is in.
+
+    Raises:
+        ReleaseError: it is in none.
+    """
+    for folder in (path, *path.absolute().parents):
+        if all((folder / name).is_file() for name in _OF_A_RUN):
+            return folder
+    raise ReleaseError(f"{path}: is in no run's folder (one that has {' and '.join(_OF_A_RUN)}), which its card needs")
+
+
+def _without_folders(value: Any) -> Any:
+    match value:
+        case dict():
+            return {name: _without_folders(item) for name, item in value.items()}
+        case list():
+            return [_without_folders(item) for item in value]
+        case str() if value.startswith(("/", "~")):
+            return public_name(str(Path(value).expanduser()))
+        case _:
+            return value

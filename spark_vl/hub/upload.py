@@ -1,0 +1,160 @@
+"""One release → one commit, or none if the repository holds it already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+from rich.console import Console
+
+from spark_vl import __version__
+from spark_vl.hub.client import Hub, HubError, Info, check_repo_name, find_token
+from spark_vl.hub.release import Release, ReleaseFile, is_of_kind
+
+_RACES = 3
+"""How often a commit is tried, when another one comes before it."""
+
+_PATHS_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Published:
+    """What came of publishing."""
+
+    url: str
+    """Of the repository."""
+    commit: str
+    """In which the release is whole."""
+    changed: bool
+    """Whether that commit is new."""
+
+
+def upload(
+    release: Release, *, repo: str, revision: str | None = None, public: bool = False, token_from: str | None = None
+) -> Published:
+    """Make the repository hold `release`, in one commit, and check what it then holds.
+
+    It can be killed at any moment and be called again: files that the Hub has are not sent twice, and where nothing is
+    left to change there is no commit.
+
+    Args:
+        repo: `ORG/NAME`; made if it is not there.
+        revision: branch; made if it is not there. None: main.
+        public: who can see a repository that is made. One that is there must be as this says.
+        token_from: see `find_token`.
+
+    Raises:
+        HubError: what is wrong, and what to do.
+    """
+    check_repo_name(repo)
+    hub = Hub(find_token(token_from), repo, release.repo_type)
+    _open(hub, revision, public)
+    for _ in range(_RACES):
+        head = hub.info(revision)
+        commit = hub.call(f"uploading to {repo}", _commit, hub, release, revision, head)
+        if commit is not None:
+            _verify(hub, commit.oid, release.files)
+            url = f"{hub.api.endpoint}/{'' if hub.repo_type == 'model' else f'{hub.repo_type}s/'}{repo}"
+            return Published(url, commit.oid, changed=commit.oid != head.sha)
+    raise HubError(f"{repo}: others commit to it so often that {_RACES} commits came too late; publish again")
+
+
+def print_release(release: Release, console: Console, *, whole: bool) -> None:
+    """Print how much will be uploaded; if `whole`, each file with its size and SHA-256, and the card."""
+    if whole:
+        for file in release.files:
+            console.print(f"{file.sha256}  {file.bytes:>14,}  {file.path}", soft_wrap=True, markup=False)
+    console.print(f"{len(release.files)} files, {release.bytes:,} bytes", soft_wrap=True)
+    if release.left_out:
+        console.print(f"left out: {', '.join(release.left_out)}", soft_wrap=True, markup=False)
+    if whole:
+        console.print(f"\n{release.card}", soft_wrap=True, markup=False)
+
+
+def _open(hub: Hub, revision: str | None, public: bool) -> None:
+    """Make the repository and the branch, where they are not there."""
+    info = hub.info()
+    if info is None:
+        hub.call(
+            f"creating {hub.repo}",
+            hub.api.create_repo,
+            hub.repo,
+            repo_type=hub.repo_type,
+            private=not public,
+            exist_ok=True,  # made by a try whose answer was lost, or by somebody else in the meantime
+            space_sdk="gradio" if hub.repo_type == "space" else None,
+        )
+        info = hub.info()
+        if info is None:
+            raise HubError(f"{hub.repo} was made, and cannot be seen; the token needs the scope 'read' there too")
+    if info.private == public:
+        found, wanted = ("private", "public") if public else ("public", "private (the default; --public allows it)")
+        raise HubError(
+            f"{hub.repo} exists and is {found}, and publishing was asked to be {wanted}; nothing was uploaded. Who can "
+            "see it is changed in its settings on the Hub, because that shows or hides all that it holds"
+        )
+    if revision is not None:
+        hub.call(
+            f"creating branch {revision}",
+            hub.api.create_branch,
+            hub.repo,
+            repo_type=hub.repo_type,
+            branch=revision,
+            exist_ok=True,
+        )
+
+
+def _commit(hub: Hub, release: Release, revision: str | None, head: Info) -> CommitInfo | None:
+    """Upload what is not there, and commit on top of `head`. None: somebody else's commit came first."""
+    paths = {file.path for file in release.files}
+    there = [sibling.rfilename for sibling in head.siblings]
+    stale = [path for path in there if path not in paths and is_of_kind(path, release.replaces)]
+    try:
+        # Not `upload_folder`, which may make several commits of one release.
+        return hub.api.create_commit(
+            hub.repo,
+            [
+                *(CommitOperationAdd(file.path, file.file) for file in release.files),
+                *(CommitOperationDelete(path) for path in stale),
+            ],
+            repo_type=hub.repo_type,
+            revision=revision,
+            commit_message=release.title,
+            commit_description=f"Published by spark-vl {__version__}.",
+            parent_commit=head.sha,
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code == 412:
+            return None
+        raise
+
+
+def _verify(hub: Hub, commit: str, files: Sequence[ReleaseFile]) -> None:
+    """Compare the hashes of what the Hub stored with those of what was meant.
+
+    Raises:
+        HubError: a file is missing or another one.
+    """
+    there: dict[str, RepoFile] = {}
+    for start in range(0, len(files), _PATHS_AT_ONCE):
+        paths = [file.path for file in files[start : start + _PATHS_AT_ONCE]]
+        place = {"repo_type": hub.repo_type, "revision": commit}
+        found = hub.call(f"checking {hub.repo}", hub.api.get_paths_info, hub.repo, paths, **place)
+        there |= {entry.path: entry for entry in found}
+    wrong = [file.path for file in files if file.path not in there or not _same(there[file.path], file)]
+    if wrong:
+        raise HubError(
+            f"{hub.repo}: {len(wrong)} of {len(files)} files are not on the Hub as they were sent "
+            f"({', '.join(wrong[:5])}): damaged on the way; publish again"
+        )
+
+
+def _same(there: RepoFile, file: ReleaseFile) -> bool:
+    if there.lfs is not None:
+        return there.lfs.sha256 == file.sha256
+    content = file.file.read_bytes()
+    return there.blob_id == hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()

@@ -1,0 +1,103 @@
+"""Recycles the rollouts that a run has written, without a model: other settings or templates give other judgments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from heapq import merge
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from spark_vl.config import RecycleConfig
+from spark_vl.data.judgments import features, group_of, row_of
+from spark_vl.data.shards import RowWriter, Shard, find_shards, read_shard
+from spark_vl.prompts.templater import Templater
+from spark_vl.records import RolloutGroup
+from spark_vl.recycle import recycle
+
+logger = logging.getLogger(__name__)
+
+
+def recycle_rollouts(
+    rollouts: Path,
+    output: Path,
+    *,
+    templater: Templater,
+    config: RecycleConfig,
+    seed: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> dict[str, int]:
+    """Write the judgments that the rollouts of a run give into `output`, as shards without completions of their own.
+
+    Each step is recycled by itself, the rollouts of all processes together. With `config.judge_reflections` the run's
+    reflections are read too. What is made of a problem stays in the split that the problem is in.
+
+    Args:
+        rollouts: folder of a run, its `judgments/`, or `rollouts/` in there.
+        output: folder that gets `pointwise/`, `pairwise/` and `reflection/`.
+        config: its caps hold for a step.
+        progress: hears how many more rows have been read.
+
+    Returns:
+        Rows written, as `pointwise`, `pairwise` and `reflection`, and rows read that cannot be used, as `unusable`.
+
+    Raises:
+        ValueError: there are no rollouts, a shard cannot be read, or `output` holds shards already.
+    """
+    if there := find_shards(output):
+        raise ValueError(f"{output}: holds shards already, such as {there[0].path.relative_to(output)}; name another")
+    configs = ("rollouts", "reflection") if config.judge_reflections else ("rollouts",)
+    shards = [shard for shard in find_shards(_judgments_folder(rollouts)) if shard.config in configs]
+    streams = groupby(shards, key=lambda shard: (shard.config, shard.split, shard.rank))
+    counts = dict.fromkeys(("pointwise", "pairwise", "reflection", "unusable"), 0)
+    writer = RowWriter(output)
+    rows = merge(*(_in_order(list(stream)) for _, stream in streams), key=lambda found: found[1]["step"])
+    for step, found in groupby(rows, key=lambda found: found[1]["step"]):
+        groups: list[RolloutGroup] = []
+        parents: dict[str, tuple[str, dict[str, Any]]] = {}  # id → split and row
+        for shard, row in found:
+            progress(1)
+            try:
+                group = group_of(row, shard.config)
+            except ValueError as error:
+                logger.warning("left out: %s: row %r: %s", shard.path, row["id"], error)
+                counts["unusable"] += 1
+                continue
+            groups.append(group)
+            parents.setdefault(group.record.id, (shard.split, row))
+        recycled = recycle(groups, templater, config, step=step, seed=seed)
+        for record in recycled.judge + recycled.reflection:
+            split, parent = parents[record.origin.parent_id]
+            row = row_of(
+                RolloutGroup(record, ()),
+                step,
+                licenses={record.recipe: parent["license"]},
+                model=parent["model"],
+                model_revision=parent["model_revision"],
+                image_bytes=lambda ref: ref.data,  # encoded when the rollouts were written
+            )
+            writer.add(record.kind, split, row)
+            counts[record.kind] += 1
+    writer.flush()
+    return counts
+
+
+def _judgments_folder(rollouts: Path) -> Path:
+    """The folder whose `rollouts/` holds shards."""
+    folders = [rollouts / "judgments", rollouts, *([rollouts.parent] if rollouts.name == "rollouts" else ())]
+    for folder in folders:
+        if any(shard.config == "rollouts" for shard in find_shards(folder)):
+            return folder
+    raise ValueError(f"{rollouts}: holds no rollouts; a run's folder does, in judgments/rollouts")
+
+
+def _in_order(shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
+    """The rows that one process wrote of one configuration and split, with their shards."""
+    last = 0
+    for shard in shards:
+        for row in read_shard(shard.path, list(features(shard.config))):
+            if row["step"] is None or row["step"] < last:
+                raise ValueError(f"{shard.path}: row {row['id']!r}: its step is {row['step']}, after {last}")
+            last = row["step"]
+            yield shard, row

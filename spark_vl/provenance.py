@@ -1,0 +1,74 @@
+"""Where a run comes from: its data and their licences, its machines and package versions. Cards quote it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spark_vl.config import OfflineConfig, dump_config
+from spark_vl.data.recipes import load_recipe
+from spark_vl.layout import CONFIG, ENVIRONMENT, RECIPES
+
+_PACKAGES = ("spark-vl", "torch", "transformers", "accelerate", "qwen-vl-utils")
+
+
+def write_recipes(run: Path, names: Iterable[str]) -> None:
+    """Write `recipes.json`: for each name in the configuration the recipe's name, description, licence, and the
+    dataset (`id`, `config`, `revision`), if it is on the Hub."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name in names:
+        recipe = load_recipe(name)
+        on_hub = recipe.source.kind == "hub" and public_name(recipe.source.location) == recipe.source.location
+        facts[name] = {
+            "name": recipe.name,
+            "description": recipe.description,
+            "license": recipe.license,
+            "dataset": {
+                "id": recipe.source.location,
+                "config": recipe.source.config,
+                "revision": recipe.source.revision,
+            }
+            if on_hub
+            else None,
+            "splits": dict(recipe.splits),
+        }
+    (run / RECIPES).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def note_environment(run: Path, step: int, launch: Mapping[str, Any]) -> None:
+    """Append to `environment.jsonl` on what the run goes on after `step`: a resumed run may change machines.
+
+    Args:
+        launch: see `distributed.launch.describe_launch`.
+    """
+    packages = [*_PACKAGES, "deepspeed"] if launch["strategy"].startswith("zero") else _PACKAGES
+    line = {
+        "step": step,
+        **launch,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+    }
+    with (run / ENVIRONMENT).open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def copy_provenance(run: Path, output: Path, config: OfflineConfig) -> None:
+    """Give `output`, which was recycled from the rollouts of `run`, the files that its card is written from."""
+    settings = yaml.safe_load((run / CONFIG).read_text())
+    settings |= {name: part for name, part in asdict(config).items() if name in ("prompts", "recycle")}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / CONFIG).write_text(dump_config(settings))
+    shutil.copyfile(run / RECIPES, output / RECIPES)
+
+
+def public_name(location: str) -> str:
+    """`location`, or its last part where it is a path of the author's machine, which no reader could look up."""
+    return Path(location).name if Path(location).is_absolute() or Path(location).exists() else location

@@ -1,0 +1,146 @@
+"""Publishing while a run goes on: a Hub that is down neither stops nor changes the run, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spark_vl.config import ConfigError, PublishConfig
+from spark_vl.hub.background import BackgroundPublisher
+from tests.hub.fixtures import ROOT
+from tests.test_trainer import make_config, metrics, weights
+
+TRAIN = """
+import sys
+from spark_vl import cli
+from tests.test_trainer import make_config
+
+cli.train(make_config(sys.argv[1], *sys.argv[2:]), "none")
+"""
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "publish.jsonl").read_text().splitlines()]
+
+
+def train(hub, folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", TRAIN, str(folder), *overrides]
+    return subprocess.run(command, env=hub.environment(**environment), cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_run_publishes_its_checkpoints_and_is_not_changed_by_it(hub, finished_run, tmp_path):
+    done = train(hub, tmp_path / "run", "--steps=4", "--publish.repo=org/live")
+    assert done.returncode == 0, done.stderr
+    repo = hub.repo("model", "org/live")
+    assert repo.private
+    assert repo.at().files["model.safetensors"].content == (tmp_path / "run/model/model.safetensors").read_bytes()
+    assert b"| steps | 4 |" in repo.at().files["README.md"].content
+    assert re.search(r"published \d checkpoints to org/live\n", done.stdout)
+    assert lines(tmp_path / "run")[-1] | {"seconds": 0} == {
+        "checkpoint": "step-000004", "ok": True, "seconds": 0, "problem": ""
+    }  # fmt: skip
+    assert metrics(tmp_path / "run") == metrics(finished_run), "the same run without publishing"
+    assert all((a == b).all() for a, b in zip(weights(tmp_path / "run").values(), weights(finished_run).values()))  # noqa: B905
+    assert not (tmp_path / "run" / "release" / "queue").exists()
+
+
+def test_the_hub_is_down_all_the_time(hub, finished_run, tmp_path):
+    settings = ("--steps=4", "--publish.repo=org/live", "--publish.wait_s=1")
+    done = train(hub, tmp_path / "run", *settings, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run") == metrics(finished_run)
+    folder = tmp_path / "run" / "checkpoints" / "step-000004"
+    assert f"spark-vl publish model {folder} --repo org/live" in done.stdout, "what is left to do is said"
+    assert "published 0 checkpoints" in done.stdout
+
+
+@pytest.fixture
+def publisher(hub, finished_run, tmp_path, monkeypatch):
+    """A publisher for a copy of a finished run, which asks the loopback and is not patient."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    for name, value in hub.environment().items():
+        monkeypatch.setenv(name, value)  # of the processes that it starts
+
+    def make(**settings) -> BackgroundPublisher:
+        return BackgroundPublisher(PublishConfig(repo="org/live", **settings), run, waits_s=(0.2,))
+
+    return make
+
+
+def test_failures_are_retried_counted_and_reported(hub, publisher, capsys):
+    hub.misbehave("POST", "/api/repos/create", times=1, status=403, body="not yet")
+    it = publisher()
+    start = time.monotonic()
+    it(it.run / "checkpoints" / "step-000003")
+    assert time.monotonic() - start < 0.5, "training does not wait"
+    it.finish(wait=True)
+    assert (it.published, it.failures) == (1, 1)
+    first, second = lines(it.run)
+    assert (first["ok"], second["ok"]) == (False, True)
+    assert re.search(r"403: the token from HF_TOKEN .*may not do that", first["problem"])
+    said = capsys.readouterr().out
+    assert "publishing step-000003 failed, training goes on: " in said
+    assert re.search(r"published 1 checkpoints to org/live; 1 tries failed, the last one because: .*403", said)
+
+
+def test_a_newer_checkpoint_takes_the_place_of_one_that_waits_and_deleted_files_are_kept(hub, publisher):
+    it = publisher()
+    paused = hub.pause("POST", "/api/repos/create")
+    it(it.run / "checkpoints" / "step-000003")
+    assert paused.reached.wait(60)
+    shutil.rmtree(it.run / "checkpoints" / "step-000003")  # the run keeps only the newest
+    it(it.run / "checkpoints" / "step-000004")
+    paused.release()
+    it.finish(wait=True)
+    assert [line["checkpoint"] for line in lines(it.run)] == ["step-000003", "step-000004"]
+    assert it.failures == 0
+    steps = [
+        json.loads(c.files["spark_training.json"].content)["step"] for c in hub.repo("model", "org/live").commits[1:]
+    ]
+    assert steps == [3, 4]
+
+
+def test_every_so_many_checkpoints_and_the_last_one(hub, publisher):
+    it = publisher(every=2)
+    it(it.run / "checkpoints" / "step-000003")
+    assert it._target is None
+    it.finish(wait=True)
+    assert [line["checkpoint"] for line in lines(it.run)] == ["step-000003"]
+
+
+def test_a_run_that_is_told_to_stop_does_not_wait(hub, publisher, capsys):
+    it = publisher()
+    paused = hub.pause("POST", "/api/repos/create")
+    it(it.run / "checkpoints" / "step-000004")
+    assert paused.reached.wait(60)
+    start = time.monotonic()
+    it.finish(wait=False)
+    assert time.monotonic() - start < 5
+    assert "The last checkpoint is not published; publish it with" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_linked_to_are_a_failure_of_publishing_only(hub, publisher):
+    it = publisher()
+    it(it.run / "checkpoints" / "step-000099")
+    it.finish(wait=True)
+    [line] = lines(it.run)
+    assert line["problem"].startswith("its files cannot be linked to: ")
+
+
+def test_a_repository_that_cannot_be_is_found_before_anything_is_loaded(tmp_path):
+    with pytest.raises(SystemExit):
+        make_config(tmp_path / "run", "--publish.repo=just-a-name")
+    from spark_vl.config import TrainConfig, check_train_config
+
+    config = TrainConfig()
+    config.data.recipes = ["digits"]
+    config.publish.repo = "a/b/c"
+    with pytest.raises(ConfigError, match=r"publish\.repo: is 'a/b/c'; allowed is ORG/NAME"):
+        check_train_config(config)
