@@ -21,6 +21,7 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from spark_vl.checkpoint import (
+    CheckpointError,
     claim_folder,
     copy_model,
     find_checkpoint,
@@ -432,8 +433,14 @@ class Trainer:
 
     def _save(self, *, best: bool) -> None:
         self.log.phase("saving")
-        if self.shards:
-            self.shards.flush()  # first: a run that goes on from this checkpoint has the rows of its steps
+        if self.shards:  # first: a run that goes on from this checkpoint has the rows of its steps
+            try:
+                self.shards.flush()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.folder / JUDGMENTS}: the judgments could not be written: {error}. Earlier ones, and the "
+                    "last checkpoint, are untouched"
+                ) from error
         state = self._state()
         for name in ("waiting", "surplus"):
             state[name] = [record_to_json(record) for record in state[name]]

@@ -95,7 +95,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
         (("recipes", "digits", "--split=dev"), "recipe digits: splits: found 'dev'; allowed: train, validation, test"),
         (("recipes", "no_rows.yaml"), "recipe no_rows: source: no file 'train.jsonl'"),
         (("trian",), "invalid choice: 'trian'"),
-        ((), "{train,eval,recipes,doctor,estimate}"),
+        ((), "{train,eval,recycle,publish,recipes, ..."),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_loaded_or_written(tmp_path, arguments, message):

@@ -172,8 +172,10 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert metrics(folder) == metrics(other)
     for name in ("evaluations", "rollouts"):
         assert lines(folder, name) == lines(other, name)
-    model = Path("model", "model.safetensors")
-    assert (folder / model).read_bytes() == (other / model).read_bytes()
+    shards = sorted(path.relative_to(other) for path in (other / "judgments").rglob("*.parquet"))
+    assert shards == sorted(path.relative_to(folder) for path in (folder / "judgments").rglob("*") if path.is_file())
+    for path in (*shards, Path("model", "model.safetensors")):
+        assert (folder / path).read_bytes() == (other / path).read_bytes(), path
 
 
 def latest(folder: Path) -> Path | None:
