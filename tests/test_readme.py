@@ -13,10 +13,8 @@ from tests.hub.fixtures import ROOT, spark_vl
 def test_train_publish_and_load(hub, finished_run):
     section = re.search(r"^## Publish\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)[1]
     section = section.replace("runs/digits", str(finished_run)).replace("ORG/NAME", "org/tiny")
-    commands = [
-        shlex.split(line, comments=True)[1:] for line in re.findall(r"^    (spark-vl .*)$", section, re.MULTILINE)
-    ]
-    train, *publish = commands
+    typed = re.findall(r"^    (spark-vl .*)$", section, flags=re.MULTILINE)
+    train, *publish = (shlex.split(line, comments=True)[1:] for line in typed)
     # The run of the first command is there already: a short one, by the same function.
     assert train[:2] == ["train", "--config"]
     assert (ROOT / train[2]).is_file()
