@@ -19,7 +19,6 @@ from PIL import Image, PngImagePlugin
 
 from spark_vl import cli
 from spark_vl.data.shards import find_shards
-from spark_vl.demo.tiny import CHECKPOINT
 from tests.hub.driver import Refused
 from tests.hub.fixtures import digests, spark_vl
 from tests.test_trainer import TEMPLATES, make_config, metrics
@@ -122,10 +121,10 @@ def test_publishing_twice_makes_no_second_commit_and_later_steps_are_added(hub, 
 
 def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, call, finished_run, tmp_path):
     call("publish_judgments", run=finished_run, repo="org/judged")
+    commit = call("publish_model", checkpoint=finished_run, repo="org/tiny")["commit"]
     recipe = "judgments?repo=org/judged&kind=pairwise"
-    make_config(tmp_path / "again", "--steps=1")  # what follows are the same settings on a command line
     settings = [
-        f"--model.path={CHECKPOINT}", "--model.dtype=float32", f"--prompts.templates=[{TEMPLATES}]",
+        "--model.path=org/tiny", "--model.dtype=float32", f"--prompts.templates=[{TEMPLATES}]",
         "--prompts.builtin_templates=false", "--rollout.max_new_tokens=24",
     ]  # fmt: skip
     done = spark_vl(
@@ -141,6 +140,7 @@ def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, call, fin
     # The judgments that were trained on are kept as what they are, and say of which problem they are.
     rows = rows_of(tmp_path / "again", "pairwise")
     assert {row["recipe"] for row in rows} == {"judgments-pairwise"}
+    assert {(row["model"], row["model_revision"]) for row in rows} == {("org/tiny", commit)}
     originals = {row["parent_id"] for row in rows_of(finished_run, "pairwise")}
     assert {row["parent_id"] for row in rows} <= originals
 
@@ -183,6 +183,16 @@ def test_a_run_without_judgments_says_so(hub, call, run):
 
 
 # ── what never gets there ──
+
+
+@pytest.mark.parametrize("name", ["pairwise/train-extra.parquet", "secrets/train-000001-000001-0.parquet", "a.parquet"])
+def test_a_file_that_no_run_writes_there_is_refused(hub, call, run, name):
+    (run / "judgments" / name).parent.mkdir(exist_ok=True)
+    shutil.copy(find_shards(run / "judgments")[0].path, run / "judgments" / name)
+    with pytest.raises(Refused, match=f"{name}: is no file that a run writes there"):
+        call("publish_judgments", run=run, repo="org/judged")
+    assert not hub.repos
+
 
 SECRET = b"the author's private key"
 

@@ -113,6 +113,9 @@ def prepare_judgments(*, run: Path | str, repo: str) -> Release:
         raise ReleaseError(
             f"{folder / JUDGMENTS}: holds no judgments; a run writes them unless logging.judgments is off"
         )
+    known = {shard.path for shard in shards}
+    if foreign := sorted(path for path in (folder / JUDGMENTS).rglob("*.parquet") if path not in known):
+        raise ReleaseError(f"{foreign[0]}: is no file that a run writes there (CONFIG/SPLIT-FIRST-LAST-RANK.parquet)")
     rows: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
     proven: set[bytes] = set()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from qwen_vl_utils.vision_process import fetch_image
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
 from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
@@ -35,7 +36,16 @@ def load_processor(config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProc
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
         max_prompt_tokens=max_prompt_tokens,
+        commit=_commit(config),
     )
+
+
+def _commit(config: ModelConfig) -> str | None:
+    """The commit that was just loaded: the folder of the cache that the files are in bears its name."""
+    if Path(config.path).exists():
+        return None
+    file = try_to_load_from_cache(config.path, "config.json", revision=config.revision or "main")
+    return Path(file).parent.name
 
 
 def _load(part: Any, config: ModelConfig) -> Any:
@@ -55,6 +65,7 @@ class QwenVLProcessor:
         min_pixels, max_pixels: images are resized, ratio kept, to sides that are multiples of 28 and an area in
             between.
         max_prompt_tokens: longer prompts are refused.
+        commit: see `Processor`.
     """
 
     def __init__(
@@ -66,9 +77,10 @@ class QwenVLProcessor:
         min_pixels: int,
         max_pixels: int,
         max_prompt_tokens: int,
+        commit: str | None = None,
     ) -> None:
         self.hf = processor
-        self.commit: str | None = vars(config).get("_commit_hash")  # set where it came from the Hub only
+        self.commit = commit
         self.min_pixels, self.max_pixels, self.max_prompt_tokens = min_pixels, max_pixels, max_prompt_tokens
         self.image_token_id: int = config.image_token_id
         self.pad_token_id: int = processor.tokenizer.pad_token_id
