@@ -136,14 +136,15 @@ class Trainer:
             self._load(checkpoint, allow_config_change)
         self.shards: ShardWriter | None = None
         if config.logging.judgments:
-            self.shards = ShardWriter(
-                self.folder / JUDGMENTS,
-                rank=rank,
-                licenses={recipe.name: recipe.license for recipe in recipes},
-                model=public_name(config.model.path),
-                model_revision=self.processor.commit,
-                resumed=self.resumed,
-            )
+            with blamed_on("output_dir"):
+                self.shards = ShardWriter(
+                    self.folder / JUDGMENTS,
+                    rank=rank,
+                    licenses={recipe.name: recipe.license for recipe in recipes},
+                    model=public_name(config.model.path),
+                    model_revision=self.processor.commit,
+                    resumed=self.resumed,
+                )
 
     def train(self) -> bool:
         """Run to the last step. Leaves `model/`, a plain Hugging Face checkpoint, in the run's folder.
