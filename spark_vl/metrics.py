@@ -61,19 +61,23 @@ class Means:
 def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
     """Diagnostics of verified groups, per kind of prompt, as `kind/name`.
 
-    reward, length (tokens), entropy (nats per token: the mean of -log p of what was sampled), and the shares of
-    completions that are truncated, unparsable, failed (the verifier timed out or raised), and of groups without
-    variance, which have no gradient. For judgments also the accuracy for either label, and how often the judge says
-    `correct` or `A`. `rollout/completions` and `rollout/tokens` count what was sampled, of all kinds.
+    reward, score (correctness alone), the value of each shaping term, length (tokens), entropy (nats per token: the
+    mean of -log p of what was sampled), and the shares of completions that are truncated, unparsable, failed (the
+    verifier timed out or raised), and of groups without variance, which have no gradient. For judgments also the
+    accuracy for either label, and how often the judge says `correct` or `A`. `rollout/completions` and `rollout/tokens`
+    count what was sampled, of all kinds.
     """
     means = Means()
     for group in groups:
         kind = group.record.kind
         means.count("rollout/completions", len(group.rollouts))
         means.count("rollout/tokens", sum(len(rollout.token_ids) for rollout in group.rollouts))
+        means.add(f"{kind}/reward", sum(group.rewards), len(group.rewards))
         means.add(f"{kind}/zero_variance", group.zero_variance)
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
-            means.add(f"{kind}/reward", verdict.score)
+            means.add(f"{kind}/score", verdict.score)
+            for name, value in verdict.shaping:
+                means.add(f"{kind}/{name}", value)
             means.add(f"{kind}/length", len(rollout.token_ids))
             means.add(f"{kind}/entropy", -sum(rollout.logprobs), len(rollout.logprobs))
             means.add(f"{kind}/truncated", rollout.finish == "length")

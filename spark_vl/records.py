@@ -59,6 +59,16 @@ class ImageRef:
         return f"ImageRef({self.path!r})" if self.data is None else f"ImageRef({len(self.data)} bytes)"
 
 
+@dataclass(frozen=True)
+class ImageSize:
+    """Pixels of one image, [width, height]."""
+
+    original: tuple[int, int]
+    """As displayed: EXIF orientation is applied."""
+    processed: tuple[int, int]
+    """As the model sees it, after resizing: patches times their side."""
+
+
 Content = tuple[str | ImageRef, ...]
 """Text and images in reading order."""
 
@@ -116,6 +126,14 @@ class PromptRecord:
     """Options of a choice question in order (A, B, ...), or the two labels of a judgment; otherwise empty."""
     origin: Origin | None = None
     """Set on recycled records only."""
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Of the verifier, as pairs of name and value, such as a tolerance; what it allows, it says itself."""
+    weight: float = 1.0
+    """Of the score in the reward."""
+    shaping: tuple[tuple[str, float], ...] = ()
+    """Names and weights of what is added to the reward and says nothing of correctness (`verifiers.shaping`)."""
+    image_sizes: tuple[ImageSize, ...] = ()
+    """Of `images`, in their order, once a processor has processed the record."""
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -128,12 +146,14 @@ class Verdict:
     """What a verifier says of one completion."""
 
     score: float
-    """In [0, 1]; 1 is right."""
+    """In [0, 1]; 1 is right. Recycling and evaluation go by it alone."""
     parsed: str | None
     """The answer found in the completion, None where there is none."""
     status: Literal["ok", "unparsable", "timeout", "error"] = "ok"
     detail: str = ""
     """Why, for any status but `ok`."""
+    shaping: tuple[tuple[str, float], ...] = ()
+    """Name and value, not weighted, of each shaping term of the record."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +181,18 @@ class RolloutGroup:
     """[G], empty until the group is verified."""
 
     @property
+    def scores(self) -> list[float]:
+        """[G] scores of the verdicts, in [0, 1]."""
+        return [verdict.score for verdict in self.verdicts]
+
+    @property
     def rewards(self) -> list[float]:
-        """[G] scores of the verdicts."""
-        return [v.score for v in self.verdicts]
+        """[G] what the policy is trained on: weighted scores and shaping terms."""
+        weight, weights = self.record.weight, dict(self.record.shaping)
+        return [
+            weight * verdict.score + sum(weights[name] * value for name, value in verdict.shaping)
+            for verdict in self.verdicts
+        ]
 
     @property
     def zero_variance(self) -> bool:
@@ -181,7 +210,7 @@ class RolloutGroup:
 
 
 def record_to_json(record: PromptRecord) -> dict[str, Any]:
-    """`record` as JSON values; image bytes in base64. Inverse of `record_from_json`."""
+    """`record` as JSON values, image bytes in base64; without `image_sizes`, which processing gives again."""
     origin = record.origin
     return {
         "id": record.id,
@@ -192,6 +221,9 @@ def record_to_json(record: PromptRecord) -> dict[str, Any]:
         "verifier": record.verifier,
         "recipe": record.recipe,
         "choices": list(record.choices),
+        "settings": dict(record.settings),
+        "weight": record.weight,
+        "shaping": dict(record.shaping),
         "origin": None
         if origin is None
         else {**vars(origin), "rollouts": list(origin.rollouts), "completions": list(origin.completions)},
@@ -199,7 +231,7 @@ def record_to_json(record: PromptRecord) -> dict[str, Any]:
 
 
 def record_from_json(data: dict[str, Any]) -> PromptRecord:
-    """Inverse of `record_to_json`."""
+    """The record that `record_to_json` was given, not processed."""
     origin = data["origin"]
     return PromptRecord(
         **{
@@ -207,16 +239,11 @@ def record_from_json(data: dict[str, Any]) -> PromptRecord:
             "messages": tuple(Message(m["role"], _content_from_json(m["content"])) for m in data["messages"]),
             "question": _content_from_json(data["question"]),
             "choices": tuple(data["choices"]),
+            "settings": tuple(data["settings"].items()),
+            "shaping": tuple(data["shaping"].items()),
             "origin": None
             if origin is None
-            else Origin(
-                **{
-                    **origin,
-                    "rollouts": tuple(origin["rollouts"]),
-                    # Checkpoints written before there were any lack them.
-                    "completions": tuple(origin.get("completions", ())),
-                }
-            ),
+            else Origin(**{**origin, **{name: tuple(origin[name]) for name in ("rollouts", "completions")}}),
         }
     )
 
@@ -230,7 +257,7 @@ def group_to_json(group: RolloutGroup) -> dict[str, Any]:
         "gold": record.gold,
         "origin": None if record.origin is None else asdict(record.origin),
         "completions": [
-            {"text": rollout.text, "finish": rollout.finish, **asdict(verdict)}
+            {"text": rollout.text, "finish": rollout.finish, **asdict(verdict), "shaping": dict(verdict.shaping)}
             for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
         ],
     }

@@ -55,6 +55,7 @@ def test_problems_by_hand():
     assert group_metrics([mixed, flat_group]).result() == pytest.approx(
         {
             "problem/reward": 3.5 / 6,
+            "problem/score": 3.5 / 6,
             "problem/length": 8 / 6,
             # of tokens, not of completions: seven halvings and two certain tokens in eight tokens, and two halvings
             "problem/entropy": (1 + 1 + 2 + 3 + 0 + 0 + 1 + 1) * log(2) / 8,
@@ -265,6 +266,7 @@ def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_
     judgment = make_pointwise("p@3#pointwise", correct=True, says=["Yes"])
     open_log().rollouts(3, [problem, judgment])
     first, second = lines(tmp_path / "rollouts.jsonl")
+    plain = {"detail": "", "shaping": {}}
     assert first == {
         "step": 3,
         "id": "p",
@@ -273,8 +275,24 @@ def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_
         "gold": "5",
         "origin": None,
         "completions": [
-            {"text": "text 0", "finish": "stop", "score": 1.0, "parsed": "5", "status": "ok", "detail": ""},
-            {"text": "text 1", "finish": "length", "score": 0.0, "parsed": None, "status": "unparsable", "detail": ""},
+            {
+                "text": "text 0",
+                "finish": "stop",
+                "score": 1.0,
+                "parsed": "5",
+                "status": "ok",
+                "detail": "",
+                "shaping": {},
+            },
+            {
+                "text": "text 1",
+                "finish": "length",
+                "score": 0.0,
+                "parsed": None,
+                "status": "unparsable",
+                "detail": "",
+                "shaping": {},
+            },
         ],
     }
     assert second["origin"] == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import weakref
+from dataclasses import replace
 from unicodedata import normalize
 
 import numpy as np
@@ -79,7 +80,8 @@ RECORDS = [
 def test_inputs_are_those_of_the_hugging_face_processor(tiny, processor, record):
     expected = hugging_face(tiny[1], record)
     prompt = processor.process(record)
-    assert prompt.record is record
+    assert replace(prompt.record, image_sizes=()) == record
+    assert len(prompt.record.image_sizes) == len(record.images)
     assert torch.equal(prompt.input_ids, expected["input_ids"][0])
     assert len(prompt.images) == len(record.images)
     if prompt.images:

@@ -167,7 +167,7 @@ def row_of(
         "choices": list(record.choices),
         **_quoted(record),
         completions_column(config_of(record)): [rollout.text for rollout in group.rollouts],
-        "reward": group.rewards,
+        "reward": group.scores,
         "parsed": [verdict.parsed for verdict in group.verdicts],
         "status": [verdict.status for verdict in group.verdicts],
         "finish": [rollout.finish for rollout in group.rollouts],

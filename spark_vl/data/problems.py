@@ -120,6 +120,9 @@ class ProblemSet:
             verifier=verifier,
             recipe=recipe.name,
             choices=choices,
+            settings=tuple(recipe.settings.items()) if verifier == recipe.verifier else (),
+            weight=recipe.weight,
+            shaping=tuple(recipe.shaping.items()),
         )
 
     def _images(self, row: Row) -> list[ImageRef]:

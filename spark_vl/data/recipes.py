@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import parse_qsl
@@ -30,6 +31,8 @@ import yaml
 
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
 from spark_vl.data.sources import Source, SourceKind
+from spark_vl.verifiers.base import check_settings
+from spark_vl.verifiers.shaping import SHAPING
 
 SPLITS = ("train", "validation", "test")
 
@@ -94,6 +97,21 @@ class Recipe:
     """Folder that image paths are relative to and cannot leave. None: that of a local source; no paths for others."""
     image_placeholder: str = "<image>"
     """What stands in a question where an image belongs."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of `verifier`, such as `{relative: 0.05}`; not of another one that a row is given."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of the score and of shaping terms (`verifiers.shaping`) in the reward. In a file they stand in the place of the
+    verifier's name: `verifier: {math: 1.0, format: 0.1}`."""
+
+    @property
+    def shaping(self) -> dict[str, float]:
+        """The weights of the shaping terms."""
+        return {name: weight for name, weight in self.weights.items() if name in SHAPING}
+
+    @property
+    def weight(self) -> float:
+        """The weight of the score."""
+        return next((weight for name, weight in self.weights.items() if name not in SHAPING), 1.0)
 
     def verifier_of(self, split: str) -> str | None:
         """The verifier of the rows of `split` that name none."""
@@ -227,13 +245,15 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     splits = _mapping(where, "splits", raw["splits"])
     if not splits or set(splits) - set(SPLITS):
         raise ValueError(f"{where}: splits: found {_shown(splits)}; allowed: one or more of {', '.join(SPLITS)}")
-    verifier = raw.get("verifier")
-    if isinstance(verifier, dict):
-        verifier = _mapping(where, "verifier", verifier)
-        if set(splits) - set(verifier):
-            raise ValueError(
-                f"{where}: verifier: found {_shown(verifier)}; allowed: a name, or one for each of {', '.join(splits)}"
-            )
+    verifier, weights = _verifier(where, raw.get("verifier"), splits)
+    settings = raw.get("settings", {})
+    if not isinstance(settings, dict) or (settings and not isinstance(verifier, str)):
+        raise ValueError(f"{where}: settings: found {_shown(settings)}; allowed: a mapping, beside one verifier")
+    if settings:
+        try:
+            check_settings(verifier, settings)
+        except ValueError as error:
+            raise ValueError(f"{where}: settings: {error}") from error
     columns = _columns(where, raw["columns"])
     optional = {
         key: _text(where, key, raw[key]) for key in ("media_root", "image_placeholder") if raw.get(key) is not None
@@ -250,8 +270,33 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
         splits=splits,
         columns=columns,
         verifier=verifier if isinstance(verifier, dict | None) else _text(where, "verifier", verifier),
+        settings=settings,
+        weights=weights,
         **optional,
     )
+
+
+def _verifier(where: str, raw: Any, splits: Mapping[str, str]) -> tuple[Any, dict[str, float]]:
+    """The verifier, or one for each split, and the weights of score and shaping terms."""
+    if not isinstance(raw, dict):
+        return raw, {}
+    if set(raw) & set(SPLITS):
+        verifier = _mapping(where, "verifier", raw)
+        if set(splits) - set(verifier):
+            raise ValueError(
+                f"{where}: verifier: found {_shown(verifier)}; allowed: a name, or one for each of {', '.join(splits)}"
+            )
+        return verifier, {}
+    verifiers = [name for name in raw if name not in SHAPING]
+    if len(verifiers) != 1 or not isinstance(verifiers[0], str):
+        raise ValueError(
+            f"{where}: verifier: found {_shown(raw)}; allowed: one verifier and any of the shaping terms "
+            f"{', '.join(SHAPING)}, each with its weight"
+        )
+    for name, weight in raw.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < inf:
+            raise ValueError(f"{where}: verifier.{name}: found {_shown(weight)}; allowed: a finite weight from 0")
+    return verifiers[0], {name: float(weight) for name, weight in raw.items()}
 
 
 def _columns(where: str, raw: Any) -> Columns | JudgmentColumns:
@@ -286,11 +331,11 @@ def _source(where: str, raw: Any) -> Source:
 
 def _check_fields(where: str, prefix: str, raw: dict[str, Any], cls: type) -> None:
     """Neither unknown nor missing keys."""
-    known = [each.name for each in fields(cls)]
+    known = [each.name for each in fields(cls) if each.name != "weights"]  # they come with the verifier
     if unknown := [key for key in raw if key not in known]:
         raise ValueError(f"{where}: {prefix}{unknown[0]}: is no field; allowed: {', '.join(known)}")
     for each in fields(cls):
-        if each.default is MISSING and each.name not in raw:
+        if each.default is MISSING and each.default_factory is MISSING and each.name not in raw:
             raise ValueError(f"{where}: {prefix}{each.name}: is missing")
 
 

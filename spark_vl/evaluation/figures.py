@@ -118,7 +118,7 @@ def _both_orders(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
 
 
 def _accuracy(groups: Sequence[RolloutGroup]) -> float:
-    return fmean(reward for group in groups for reward in group.rewards)
+    return fmean(score for group in groups for score in group.scores)
 
 
 def _unparsable(groups: Sequence[RolloutGroup]) -> float:

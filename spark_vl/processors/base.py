@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from spark_vl.records import PromptRecord
+from spark_vl.records import ImageSize, PromptRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,8 @@ class ProcessedImage:
     """[3] int64: patches along time (1), height and width; T·H·W = P."""
     tokens: int
     """Features that the vision tower makes of it, and so image tokens in the prompt."""
+    size: ImageSize
+    """Before and after resizing, which verifiers of coordinates need."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import ImageError, load_image
 from spark_vl.processors.base import ProcessedImage, ProcessedPrompt
-from spark_vl.records import BadRecordError, ImageRef, PromptRecord
+from spark_vl.records import BadRecordError, ImageRef, ImageSize, PromptRecord
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -96,7 +97,10 @@ class QwenVLProcessor:
         self._images: dict[ImageRef, ProcessedImage] = {}
         width = 3 * image_processor.temporal_patch_size * self._patch**2
         side = 2 * self._merge
-        self.dummy_image = ProcessedImage(torch.zeros(side**2, width), torch.tensor([1, side, side]), tokens=4)
+        pixels = (side * self._patch, side * self._patch)
+        self.dummy_image = ProcessedImage(
+            torch.zeros(side**2, width), torch.tensor([1, side, side]), tokens=4, size=ImageSize(pixels, pixels)
+        )
 
     def process(self, record: PromptRecord) -> ProcessedPrompt:
         """See `Processor.process`."""
@@ -128,6 +132,7 @@ class QwenVLProcessor:
             image_grid_thw=torch.stack([image.grid_thw for image in images]) if images else None,
             mm_token_type_ids=is_image[None].int(),
         )
+        record = replace(record, image_sizes=tuple(image.size for image in images))
         return ProcessedPrompt(record, ids, positions[:, 0], images)
 
     def forget_images(self) -> None:
@@ -162,8 +167,12 @@ class QwenVLProcessor:
             # No second resize: the processor's own pixel budget need not be ours.
             inputs = self.hf.image_processor(images=[resized], do_resize=False, return_tensors="pt")
             grid_thw = inputs["image_grid_thw"][0]
+            _, height, width = (self._patch * int(side) for side in grid_thw)
             self._images[ref] = ProcessedImage(
-                inputs["pixel_values"], grid_thw, tokens=int(grid_thw.prod()) // self._merge**2
+                inputs["pixel_values"],
+                grid_thw,
+                tokens=int(grid_thw.prod()) // self._merge**2,
+                size=ImageSize(decoded.size, (width, height)),
             )
         return self._images[ref]
 

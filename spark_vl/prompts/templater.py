@@ -138,6 +138,8 @@ class Rendered:
             gold=self.gold if judgment else parent.gold,
             verifier="judgment" if judgment else parent.verifier,
             choices=self.labels if judgment else parent.choices,
+            settings=() if judgment else parent.settings,
+            image_sizes=(),
             origin=Origin(parent.id, step, self.template, rollouts, quoted_correct, completions),
         )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from spark_vl.answers import last_boxed
-from spark_vl.records import BadRecordError, PromptRecord, Verdict
+from spark_vl.records import BadRecordError, ImageSize, PromptRecord, Verdict
 
 
 class Verifier(Protocol):
@@ -65,7 +66,16 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
         return Verdict(0.0, None, "error", f"{type(error).__name__}: {error}"[:500])
 
 
-def verify(kind: str, completion: str, gold: str, *, choices: Sequence[str] = ()) -> Verdict:
+def verify(
+    kind: str,
+    completion: str,
+    gold: str,
+    *,
+    choices: Sequence[str] = (),
+    image_size: tuple[int, int] | None = None,
+    processed_size: tuple[int, int] | None = None,
+    **settings: Any,
+) -> Verdict:
     r"""Scores one completion in this process, with no deadline: `verify("number", r"\boxed{5}", "5.0").score == 1`.
 
     Args:
@@ -73,11 +83,16 @@ def verify(kind: str, completion: str, gold: str, *, choices: Sequence[str] = ()
         completion: the model's whole reply.
         gold: the right answer.
         choices: options of a choice question in order, or the labels of a judgment.
+        image_size: [width, height] of the image as it was given, upright.
+        processed_size: [width, height] as the model saw it. None: as `image_size`.
+        settings: of the verifier, such as `relative=0.05`.
 
     Raises:
-        ValueError: unknown verifier.
+        ValueError: unknown verifier, or a setting that it does not have.
         BadRecordError: `gold` means nothing to the verifier.
     """
+    check_settings(kind, settings)
+    sizes = () if image_size is None else (ImageSize(image_size, processed_size or image_size),)
     record = PromptRecord(
         id="verify",
         kind="problem",
@@ -87,8 +102,50 @@ def verify(kind: str, completion: str, gold: str, *, choices: Sequence[str] = ()
         verifier=kind,
         recipe="",
         choices=tuple(choices),
+        settings=tuple(settings.items()),
+        image_sizes=sizes,
     )
     return get_verifier(kind)(completion, record)
+
+
+def check_settings(kind: str, settings: Mapping[str, Any]) -> None:
+    """Compares `settings` with those of the verifier: the mapping `SETTINGS` of its module, name → default.
+
+    A value has the type of its default (an integer does for a fraction), or is one of the texts that a tuple lists,
+    whose first is the default. A user's own verifier takes any settings if its module has no `SETTINGS`.
+
+    Raises:
+        ValueError: one is unknown, or not of the kind that is allowed.
+    """
+    known = _settings(kind)
+    if known is None:
+        return
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"{kind}: {name!r} is no setting; allowed: {', '.join(known) or 'none'}")
+        default = known[name]
+        if isinstance(default, tuple):
+            if value not in default:
+                raise ValueError(f"{kind}: {name}: found {value!r}; allowed: {', '.join(map(repr, default))}")
+        elif isinstance(default, bool) is not isinstance(value, bool) or not isinstance(
+            value, int | float if isinstance(default, float) else type(default)
+        ):
+            raise ValueError(f"{kind}: {name}: found {value!r}; allowed: {type(default).__name__}, like {default!r}")
+
+
+def settings_of(record: PromptRecord) -> dict[str, Any]:
+    """The settings of the record's verifier, defaults filled in."""
+    defaults = {
+        name: default[0] if isinstance(default, tuple) else default
+        for name, default in (_settings(record.verifier) or {}).items()
+    }
+    return defaults | dict(record.settings)
+
+
+def _settings(kind: str) -> Mapping[str, Any] | None:
+    get_verifier(kind)  # says what is wrong with an unknown name
+    module = sys.modules[VERIFIERS.get(kind, kind).partition(":")[0]]
+    return vars(module).get("SETTINGS", {} if kind in VERIFIERS else None)
 
 
 def boxed_gold(record: PromptRecord) -> str:

@@ -188,7 +188,8 @@ class _Worker:
 
 
 def _without_images(completion: str, record: PromptRecord) -> tuple[str, PromptRecord]:
-    return completion, replace(record, messages=(), question=(plain_text(record.question),))
+    record = replace(record, messages=(), question=(plain_text(record.question),), origin=None)
+    return completion, replace(record, verifier=VERIFIERS.get(record.verifier, record.verifier))
 
 
 def work() -> None:
