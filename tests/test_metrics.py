@@ -266,7 +266,6 @@ def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_
     judgment = make_pointwise("p@3#pointwise", correct=True, says=["Yes"])
     open_log().rollouts(3, [problem, judgment])
     first, second = lines(tmp_path / "rollouts.jsonl")
-    plain = {"detail": "", "shaping": {}}
     assert first == {
         "step": 3,
         "id": "p",
