@@ -109,6 +109,7 @@ def test_a_pairwise_row_by_hand():
         "status": ["ok", "ok"],
         "finish": ["stop", "stop"],
         "verifier": "judgment",
+        "settings": "{}",
         "parent_id": "s/train/a",
         "recipe": "s",
         "license": "CC-BY-4.0",
@@ -119,7 +120,7 @@ def test_a_pairwise_row_by_hand():
 
 
 COMMON_BEFORE = ["id", "images", "messages", "question", "label", "choices"]
-COMMON_AFTER = ["reward", "parsed", "status", "finish", "verifier"]
+COMMON_AFTER = ["reward", "parsed", "status", "finish", "verifier", "settings"]
 PROVENANCE = ["parent_id", "recipe", "license", "model", "model_revision", "step"]
 
 
@@ -173,6 +174,16 @@ def test_what_cannot_be_a_row_is_said():
 
 
 # ── round trips ──
+
+
+def test_the_settings_of_the_verifier_come_along():
+    record = replace(
+        GROUPS["rollouts"][0].record, settings=(("relative", 0.05), ("mode", "x")), verifier="my.own:check"
+    )
+    row = as_row(sampled(record, (1,)))
+    assert row["settings"] == '{"relative": 0.05, "mode": "x"}'
+    again = record_of(row, "rollouts", id=record.id, recipe=record.recipe, verifiers=("my.own:check",))
+    assert again.settings == record.settings
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -360,6 +371,9 @@ def test_a_path_is_never_followed(config: str, path: str, tmp_path: Path, monkey
         ({"choices": "AB"}, "'choices' is 'AB'"),
         ({"choices": ["A"]}, "'choices' has 1 options; 2 to 26"),
         ({"verifier": None}, "'verifier' is null"),
+        ({"settings": "{"}, "'settings' is no JSON"),
+        ({"settings": "[1]"}, "a JSON object of texts and numbers is allowed"),
+        ({"settings": '{"no_such": 1}'}, "'no_such' is no setting"),
         ({"verifier": "os:system"}, "'verifier' is 'os:system'; allowed: "),
         ({"verifier": "my.module:check"}, "'verifier' is 'my.module:check'; allowed: "),
         ({"verifier": "spark_vl.verifiers.number:verify_number"}, "allowed: "),

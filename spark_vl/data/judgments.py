@@ -9,6 +9,7 @@ transformers and TRL, and images are bytes that `encode_image` made.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from itertools import islice
@@ -33,6 +34,7 @@ from spark_vl.records import (
     Verdict,
     plain_text,
 )
+from spark_vl.verifiers.base import VERIFIERS, check_settings
 
 if TYPE_CHECKING:
     import datasets
@@ -73,7 +75,7 @@ def completions_column(config: Config) -> str:
 
 def record_columns(config: Config) -> tuple[str, ...]:
     """The columns that `record_of` reads."""
-    common = ("id", "images", "messages", "question", "label", "choices", "verifier")
+    common = ("id", "images", "messages", "question", "label", "choices", "verifier", "settings")
     if config == "rollouts":
         return common
     quoted = (*_QUOTED[config], *(() if config == "pairwise" else ("correct",)))
@@ -105,6 +107,7 @@ def features(config: Config) -> datasets.Features:
             "status": strings,
             "finish": strings,
             "verifier": string,
+            "settings": string,
             **({} if config == "rollouts" else {"template": string}),
             "parent_id": string,
             "recipe": string,
@@ -172,6 +175,7 @@ def row_of(
         "status": [verdict.status for verdict in group.verdicts],
         "finish": [rollout.finish for rollout in group.rollouts],
         "verifier": record.verifier,
+        "settings": json.dumps(dict(record.settings)),
         "parent_id": record.id if record.kind == "problem" else origin.parent_id,
         "recipe": record.recipe,
         "license": licenses[record.recipe],
@@ -234,6 +238,7 @@ def record_of(row: Row, config: Config, *, id: str, recipe: str, verifiers: Coll
         recipe=recipe,
         choices=choices,
         origin=None if config == "rollouts" else _origin(row, config),
+        settings=_verifier_settings(row, verifier),
     )
 
 
@@ -266,6 +271,19 @@ def group_of(row: Row, config: Config = "rollouts") -> RolloutGroup:
         rollouts.append(Rollout((), (), unicode(completion, columns[0]), finish))
         verdicts.append(Verdict(reward, None if parsed is None else unicode(parsed, "parsed"), status))
     return RolloutGroup(record, tuple(rollouts), tuple(verdicts))
+
+
+def _verifier_settings(row: Row, verifier: str) -> tuple[tuple[str, Any], ...]:
+    words = text(row, "settings")
+    try:
+        settings = json.loads(words)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'settings' is no JSON: {error}") from error
+    if not isinstance(settings, dict) or not all(isinstance(value, str | int | float) for value in settings.values()):
+        raise ValueError(f"'settings' is {words!r:.80}; a JSON object of texts and numbers is allowed")
+    if settings and verifier in VERIFIERS:
+        check_settings(verifier, settings)
+    return tuple(settings.items())
 
 
 def _kind_of(config: Config) -> Kind:
