@@ -1,6 +1,6 @@
 # make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
 # make test: the test suite; make test-distributed: the tests that start several processes;
-# make test-browser: those that drive Chromium; make lint: style and layers.
+# make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and layers.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ WITH_BIN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # One thread a process: small tensors gain nothing from more.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-zero3 test test-distributed test-browser lint format checkpoint clean
+.PHONY: demo demo-zero3 test test-distributed test-browser fuzz lint format checkpoint clean
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,10 @@ test-distributed: .venv/.installed-test
 # Debian: apt-get install chromium chromium-driver
 test-browser: .venv/.installed-test
 	$(BIN)/python -m pytest -m browser tests/browser
+
+# FUZZ_SECONDS is 60 if not given. Other inputs each time; FUZZ_SEED, which is said with each finding, brings the same ones back.
+fuzz: .venv/.installed-test
+	$(BIN)/python -m tests.fuzz
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

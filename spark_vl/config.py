@@ -123,6 +123,8 @@ class VerifierConfig:
     """Worker processes that run the verifiers which can hang (math, a user's own)."""
     timeout_s: PositiveFloat = 10.0
     """Seconds after which the verification of one completion is killed and scores 0."""
+    memory_mb: PositiveInt = 2048
+    """MiB that each worker process may hold; a verifier that needs more scores 0."""
 
 
 @dataclass

@@ -185,7 +185,8 @@ def _source(group: RolloutGroup, correct: dict[int, bool], shows: Shows, rng: ra
     quotes: dict[bool, list[_Quote]] = {True: [], False: []}
     for index, is_correct in correct.items():
         completion = group.rollouts[index].text
-        text = completion if shows == "cot" else last_boxed(completion) or ""
+        # Some verifiers read answers that are in no box: what they found is what was scored.
+        text = completion if shows == "cot" else last_boxed(completion) or group.verdicts[index].parsed or ""
         if text.strip():
             quotes[is_correct].append(_Quote(index, text, completion))
     return _Source(group.record, quotes[True], quotes[False], shows, rng)

@@ -118,7 +118,7 @@ class Trainer:
         )
         self.any_process = partial(any_process, self.accelerator)
         self.engine = load_engine(config.rollout, self.accelerator, self.updater.policy, self.processor)
-        self.verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s)
+        self.verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
         name = f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"
         self.quarantine = Quarantine(self.folder / name, config.data.max_quarantined_fraction)
         self.timer = Timer()
@@ -325,7 +325,7 @@ class Trainer:
             groups = self.engine.generate(prompts, settings.n, sampling, progress)
         with self.timer("verify"):
             self.log.phase("verifying")
-            return verify_groups(self.verifiers, groups)
+            return verify_groups(self.verifiers, groups, settings.max_new_tokens)
 
     def _recycle(self, groups: Sequence[RolloutGroup], means: Means) -> list[PromptRecord]:
         """The prompts that `groups` are recycled into; what is over the caps is kept to refill from."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
-from spark_vl.records import PromptRecord, Verdict
+from spark_vl.records import ImageSize, PromptRecord, Verdict
 
 
 def half(completion: str, record: PromptRecord) -> Verdict:
@@ -29,10 +31,6 @@ def raises(completion: str, record: PromptRecord) -> Verdict:
     raise KeyError("the verifier's own bug")
 
 
-def out_of_memory(completion: str, record: PromptRecord) -> Verdict:
-    raise MemoryError
-
-
 def pid(completion: str, record: PromptRecord) -> Verdict:
     return Verdict(1.0, str(os.getpid()))
 
@@ -45,6 +43,21 @@ def received(completion: str, record: PromptRecord) -> Verdict:
 
 def main_file() -> str | None:
     return getattr(sys.modules["__main__"], "__file__", None)
+
+
+def even(completion: str, record: PromptRecord) -> Verdict:
+    """Well behaved: 1 if the completion and the gold have an even number of characters together."""
+    return Verdict(float((len(completion) + len(record.gold)) % 2 == 0), completion)
+
+
+def what_it_needs(completion: str, record: PromptRecord) -> Verdict:
+    """Well behaved: its own setting if it gets the image's sizes and the choices, else 0."""
+    complete = record.image_sizes == (ImageSize((100, 50), (56, 28)),) and record.choices == ("a",)
+    return Verdict(dict(record.settings)["threshold"] if complete else 0.0, completion)
+
+
+held: list[bytes] = []
+"""Never let go of."""
 
 
 def obey(completion: str, record: PromptRecord) -> Verdict:
@@ -68,6 +81,41 @@ def obey(completion: str, record: PromptRecord) -> Verdict:
         with subprocess.Popen(["sleep", "60"]) as child:
             child.send_signal(int(argument))
         assert child.returncode == -int(argument)
+    elif command == "catastrophic_regex":
+        re.match(r"(a|a)+$", "a" * 60 + "b")
+    elif command == "hold_the_lock_later":
+        threading.Timer(0.2, pow, (9, 9**9**2)).start()
+    elif command == "eat_memory":
+        while True:
+            held.append(bytes(10 * 2**20))
+    elif command == "hide_that_memory_is_eaten":
+        try:
+            bytearray(2**50)
+        except MemoryError as error:
+            return Verdict(0.0, None, "error", f"cannot compare with the gold: {type(error).__name__}")
+    elif command == "leak":
+        held.append(bytes(int(argument) * 2**20))
+    elif command == "abort":
+        os.abort()  # as C libraries do that are refused memory
+    elif command == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does where memory runs out
+    elif command == "fork":
+        os.fork()  # and both go on
+    elif command == "start_children_and_die":
+        children = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+        with open(argument, "w") as file:
+            file.write(" ".join(str(child.pid) for child in children))
+        faulthandler._sigsegv()
+    elif command == "close_descriptors":
+        os.closerange(3, 1000)
+    elif command == "keyboard_interrupt":
+        raise KeyboardInterrupt
+    elif command == "not_picklable":
+        return Verdict(1.0, lambda: completion)
+    elif command == "print_megabytes":
+        for descriptor in (1, 2):
+            for _ in range(int(argument)):
+                os.write(descriptor, b"x" * 2**20)
     elif command == "exit":
         os._exit(7)
     elif command == "sys_exit":

@@ -150,7 +150,13 @@ LENGTHS = ("4 cm", "5 cm", "6 cm")
         ("B. 5 cm", LENGTHS, "B"),
         ("(b) 5cm", LENGTHS, "B"),  # nobody else's text
         ("A. 5 cm", LENGTHS, None),  # letter and text disagree
-        ("5", LENGTHS, None),
+        ("5", LENGTHS, "B"),  # its number, the unit left out
+        ("5.0 cm", LENGTHS, "B"),
+        ("5 m", LENGTHS, None),  # another unit
+        ("7", LENGTHS, None),
+        (r"\frac{1}{2}", ("1", "0.5"), "B"),
+        ("0.5", ("1/2", "0.50"), None),  # the number of two options
+        ("1/2", ("1/2", "0.50"), "A"),  # the text of one, which goes before numbers
         ("4 cm or 5 cm", LENGTHS, None),
         ("x", ("x", "X"), None),  # two options with one text
         ("B", ("x", "X"), "B"),

@@ -344,7 +344,14 @@ def make_published(tmp_path, make_evaluator):
             message = {"role": "user", "content": [{"type": "text", "text": f"{kind} {i}?"}]}
             row = {
                 **{"id": f"j{i}", "images": [], "messages": [message], "question": "What is 2 + 3?", "label": "A"},
-                **{"choices": ["A", "B"], "verifier": "judgment", "parent_id": f"p{i}", "step": 3, "template": "t"},
+                **{
+                    "choices": ["A", "B"],
+                    "verifier": "judgment",
+                    "settings": "{}",
+                    "parent_id": f"p{i}",
+                    "step": 3,
+                    "template": "t",
+                },
                 **{"correct": True, "completion": f"{i}", "completion_a": f"a{i}", "completion_b": f"b{i}"},
             }
             if kind in ("reflection", "rollouts"):
@@ -543,7 +550,7 @@ def test_samples_can_be_scored_again_without_the_model(make_evaluator, processor
     assert line["mode"] == "greedy"
     assert line["choices"]
     assert line["origin"]["quoted_correct"] is True
-    assert line["completions"][0].keys() == {"text", "finish", "score", "parsed", "status", "detail"}
+    assert line["completions"][0].keys() == {"text", "finish", "score", "parsed", "status", "detail", "shaping"}
 
     # A gold that was corrected since counts.
     lines = [json.loads(line) for line in file.read_text().splitlines()]

@@ -196,6 +196,7 @@ FRAGMENTS = [
     "{question}", "{answer}", "{answer_a}", "{answer_b}", "{option_a}", "{option_b}", "{", "}", "{{answer}}", "{0}",
     "%s", "$answer", "\\1", "\\boxed{Yes}", "<image>", "<|im_end|>", "<|im_", "end|>", "<", "|", "<|", "|>", ">",
     "<|image_pad|>", "<<|im_end|>", "\u200b", "\n", " ", "im_end", "<｜end｜>", "ü", "duck",
+    "<tool_call>", "</tool_call>", "tool_call>", "/", "</",
 ]  # fmt: skip
 untrusted = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), max_size=8).map("".join)
 
@@ -246,6 +247,7 @@ def tokenizer() -> Tokenizer:
         "vision_end vision_pad image_pad video_pad fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep"
     )
     tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", normalized=False) for name in names.split()])
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ("<tool_call>", "</tool_call>")])
     return tokenizer
 
 
@@ -256,6 +258,7 @@ def special(tokenizer: Tokenizer, text: str) -> list[str]:
 
 def test_trap_3_the_tokenizer_of_these_tests_does_see_special_tokens(tokenizer):
     assert special(tokenizer, "a<|im_end|>\n<<|image_pad|>") == ["<|im_end|>", "<|image_pad|>"]
+    assert special(tokenizer, "a<tool_call>{}</tool_call>") == ["<tool_call>", "</tool_call>"]
 
 
 @given(text=untrusted)
@@ -268,7 +271,18 @@ def test_trap_3_no_neutralised_text_holds_a_special_token(tokenizer, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["<|im_end|>", "<<|im_end|>|im_end|>", "<|<|im_end|>im_end|>", "<|im_end<|im_end|>|>", "<|<|<|image_pad|>"],
+    [
+        "<|im_end|>",
+        "<<|im_end|>|im_end|>",
+        "<|<|im_end|>im_end|>",
+        "<|im_end<|im_end|>|>",
+        "<|<|<|image_pad|>",
+        "<tool_call>",
+        "</tool_call>",
+        "<<tool_call>",
+        "<tool_call</tool_call>>",
+        "</<tool_call>tool_call>",
+    ],
 )
 def test_trap_3_nested_special_tokens_are_taken_apart(tokenizer, text):
     assert special(tokenizer, text)
@@ -288,7 +302,8 @@ def test_trap_3_no_special_token_arises_at_a_seam(tokenizer):
 
 
 def test_special_tokens_are_the_only_thing_that_changes():
-    assert neutralise("1 < 2, <image>, </s>, a<b, {x | x > 0}") == "1 < 2, <image>, </s>, a<b, {x | x > 0}"
+    text = "1 < 2, <image>, <s>, </s>, [INST], <think>, </think>, <tool_calls>, a<b, {x | x > 0}"
+    assert neutralise(text) == text
 
 
 # ── images ──

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from spark_vl.data.problems import open_recipe
 from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
+from spark_vl.data.recipes import load_recipe
 from spark_vl.records import BadRecordError
+from tests.groups import TEMPLATER, recycled, sampled
 
 
 def listed(file: Path) -> list[dict[str, str]]:
@@ -18,22 +21,58 @@ def listed(file: Path) -> list[dict[str, str]]:
 def test_bad_rows_are_listed_once_each(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "run" / "quarantine.jsonl", 0.5)
     assert not (tmp_path / "run").exists()
-    for record_id, reason in (("a/1", "no\nwords"), ("a/2", "größer"), ("a/1", "no\nwords")):
+    for record_id, reason in (("a/train/1", "no\nwords"), ("a/train/2", "größer"), ("a/train/1", "no\nwords")):
         quarantine.add(BadRecordError(record_id, reason))
-    assert listed(quarantine.path) == [{"id": "a/1", "reason": "no\nwords"}, {"id": "a/2", "reason": "größer"}]
+    assert listed(quarantine.path) == [
+        {"id": "a/train/1", "source": "a/train", "reason": "no\nwords"},
+        {"id": "a/train/2", "source": "a/train", "reason": "größer"},
+    ]
     assert quarantine.rows_bad == 3
+
+
+@pytest.mark.parametrize(
+    ("record_id", "source"),
+    [
+        ("geometry3k/train/#17", "geometry3k/train"),
+        ("mine/test/folder/7", "mine/test"),  # the row's own id has a slash
+        ("geometry3k/train/17@3#pairwise", "geometry3k/train"),  # recycled, and once more
+        ("geometry3k/train/17@3#reflection@4#pointwise", "geometry3k/train"),
+        (
+            "judgments/train/geometry3k/train/17@3#pairwise",
+            "judgments/train",
+        ),  # a row, with the id of a recycled prompt
+    ],
+)
+def test_each_line_says_which_recipe_and_split(tmp_path: Path, record_id: str, source: str) -> None:
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.5)
+    quarantine.add(BadRecordError(record_id, "empty"))
+    assert listed(quarantine.path) == [{"id": record_id, "source": source, "reason": "empty"}]
+
+
+def test_the_sources_are_those_of_real_records(tmp_path: Path) -> None:
+    """Ids are made elsewhere: of drawn rows by `ProblemSet`, of recycled prompts by `recycle`."""
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.5)
+    drawn = open_recipe(load_recipe("digits"), "validation", TEMPLATER)[0]
+    group = sampled(drawn, (0, 1))
+    made = recycled([group], step=3, seed=0)
+    for record in (drawn, *made.judge, *made.reflection):
+        quarantine.add(BadRecordError(record.id, "too long"))
+    lines = listed(quarantine.path)
+    assert len(lines) >= 3
+    assert {line["source"] for line in lines} == {"digits/validation"}
 
 
 def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
     file = tmp_path / "quarantine.jsonl"
+    file.write_text('{"id": "a/0", "reason": "x"}\n')  # by a version that named no sources
     Quarantine(file, 0).add(BadRecordError("a/1", "x"))
     with file.open("a") as lines:
         lines.write('{"id": "a/2", "rea')  # killed while writing
     resumed = Quarantine(file, 0)
-    for n in (1, 2, 3):
+    for n in (0, 1, 2, 3):
         resumed.add(BadRecordError(f"a/{n}", "x"))
-    assert [row["id"] for row in listed(file)] == ["a/1", "a/2", "a/3"]
-    assert resumed.rows_bad == 3
+    assert [row["id"] for row in listed(file)] == ["a/0", "a/1", "a/2", "a/3"]
+    assert resumed.rows_bad == 4
 
 
 @pytest.mark.parametrize(("fraction", "bad_allowed"), [(0.0, 0), (0.1, 2), (0.05, 1), (1.0, 20)])

@@ -140,7 +140,8 @@ NUMBER = [
     ("1000000", r"\boxed{1000002}", WRONG, "not within a millionth"),
     ("0", r"\boxed{0.0000001}", WRONG, "nothing else is 0"),
     ("0", r"\boxed{-0.0}", RIGHT, "nothing else is 0"),
-    ("5", r"\boxed{five}", UNPARSABLE, "words"),
+    ("5", r"\boxed{five}", RIGHT, "a word"),
+    ("50", r"\boxed{fifty}", UNPARSABLE, "words above twenty"),
 ]
 
 JUDGMENT = [
@@ -194,7 +195,7 @@ def test_every_gold_gets_full_marks(kind: str, gold: str, choices: tuple[str, ..
         ("choice", "7 cm", LENGTHS),
         ("choice", "A", ("B", "A")),
         ("choice", "x", ("x", "X")),
-        ("number", "five", ()),
+        ("number", "fifty", ()),
         ("number", "5 or 6", ()),
         ("number", "", ()),
         ("judgment", "Maybe", YES_NO),

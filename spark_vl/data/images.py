@@ -10,10 +10,13 @@ was cropped away, nothing behind the end of the file. `check_encoded` proves tha
 from __future__ import annotations
 
 import io
+import math
 import re
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,12 @@ MAX_PIXELS = 64_000_000
 
 MAX_ASPECT = 200
 """Largest ratio of the longer to the shorter side: what the resizing of the Qwen-VL family accepts."""
+
+MAX_SCANS = 100
+"""Most passes over the pixels of a JPEG. A progressive one has about ten; each costs as much as decoding the image."""
+
+MAX_COMMENTS = 2**20
+"""Most bytes of extension blocks in a GIF: Pillow's time grows with their square."""
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L")
 """Pillow modes that convert to 8-bit RGB; 32-bit integers and floats have no defined range."""
@@ -70,12 +79,13 @@ def image_path(ref: ImageRef) -> Path:
 def load_image(ref: ImageRef) -> Image.Image:
     """The pixels of `ref`: mode RGB, upright, [width, height] as displayed, without metadata.
 
-    EXIF orientation is applied, alpha (also of palettes and colour keys) is composited over white, 16-bit grey is
-    scaled to 8 bits, everything else is converted to RGB. Colour profiles are ignored.
+    EXIF orientation is applied, alpha (also of palettes and colour keys) is composited over white, 12- and 16-bit grey
+    is scaled to 8 bits, everything else is converted to RGB. Colour profiles and EXIF that is none are ignored.
 
     Raises:
-        ImageError: the file cannot be reached (`image_path`), is not one whole single image in one of `FORMATS`, or is
-            larger than `MAX_BYTES`, `MAX_PIXELS` or `MAX_ASPECT` allow.
+        ImageError: the file cannot be reached (`image_path`) or read, is not one whole single image in one of
+            `FORMATS`, or is larger than `MAX_BYTES`, `MAX_PIXELS` or `MAX_ASPECT` allow, or made to cost far more than
+            its pixels do (`MAX_SCANS`, `MAX_COMMENTS`).
     """
     return _load(ref)[0]
 
@@ -116,8 +126,9 @@ def check_encoded(data: bytes) -> None:
 
 def _load(ref: ImageRef) -> tuple[Image.Image, str]:
     """The pixels, and the format of the file that they are from."""
-    data = image_path(ref).read_bytes() if ref.data is None else ref.data
+    data = _read(ref) if ref.data is None else ref.data
     _check_bytes(len(data))
+    _check_cost(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
@@ -132,9 +143,67 @@ def _load(ref: ImageRef) -> tuple[Image.Image, str]:
         raise ImageError(f"broken image: {error or type(error).__name__}") from error
 
 
+def _read(ref: ImageRef) -> bytes:
+    file = image_path(ref)
+    try:
+        return file.read_bytes()
+    except OSError as error:  # no permission, or gone since
+        raise ImageError(f"path {ref.path!r} cannot be read: {error}") from error
+
+
 def _check_bytes(size: int) -> None:
     if not 0 < size <= MAX_BYTES:
         raise ImageError(f"the file has {size} bytes; 1 to {MAX_BYTES} are allowed")
+
+
+def _check_cost(data: bytes) -> None:
+    """What makes Pillow work for hours on a file that the other limits allow."""
+    if data[:2] == b"\xff\xd8":
+        scans = sum(1 for _ in islice(_jpeg_scans(data), MAX_SCANS + 1))
+        if scans > MAX_SCANS:
+            raise ImageError(f"the JPEG has more than {MAX_SCANS} scans")
+    elif data[:4] == b"GIF8":
+        comments = 0
+        for block in _gif_extensions(data):
+            comments += block
+            if comments > MAX_COMMENTS:
+                raise ImageError(f"the GIF has more than {MAX_COMMENTS} bytes of extensions")
+
+
+_JPEG_MARKER = re.compile(rb"\xff([^\0\x01\xd0-\xd8\xff])")
+"""Of a segment with a length. What else follows an 0xFF is padding, stands alone, or belongs to the pixels."""
+
+
+def _jpeg_scans(data: bytes) -> Iterator[int]:
+    """Where each scan begins."""
+    place = 2
+    while (found := _JPEG_MARKER.search(data, place)) and found[1] != b"\xd9":
+        if found[1] == b"\xda":
+            yield found.start()
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+
+
+def _gif_extensions(data: bytes) -> Iterator[int]:
+    """The bytes of each extension block."""
+
+    def palette(flags: int) -> int:
+        return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
+
+    def end_of_blocks(place: int) -> int:
+        while length := data[place]:
+            place += 1 + length
+        return place + 1
+
+    place = 13 + palette(data[10]) if len(data) > 10 else len(data)
+    with suppress(IndexError):  # the file ends in a block, which Pillow will say
+        while (kind := data[place : place + 1]) not in (b"", b";"):
+            end = place + 1
+            if kind == b"!":
+                end = end_of_blocks(place + 2)
+                yield end - place
+            elif kind == b",":
+                end = end_of_blocks(place + 11 + palette(data[place + 9]))
+            place = end
 
 
 def _check_header(image: Image.Image) -> None:
@@ -144,6 +213,9 @@ def _check_header(image: Image.Image) -> None:
         raise ImageError(f"{width}×{height} is more than {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"the sides {width}×{height} are in a ratio of more than {MAX_ASPECT}")
+    tile = [image.tag_v2.get(tag, 0) for tag in _TIFF_TILE] if image.format == "TIFF" else [0]
+    if math.prod(tile) > MAX_PIXELS:
+        raise ImageError(f"its tiles of {tile[0]}×{tile[1]} are more than {MAX_PIXELS} pixels")
     if image.mode not in _MODES:
         raise ImageError(f"pixel mode {image.mode!r} does not convert to RGB; allowed are {', '.join(_MODES)}")
     try:
@@ -153,14 +225,25 @@ def _check_header(image: Image.Image) -> None:
     raise ImageError("more than one frame; a single image is allowed")
 
 
+_TIFF_TILE = (0x0142, 0x0143)
+"""Tags of a tile's width and height; a tile is decoded whole, however small the image."""
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 0x0102, 0x0106
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    with suppress(SyntaxError):  # what is no EXIF tells no orientation; Pillow takes it for empty from here on
+        image.getexif()
     if image.mode.startswith("I;16"):
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        top = 2 ** tags.get(_TIFF_BITS, (16,))[0] - 1
         values = np.asarray(image).astype(np.uint32)
-        grey = (values * 255 + 32767) // 65535
+        grey = ((values * 255 + top // 2) // top).astype(np.uint8)
+        if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for 8 bits only
+            grey = 255 - grey
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = 255
         orientation = image.getexif().get(0x0112, 1)
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = Image.fromarray(grey)
         image.getexif()[0x0112] = orientation
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:

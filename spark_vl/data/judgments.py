@@ -15,7 +15,7 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from spark_vl.answers import last_boxed, match_choice
+from spark_vl.answers import last_boxed, match_choices
 from spark_vl.data.cells import cell, kind, options, text, unicode
 from spark_vl.data.images import ImageError
 from spark_vl.data.sources import Row
@@ -226,7 +226,7 @@ def record_of(row: Row, config: Config, *, id: str, recipe: str, verifiers: Coll
         raise ValueError(f"'verifier' is {verifier!r}; allowed: {', '.join(sorted(allowed))}")
     if verifier == "judgment" and gold not in choices:
         raise ValueError(f"'label' is {gold!r}; allowed are the choices {list(choices)}")
-    if verifier == "choice" and match_choice(gold, choices) != gold:
+    if verifier == "choice" and ", ".join(match_choices(gold, choices)) != gold:
         raise ValueError(f"'label' is {gold!r}; the letter of one of the choices {list(choices)} is allowed")
     return PromptRecord(
         id=id,

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from spark_vl.answers import last_boxed, match_choice
+from spark_vl.answers import last_boxed, match_choices
 from spark_vl.data.cells import cell, identifier, items, kind, options, text
 from spark_vl.data.images import ImageError, image_path, load_image
 from spark_vl.data.judgments import record_of
@@ -106,7 +106,7 @@ class ProblemSet:
         else:
             verifier = recipe.verifier_of(self.split)
         if verifier == "choice":
-            gold = _letter(gold, choices)
+            gold = _letters(gold, choices)
         if choices and not _shows(question, choices):
             lettered = zip(ascii_uppercase, choices, strict=False)
             question += "".join(f"\n{letter}. {option}" for letter, option in lettered)
@@ -201,10 +201,9 @@ def _gold(answer: str) -> str:
     return answer.strip() if boxed is None else boxed
 
 
-def _letter(gold: str, options: tuple[str, ...]) -> str:
-    letter = match_choice(gold, options)
-    if letter is None:
-        raise ValueError(
-            f"the answer {gold!r:.80} names no single option{f' of {list(options)!r:.200}' if options else ''}"
-        )
-    return letter
+def _letters(gold: str, options: tuple[str, ...]) -> str:
+    letters = match_choices(gold, options)
+    if not letters:
+        of = f" of {list(options)!r:.200}" if options else ""
+        raise ValueError(f"the answer {gold!r:.80} names no single option{of}, nor several")
+    return ", ".join(letters)

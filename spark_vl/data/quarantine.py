@@ -19,7 +19,7 @@ class Quarantine:
     """Takes bad rows in.
 
     Args:
-        path: JSONL file of `{"id", "reason"}`, written by one process; a resumed run goes on with it.
+        path: JSONL file of `{"id", "source", "reason"}`, written by one process; a resumed run goes on with it.
         max_fraction: the largest share of bad rows among those seen, in [0, 1], that is put up with.
     """
 
@@ -45,6 +45,9 @@ class Quarantine:
     def add(self, error: BadRecordError) -> None:
         """A row, which `seen` counts too, was bad. Each id is listed once.
 
+        Its `source` is the recipe and split, `recipe/split`, in which every id begins: a recycled prompt's too, whose
+        id goes on with its parent's row. A dataset of judgments may use such ids itself, so only the beginning counts.
+
         Raises:
             TooManyBadRowsError: see `max_fraction`.
         """
@@ -53,7 +56,9 @@ class Quarantine:
             self._listed.add(error.record_id)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"id": error.record_id, "reason": error.reason}) + "\n")
+                source = "/".join(error.record_id.split("/", 2)[:2])
+                line = {"id": error.record_id, "source": source, "reason": error.reason}
+                lines.write(json.dumps(line) + "\n")
         self._check(f"; the last one: {error}")
 
     def _check(self, example: str) -> None:

@@ -36,7 +36,7 @@ def evaluate_checkpoint(config: EvalConfig, templater: Templater, samples_file: 
     engine = TransformersEngine(policy, processor, rows_at_once=config.rollout.rows_at_once)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        VerifierPool(config.verifier.workers, config.verifier.timeout_s) as verifiers,
+        VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb) as verifiers,
         Progress(*columns, TimeRemainingColumn()) as bar,
     ):
 

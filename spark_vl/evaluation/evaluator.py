@@ -82,7 +82,8 @@ class Evaluator:
         def generate(phase: str, prompts: Sequence[ProcessedPrompt], n: int, temperature: float) -> list[RolloutGroup]:
             sampling = Sampling(temperature, self.rollout.top_p, self.rollout.max_new_tokens, self.seed)
             progress = counting(f"evaluating, {phase}", n * len(prompts))
-            return verify_groups(verifiers, engine.generate(prompts, n, sampling, progress))
+            groups = engine.generate(prompts, n, sampling, progress)
+            return verify_groups(verifiers, groups, self.rollout.max_new_tokens)
 
         def ask(records: Iterable[PromptRecord]) -> list[RolloutGroup]:
             return generate("reflection", process_all(records, processor), 1, 0.0)

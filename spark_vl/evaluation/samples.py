@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spark_vl.evaluation.figures import Estimate, score
-from spark_vl.records import Origin, PromptRecord, Rollout, RolloutGroup, group_to_json, plain_text
+from spark_vl.records import ImageSize, Origin, PromptRecord, Rollout, RolloutGroup, group_to_json, plain_text
 from spark_vl.verifiers import VerifierPool, verify_groups
 
 
@@ -33,7 +34,8 @@ def append_samples(file: Path, groups: Mapping[str, Sequence[RolloutGroup]]) -> 
 def rescore(file: Path, verifiers: VerifierPool) -> list[dict[str, Estimate]]:
     """The figures (see `score`) of every evaluation in `file`, oldest first, with all completions verified anew.
 
-    Which answers were revised or in the majority stays as it was. A verifier sees questions as plain text.
+    Which answers were revised or in the majority stays as it was. A verifier sees questions as plain text. Shaping
+    terms say nothing of correctness and are left out.
     """
     evaluations: dict[int, dict[str, list[RolloutGroup]]] = defaultdict(lambda: defaultdict(list))
     with file.open(encoding="utf-8") as lines:
@@ -52,6 +54,8 @@ def _to_json(group: RolloutGroup) -> dict[str, Any]:
         "question": plain_text(record.question),
         "verifier": record.verifier,
         "choices": record.choices,
+        "settings": dict(record.settings),
+        "image_sizes": [asdict(size) for size in record.image_sizes],
         **group_to_json(group),
     }
 
@@ -67,6 +71,8 @@ def _from_json(line: Mapping[str, Any]) -> RolloutGroup:
         verifier=line["verifier"],
         recipe=line["recipe"],
         choices=tuple(line["choices"]),
+        settings=tuple(line["settings"].items()),
+        image_sizes=tuple(ImageSize(tuple(s["original"]), tuple(s["processed"])) for s in line["image_sizes"]),
         origin=None if line["origin"] is None else Origin(**line["origin"]),
     )
     return RolloutGroup(record, tuple(Rollout((), (), c["text"], c["finish"]) for c in line["completions"]))

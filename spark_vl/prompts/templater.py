@@ -40,12 +40,13 @@ _UNKNOWN_SLOT = re.compile(r"(?<![\w}])\{[a-z_]{2,}\}")
 
 
 def neutralise(text: str) -> str:
-    """`text` with a zero-width space between each `<` and a bar after it, so that no part of it is a special token.
+    """`text` with a zero-width space after the `<` of what may be an added token, so that no part of it is one.
 
     Every special token of Qwen is spelled `<|...|>`, some of other families with a full-width bar. That no bar follows
-    a `<` rules out nested and overlapping ones too. Idempotent.
+    a `<` rules out nested and overlapping ones too. Qwen2.5-VL has two more added tokens, `<tool_call>` and
+    `</tool_call>`. What other families add (`<s>`, `[INST]`, `<think>`) is plain text to it and stays. Idempotent.
     """
-    return re.sub("<(?=[|｜])", "<\u200b", text)
+    return re.sub("<(?=[|｜]|/?tool_call>)", "<\u200b", text)
 
 
 @dataclass(frozen=True)

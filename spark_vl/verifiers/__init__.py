@@ -3,11 +3,13 @@
 from spark_vl.verifiers.base import VERIFIERS, Verifier, boxed_gold, check_gold, get_verifier, verify
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
+from spark_vl.verifiers.reward_function import as_trl_reward
 
 __all__ = [
     "VERIFIERS",
     "Verifier",
     "VerifierPool",
+    "as_trl_reward",
     "boxed_gold",
     "check_gold",
     "get_verifier",

@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from math import inf
+from types import ModuleType
 from typing import Any, Protocol
 
 from spark_vl.answers import last_boxed
@@ -22,7 +24,16 @@ VERIFIERS: dict[str, str] = {
     "math": "spark_vl.verifiers.math:verify_math",
     "choice": "spark_vl.verifiers.choice:verify_choice",
     "number": "spark_vl.verifiers.number:verify_number",
+    "count": "spark_vl.verifiers.count:verify_count",
+    "text": "spark_vl.verifiers.text:verify_text",
+    "list": "spark_vl.verifiers.list:verify_list",
+    "set": "spark_vl.verifiers.set:verify_set",
+    "interval": "spark_vl.verifiers.interval:verify_interval",
+    "json_field": "spark_vl.verifiers.json_field:verify_json_field",
     "judgment": "spark_vl.verifiers.judgment:verify_judgment",
+    "iou": "spark_vl.verifiers.grounding:verify_iou",
+    "point": "spark_vl.verifiers.grounding:verify_point",
+    "detection": "spark_vl.verifiers.grounding:verify_detection",
 }
 """Where each registered name is: `module:function`, imported on first use."""
 
@@ -131,6 +142,8 @@ def check_settings(kind: str, settings: Mapping[str, Any]) -> None:
             value, int | float if isinstance(default, float) else type(default)
         ):
             raise ValueError(f"{kind}: {name}: found {value!r}; allowed: {type(default).__name__}, like {default!r}")
+        elif not isinstance(value, str) and not 0 <= value < inf:
+            raise ValueError(f"{kind}: {name}: found {value!r}; allowed: a finite number from 0")
 
 
 def settings_of(record: PromptRecord) -> dict[str, Any]:
@@ -143,13 +156,24 @@ def settings_of(record: PromptRecord) -> dict[str, Any]:
 
 
 def _settings(kind: str) -> Mapping[str, Any] | None:
+    return vars(_module(kind)).get("SETTINGS", {} if kind in VERIFIERS else None)
+
+
+def _module(kind: str) -> ModuleType:
+    """The module of the verifier called `kind`."""
     get_verifier(kind)  # says what is wrong with an unknown name
-    module = sys.modules[VERIFIERS.get(kind, kind).partition(":")[0]]
-    return vars(module).get("SETTINGS", {} if kind in VERIFIERS else None)
+    return sys.modules[VERIFIERS.get(kind, kind).partition(":")[0]]
 
 
 def boxed_gold(record: PromptRecord) -> str:
-    r"""The shortest right completion: the record's gold in `\boxed{}`, as it is if it holds a box already."""
+    r"""The shortest right completion: the record's gold in `\boxed{}`, as it is if it holds a box already.
+
+    A verifier whose golds are not written as its answers are has a `boxed_gold` of its own in its module. Coordinates
+    need a record that has been processed.
+    """
+    own = vars(_module(record.verifier)).get("boxed_gold", boxed_gold)
+    if own is not boxed_gold:  # nor this one, which the module may have imported
+        return own(record)
     return record.gold if last_boxed(record.gold) is not None else rf"\boxed{{{record.gold}}}"
 
 

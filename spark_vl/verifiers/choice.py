@@ -1,20 +1,27 @@
-"""Choice questions: the reply's last box names the right option, by its letter or by its text."""
+"""Choice questions: the reply's last box names the right option, or all the right ones, by letter, text or value."""
 
 from __future__ import annotations
 
-from spark_vl.answers import last_boxed, match_choice
+from spark_vl.answers import last_boxed, match_choice, match_choices
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 
 def verify_choice(completion: str, record: PromptRecord) -> Verdict:
-    """1 if the completion names the option that `record.gold` names; `parsed` is its letter."""
-    gold = match_choice(last_boxed(record.gold) or record.gold, record.choices)
-    if gold is None:
-        raise BadRecordError(record.id, f"gold {record.gold!r} names no single choice of {list(record.choices)}")
+    """1 if the completion names the option that `record.gold` names; `parsed` is its letter.
+
+    Where the gold names several ("A, C"), the completion has to name the same set; a part of it scores 0. Where it
+    names one, a completion that names several has no answer.
+    """
+    gold = match_choices(last_boxed(record.gold) or record.gold, record.choices)
+    if not gold:
+        raise BadRecordError(record.id, f"gold {record.gold!r} names no choice of {list(record.choices)}")
     boxed = last_boxed(completion)
     if boxed is None:
         return Verdict(0.0, None, "unparsable", "no box")
-    letter = match_choice(boxed, record.choices)
-    if letter is None:
-        return Verdict(0.0, None, "unparsable", "the last box names no single choice")
-    return Verdict(float(letter == gold), letter)
+    if len(gold) > 1:
+        letters = match_choices(boxed, record.choices)
+    else:
+        letters = tuple(filter(None, [match_choice(boxed, record.choices)]))
+    if not letters:
+        return Verdict(0.0, None, "unparsable", f"the last box names no {'single ' if len(gold) == 1 else ''}choice")
+    return Verdict(float(letters == gold), ", ".join(letters))

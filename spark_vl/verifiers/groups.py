@@ -6,24 +6,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
-from spark_vl.records import PromptRecord, Rollout, RolloutGroup
+from spark_vl.records import RolloutGroup
 from spark_vl.verifiers.pool import VerifierPool
 from spark_vl.verifiers.shaping import SHAPING
 
 
-def verify_groups(pool: VerifierPool, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """`groups` with their verdicts, in order."""
+def verify_groups(
+    pool: VerifierPool, groups: Sequence[RolloutGroup], max_new_tokens: int | None = None
+) -> list[RolloutGroup]:
+    """`groups` with their verdicts, in order.
+
+    Args:
+        max_new_tokens: the limit under which the completions were sampled, for the shaping terms.
+
+    Raises:
+        ValueError: a shaping term needs the limit, and it is None.
+    """
     verdicts = iter(pool.verify([(rollout.text, group.record) for group in groups for rollout in group.rollouts]))
     return [
         group.verified(
             tuple(
-                replace(verdict, shaping=_shaping(rollout, group.record))
+                replace(
+                    verdict,
+                    shaping=tuple((name, SHAPING[name](rollout, max_new_tokens)) for name, _ in group.record.shaping),
+                )
                 for rollout, verdict in zip(group.rollouts, islice(verdicts, len(group.rollouts)), strict=True)
             )
         )
         for group in groups
     ]
-
-
-def _shaping(rollout: Rollout, record: PromptRecord) -> tuple[tuple[str, float], ...]:
-    return tuple((name, SHAPING[name](rollout, record)) for name, _ in record.shaping)

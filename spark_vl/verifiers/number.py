@@ -1,25 +1,57 @@
-"""Numbers: the reply's last box holds the right one."""
+"""Numbers: the reply's last box holds the right one.
+
+Settings: `relative` (to the gold) and `absolute`, tolerances from 0 of which one has to hold; ChartQA allows
+`relative: 0.05`. `percent`: `same`, 50% is 50; or `fraction`, 50% is 0.5, and where the gold is written with a percent
+sign, an answer may leave it out and be 50.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from spark_vl.answers import last_boxed, parse_number
+from spark_vl.answers import TOLERANCE, Quantity, agrees, last_boxed, parse_quantity, parse_word
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
+from spark_vl.verifiers.base import settings_of
 
-TOLERANCE = 1e-6
-"""Relative to the larger of the two numbers: room for rounding in the last printed digits, not for another answer."""
+SETTINGS: dict[str, Any] = {"relative": TOLERANCE, "absolute": 0.0, "percent": ("same", "fraction")}
 
 
 def verify_number(completion: str, record: PromptRecord) -> Verdict:
-    """1 if the completion's number equals `record.gold` within `TOLERANCE`; `parsed` is the number as written."""
-    gold = parse_number(last_boxed(record.gold) or record.gold)
+    """1 if the completion's number equals `record.gold` within the tolerances; `parsed` is the number as written.
+
+    A number word ("none", "zero" to "twenty") is a number. A unit may be left out or added, but not be another one;
+    nothing is converted.
+
+    Raises:
+        ValueError: a tolerance is negative or not finite.
+    """
+    settings = settings_of(record)
+    relative, absolute = settings["relative"], settings["absolute"]
+    if not (0 <= relative < math.inf and 0 <= absolute < math.inf):
+        raise ValueError(f"number: found relative {relative} and absolute {absolute}; allowed: finite numbers from 0")
+    gold = _read(last_boxed(record.gold) or record.gold)
     if gold is None:
-        raise BadRecordError(record.id, f"gold {record.gold!r} is not one finite number")
+        raise BadRecordError(record.id, f"gold {record.gold!r:.200} is not one finite number")
     boxed = last_boxed(completion)
     if boxed is None:
         return Verdict(0.0, None, "unparsable", "no box")
-    value = parse_number(boxed)
-    if value is None:
+    answer = _read(boxed)
+    if answer is None:
         return Verdict(0.0, None, "unparsable", "the last box is not one finite number")
-    return Verdict(float(math.isclose(value, gold, rel_tol=TOLERANCE)), boxed)
+    if settings["percent"] == "same":
+        right = agrees(answer, gold, relative, absolute)
+    else:
+        right = agrees(_fraction(answer), _fraction(gold), relative, absolute) or (
+            gold.unit == "%" and not answer.unit and agrees(answer, gold, relative, absolute)
+        )
+    return Verdict(float(right), boxed)
+
+
+def _read(text: str) -> Quantity | None:
+    word = parse_word(text)
+    return parse_quantity(text) if word is None else Quantity(word, "")
+
+
+def _fraction(number: Quantity) -> Quantity:
+    return Quantity(number.value / 100, "") if number.unit == "%" else number

@@ -1,7 +1,8 @@
 """Shaping terms: what is added to a reward for how a completion is written. None of them says whether it is right.
 
 A recipe gives each its weight beside that of the verifier: `verifier: {math: 1.0, format: 0.1, overlong: 0.5}`. The
-score of a verdict, by which answers are recycled and evaluated, is never touched.
+score of a verdict, by which answers are recycled and evaluated, is never touched. Weights are from 0: what is to be
+discouraged has values below 0.
 """
 
 from __future__ import annotations
@@ -9,15 +10,42 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from spark_vl.answers import last_boxed
-from spark_vl.records import PromptRecord, Rollout
+from spark_vl.records import Rollout
 
-Term = Callable[[Rollout, PromptRecord], float]
+Term = Callable[[Rollout, int | None], float]
+"""(completion, limit on its new tokens; None where it is not known) → value in [-1, 1]."""
+
+OVERLONG_SHARE = 0.2
+"""Of the limit on new tokens, at its end: where a completion is punished for its length (L_cache / L_max in DAPO)."""
+NGRAM = 20
+"""Tokens of a passage that counts as repeated: enough that sound reasoning seldom has the same one twice."""
 
 
-def format_term(rollout: Rollout, record: PromptRecord) -> float:
+def format_term(rollout: Rollout, max_new_tokens: int | None) -> float:
     """1 where the completion ended by itself and holds a final answer in a box, else 0."""
     return float(rollout.finish == "stop" and last_boxed(rollout.text) is not None)
 
 
-SHAPING: Mapping[str, Term] = {"format": format_term}
+def overlong_term(rollout: Rollout, max_new_tokens: int | None) -> float:
+    """The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), in [-1, 0].
+
+    0 up to 80% of `max_new_tokens`, from there linearly to -1 at the limit.
+
+    Raises:
+        ValueError: the limit is not known.
+    """
+    if max_new_tokens is None:
+        raise ValueError("the shaping term overlong needs the limit on new tokens")
+    cache = OVERLONG_SHARE * max_new_tokens
+    return max(-1.0, min(0.0, (max_new_tokens - cache - len(rollout.token_ids)) / cache))
+
+
+def repetition_term(rollout: Rollout, max_new_tokens: int | None) -> float:
+    """The share of the completion's passages of `NGRAM` tokens that stood in it before, negative, in (-1, 0]."""
+    tokens = rollout.token_ids
+    passages = list(zip(*(tokens[i:] for i in range(NGRAM)), strict=False))
+    return len(set(passages)) / len(passages) - 1 if passages else 0.0
+
+
+SHAPING: Mapping[str, Term] = {"format": format_term, "overlong": overlong_term, "repetition": repetition_term}
 """By name."""

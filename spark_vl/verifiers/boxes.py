@@ -1,0 +1,146 @@
+"""Reads the boxes or points of an answer, and compares boxes. Knows nothing of images.
+
+Everything here runs in time linear in the length of its text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spark_vl.answers import last_boxed
+
+MAX_SHAPES = 1000
+"""An answer with more boxes or points is none: it lists places instead of looking."""
+
+MAX_CHARS = 64_000
+"""Of an answer: room for `MAX_SHAPES` boxes with short labels."""
+
+Key = Literal["bbox_2d", "point_2d"]
+"""What the Qwen-VL models call a box and a point in JSON."""
+
+_COUNTS = {"bbox_2d": 4, "point_2d": 2}
+
+
+class UnreadableError(ValueError):
+    """A text is no answer; the message says why."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A box or a point."""
+
+    coordinates: tuple[float, ...]
+    """`[x1, y1, x2, y2]` with the upper left corner first, or `[x, y]`."""
+    label: str | None = None
+    """What is there, None where nothing is said."""
+
+
+_MARKER = re.compile(r"<\|box_(?:start|end)\|>")
+_NUMBER = re.compile(r"-?[0-9]++(?:\.[0-9]++)?+")
+_PAIR = rf"\(\s*+{_NUMBER.pattern}\s*+,\s*+{_NUMBER.pattern}\s*+\)"
+_PAIRS = re.compile(rf"{_PAIR}(?:\s*+,?+\s*+{_PAIR})*+")
+_BRACKET = re.compile(rf"(?P<open>[\[{{])|(?P<close>[\]}}])|{_PAIRS.pattern}")
+
+
+def find_answer(reply: str) -> str:
+    r"""The part of `reply` that holds its boxes or points, without white space around it.
+
+    The first of these that the reply has decides, whether it can be read or not:
+
+    1. the content of its last `\boxed{...}` (see `last_boxed`);
+    2. the content of its last fenced block that opens with three backticks and `json`, and closes;
+    3. the last of its outermost `[...]`, `{...}` and runs of `(x, y)` pairs. Brackets that do not close, as in a reply
+       that was cut off, hold no answer, and neither does what stands in them. Brackets in quotes count as brackets.
+
+    `<|box_start|>` and `<|box_end|>` are left out: they are special tokens, which decoding drops.
+
+    Raises:
+        UnreadableError: the reply has none of them.
+    """
+    reply = _MARKER.sub("", reply)
+    if (boxed := last_boxed(reply)) is not None:
+        return boxed
+    for fenced in reversed(reply.split("```")[1:-1:2]):
+        if fenced.startswith("json"):
+            return fenced.removeprefix("json").strip()
+    answer, depth, start = None, 0, 0
+    for match in _BRACKET.finditer(reply):
+        if match["open"]:
+            start = start if depth else match.start()
+            depth += 1
+        elif match["close"]:
+            if depth == 1:
+                answer = reply[start : match.end()]
+            depth = max(depth - 1, 0)
+        elif not depth:
+            answer = match.group()
+    if answer is None:
+        raise UnreadableError("no box, no JSON block, no brackets that close")
+    return answer
+
+
+def read_shapes(answer: str, key: Key) -> list[Shape]:
+    """The boxes (`bbox_2d`) or points (`point_2d`) that `answer`, and nothing besides, says, in the units it is in.
+
+    Accepted: an object `{"bbox_2d": [x1, y1, x2, y2], "label": "cat"}`, whose label may be missing and whose other keys
+    do not count; plain numbers `[x1, y1, x2, y2]`; a list of either; pairs `(x1, y1), (x2, y2)`, two for a box. For
+    points likewise. Numbers may have decimals; numbers in quotes are none. Coordinates are not checked.
+
+    Raises:
+        UnreadableError: the answer is anything else: not JSON, a key given twice, another count of numbers, more than
+            `MAX_CHARS` or `MAX_SHAPES`.
+    """
+    if len(answer) > MAX_CHARS:
+        raise UnreadableError(f"the answer has {len(answer)} characters, more than {MAX_CHARS}")
+    count = _COUNTS[key]
+    if answer.startswith(("[", "{")):
+        try:
+            value = json.loads(answer, parse_int=float, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            raise UnreadableError(f"the answer is not JSON: {error}") from None
+        if isinstance(value, dict) or (value and all(isinstance(item, float) for item in value)):
+            value = [value]
+        shapes = [_shape(item, key) for item in value]
+    elif _PAIRS.fullmatch(answer):
+        numbers = [float(number) for number in _NUMBER.findall(answer)]
+        if len(numbers) % count:
+            raise UnreadableError(f"the answer has {len(numbers)} numbers, not {count} for each {key}")
+        shapes = [Shape(tuple(numbers[i : i + count])) for i in range(0, len(numbers), count)]
+    else:
+        raise UnreadableError("the answer is neither JSON nor pairs of numbers")
+    if len(shapes) > MAX_SHAPES:
+        raise UnreadableError(f"the answer has {len(shapes)} of {key}, more than {MAX_SHAPES}")
+    return shapes
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    items = dict(pairs)
+    if len(items) < len(pairs):  # two answers, of which JSON would take the last
+        raise ValueError("a key stands there twice")
+    return items
+
+
+def _shape(item: Any, key: Key) -> Shape:
+    label = None
+    if isinstance(item, dict):
+        item, label = item.get(key), item.get("label")
+    count = _COUNTS[key]
+    if not (isinstance(item, list) and len(item) == count and all(isinstance(number, float) for number in item)):
+        raise UnreadableError(f"{key}: found {item!r:.80}; allowed: a list of {count} numbers")
+    if not isinstance(label, str | None):
+        raise UnreadableError(f"label: found {label!r:.80}; allowed: a text")
+    return Shape(tuple(item), label)
+
+
+def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Intersection over union of two boxes `[x1, y1, x2, y2]` of positive area; coordinates are continuous, so that a
+    box is `x2 - x1` wide."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    both = width * height
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)

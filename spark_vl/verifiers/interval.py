@@ -1,0 +1,34 @@
+"""Intervals: the reply's last box holds the right one, or the right union of several."""
+
+from __future__ import annotations
+
+import math
+
+from spark_vl.answers import TOLERANCE, Interval, last_boxed, parse_intervals
+from spark_vl.records import BadRecordError, PromptRecord, Verdict
+
+
+def verify_interval(completion: str, record: PromptRecord) -> Verdict:
+    """1 if the completion's intervals are together those of `record.gold`; `parsed` is the answer as written.
+
+    Ends are compared as numbers, and whether they are open or closed counts. See `parse_intervals` for how intervals
+    are written.
+    """
+    gold = parse_intervals(last_boxed(record.gold) or record.gold)
+    if gold is None:
+        raise BadRecordError(
+            record.id, f"gold {record.gold!r:.200} is no interval with numbers or infinity as its ends"
+        )
+    boxed = last_boxed(completion)
+    if boxed is None:
+        return Verdict(0.0, None, "unparsable", "no box")
+    answer = parse_intervals(boxed)
+    if answer is None:
+        return Verdict(0.0, None, "unparsable", "the last box is no interval")
+    return Verdict(float(len(answer) == len(gold) and all(map(_same, answer, gold))), boxed)
+
+
+def _same(answer: Interval, gold: Interval) -> bool:
+    return (answer.low_open, answer.high_closed) == (gold.low_open, gold.high_closed) and all(
+        math.isclose(end, right, rel_tol=TOLERANCE) for end, right in ((answer.low, gold.low), (answer.high, gold.high))
+    )

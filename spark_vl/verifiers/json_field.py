@@ -1,0 +1,50 @@
+"""JSON: the reply's last box, or its last block of JSON, holds an object with the right value in one field.
+
+Settings: `field`, its name, or names with dots between them for objects within the object; `verifier`, the one that
+compares its value with that in the gold, which is a JSON object too. That verifier has its default settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from spark_vl.answers import last_json_object
+from spark_vl.records import BadRecordError, PromptRecord, Verdict
+from spark_vl.verifiers.base import boxed_gold, get_verifier, settings_of
+
+SETTINGS: dict[str, Any] = {
+    "field": "answer",
+    "verifier": ("text", "number", "count", "choice", "list", "set", "interval"),
+}
+
+
+def verify_json_field(completion: str, record: PromptRecord) -> Verdict:
+    """The verdict of `verifier` on the field; other fields do not count.
+
+    Texts, numbers, truth values and arrays of them are values. Anything else in the field is unparsable, and so is an
+    object that `parse_json` refuses (a key twice, NaN, too deep).
+    """
+    settings = settings_of(record)
+    field, verifier = settings["field"], settings["verifier"]
+    gold = _value(last_json_object(boxed_gold(record)), field)
+    if gold is None:
+        raise BadRecordError(record.id, f"gold {record.gold!r:.200} is no JSON object with a value in {field!r}")
+    answer = _value(last_json_object(completion), field)
+    box = "" if answer is None else rf"\boxed{{{answer}}}"
+    verdict = get_verifier(verifier)(box, replace(record, gold=gold, verifier=verifier, settings=()))
+    return replace(verdict, detail=f"no JSON object with a value in {field!r}") if answer is None else verdict
+
+
+def _value(found: Mapping[str, Any] | None, field: str) -> str | None:
+    value: Any = found
+    for name in field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return None
+        value = value[name]
+    if not all(isinstance(item, str | int | float) for item in (value if isinstance(value, list) else [value])):
+        return None
+    text = value if isinstance(value, str) else json.dumps(value)
+    return None if any("\ud800" <= character <= "\udfff" for character in text) else text  # cannot be written to a file

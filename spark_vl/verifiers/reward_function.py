@@ -1,0 +1,121 @@
+"""A verifier as a reward function: with the signature that TRL's `GRPOTrainer` calls, and plain enough for others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spark_vl.records import ImageSize, PromptRecord
+from spark_vl.verifiers.base import check_settings
+from spark_vl.verifiers.pool import VerifierPool
+
+logger = logging.getLogger(__name__)
+
+Completion = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages that the model wrote, `role` and `content`; tools may have answered in between."""
+
+
+class RewardFunction:
+    """What `as_trl_reward` returns.
+
+    Args:
+        kind: name of the verifier.
+        column: name of the dataset's column of right answers.
+        pool: runs the verifier.
+        settings: of the verifier.
+    """
+
+    def __init__(self, kind: str, column: str, pool: VerifierPool, settings: Mapping[str, Any]) -> None:
+        check_settings(kind, settings)
+        self.kind, self.column, self.pool = kind, column, pool
+        self.settings = tuple(settings.items())
+        self.__name__ = kind.rpartition(":")[2]  # under which TRL logs its rewards
+
+    def __call__(
+        self, completions: Sequence[Completion], golds: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float | None]:
+        """One score in [0, 1] for each completion; None, which TRL leaves out, where there is no right answer.
+
+        A hang, a crash and a right answer that means nothing to the verifier score 0; what was wrong is logged.
+
+        Args:
+            completions: texts or messages, of which the model's last one counts.
+            golds: the right answers. None: the column of that name is among `columns`.
+            columns: of the dataset, a value for each completion. Read are, where given, `choices` (the options),
+                `image_size` and `processed_size` ([width, height] of the image: upright; as the model saw it).
+
+        Raises:
+            ValueError: there are no right answers, or not as many of something as there are completions.
+        """
+        if golds is None:
+            if self.column not in columns:
+                found = ", ".join(columns) or "none"
+                raise ValueError(f"the {self.kind} reward needs the column {self.column!r}; columns found: {found}")
+            golds = columns[self.column]
+        read = {"golds": golds}
+        for name in ("choices", "image_size", "processed_size"):
+            read[name] = columns.get(name, [None] * len(completions))
+        for name, values in read.items():
+            if len(values) != len(completions):
+                raise ValueError(f"the {self.kind} reward got {len(values)} {name} for {len(completions)} completions")
+        rows = list(zip(*read.values(), strict=True))
+        judged = [i for i, row in enumerate(rows) if row[0] is not None]
+        verdicts = self.pool.verify([(_text(completions[i]), self._record(*rows[i])) for i in judged])
+        if errors := [verdict.detail for verdict in verdicts if verdict.status in ("error", "timeout")]:
+            logger.warning("%s reward: %d of %d not verified: %s", self.kind, len(errors), len(rows), errors[0])
+        scores = {i: verdict.score for i, verdict in zip(judged, verdicts, strict=True)}
+        return [scores.get(i) for i in range(len(rows))]
+
+    def _record(
+        self,
+        gold: Any,
+        choices: Sequence[str] | None,
+        image_size: Sequence[int] | None,
+        processed_size: Sequence[int] | None,
+    ) -> PromptRecord:
+        sizes = ()
+        if image_size is not None:
+            sizes = (ImageSize(tuple(image_size), tuple(processed_size or image_size)),)
+        return PromptRecord(
+            id="reward",
+            kind="problem",
+            messages=(),
+            question=(),
+            gold=str(gold),
+            verifier=self.kind,
+            recipe="",
+            choices=tuple(choices or ()),
+            settings=self.settings,
+            image_sizes=sizes,
+        )
+
+
+def as_trl_reward(
+    kind: str, *, column: str = "gold", pool: VerifierPool | None = None, **settings: Any
+) -> RewardFunction:
+    r"""The verifier `kind` as a reward function for TRL, and for whoever has completions and right answers.
+
+        GRPOTrainer(..., reward_funcs=as_trl_reward("math", column="answer"))
+        as_trl_reward("math")([r"\boxed{0.5}"], [r"\frac{1}{2}"]) == [1.0]
+
+    Right answers are texts, or what `str` makes texts of: numbers, lists of coordinates.
+
+    Args:
+        kind: name of the verifier: a key of `VERIFIERS`, or `module:function`.
+        column: name of the dataset's column of right answers.
+        pool: runs the verifier, and whoever made it closes it. None: one of its own, as `VerifierPool()`, whose
+            processes start when the first completion needs one, and end with this process.
+        settings: of the verifier, such as `threshold=0.75` of `iou`.
+
+    Raises:
+        ValueError: unknown verifier, or a setting that it does not have.
+    """
+    return RewardFunction(kind, column, pool or VerifierPool(), settings)
+
+
+def _text(completion: Completion) -> str:
+    if isinstance(completion, str):
+        return completion
+    own = [message for message in completion if message["role"] == "assistant"]
+    return own[-1].get("content") or "" if own else ""  # a call of a tool has no content

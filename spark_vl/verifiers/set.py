@@ -1,0 +1,39 @@
+"""Sets: the reply's last box holds the right items, in any order.
+
+Setting `partial`: `none`, all or nothing; or `f1`, the harmonic mean of precision and recall. Listing everything does
+not pay: what is wrong costs precision, and what stands twice counts once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spark_vl.records import PromptRecord, Verdict
+from spark_vl.verifiers.base import settings_of
+from spark_vl.verifiers.list import Item, read_items, same_item
+
+SETTINGS: dict[str, Any] = {"partial": ("none", "f1")}
+
+
+def verify_set(completion: str, record: PromptRecord) -> Verdict:
+    """1 if the completion lists the items of `record.gold` and no other; `parsed` is the list as written.
+
+    How it is written, and which items are the same, is as in `verify_list`.
+    """
+    gold, answer, boxed = read_items(completion, record)
+    if answer is None:
+        return Verdict(0.0, None, "unparsable", "no box" if boxed is None else "the last box is no list")
+    gold, answer = _distinct(gold), _distinct(answer)
+    found = sum(any(same_item(item, wanted) for item in answer) for wanted in gold)
+    if found == len(gold) == len(answer):
+        return Verdict(1.0, boxed)
+    f1 = 2 * found / (len(gold) + len(answer))
+    return Verdict(min(f1, 1.0) if settings_of(record)["partial"] == "f1" else 0.0, boxed)
+
+
+def _distinct(items: list[Item]) -> list[Item]:
+    distinct: list[Item] = []
+    for item in items:
+        if not any(same_item(item, other) for other in distinct):
+            distinct.append(item)
+    return distinct

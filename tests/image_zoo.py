@@ -1,0 +1,512 @@
+"""Image files that are bad or odd, each with what must come of it: its pixels, or the reason that it is refused for.
+
+What is expected follows from the standards of the formats and from the rules in the comments, not from Pillow.
+`tests/test_images.py` has the plain cases and those of paths.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tests.test_images import BLUE, ORIENTATION, RED, WHITE, chunk, encode, find, insert, png, segment
+
+GREEN, BLACK, GREY, YELLOW = (0, 255, 0), (0, 0, 0), (128, 128, 128), (255, 255, 0)
+Colour = tuple[int, int, int]
+
+NO_IMAGE = "not an image in one of the formats"
+BROKEN = "broken image"
+FRAMES = "more than one frame"
+PIXELS = "64000000 pixels"
+RATIO = "ratio of more than 200"
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A file, and what must come of it: a `refused` reason, or an image of `size` with the `colours` of some points."""
+
+    name: str
+    data: bytes
+    refused: str | None = None
+    size: tuple[int, int] | None = None
+    colours: tuple[tuple[tuple[int, int], Colour], ...] = ()
+    within: int = 0
+    """How far a channel may be from what is expected; lossy compression only."""
+
+
+def bad(name: str, data: bytes, reason: str) -> Specimen:
+    return Specimen(name, data, refused=reason)
+
+
+def shows(name: str, data: bytes, *rows: Iterable[Colour], within: int = 0) -> Specimen:
+    """An image of exactly these rows."""
+    pixels = [list(row) for row in rows]
+    points = tuple(((x, y), colour) for y, row in enumerate(pixels) for x, colour in enumerate(row))
+    return Specimen(name, data, size=(len(pixels[0]), len(pixels)), colours=points, within=within)
+
+
+def plain(name: str, data: bytes, size: tuple[int, int], colour: Colour, within: int = 0) -> Specimen:
+    """An image of one colour."""
+    corners = tuple(((x, y), colour) for x in (0, size[0] - 1) for y in (0, size[1] - 1))
+    return Specimen(name, data, size=size, colours=corners, within=within)
+
+
+@cache
+def zoo() -> tuple[Specimen, ...]:
+    found = (*bombs(), *damaged(), *strangers(), *shapes(), *depths(), *alphas(), *jpegs(), *turned(), *animated())
+    found += (*pngs(), *bmps(), *tiffs(), *polyglots())
+    assert len({specimen.name for specimen in found}) == len(found)
+    return found
+
+
+def noise(width: int = 40, height: int = 30) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+# ── small files that ask for much ──
+
+
+def bombs() -> Iterable[Specimen]:
+    """Sizes count by the header, whatever the file holds: claims and real bombs end alike, and nothing is decoded."""
+    yield bad("png-claim", png(60_000, 60_000, 8, 2, b""), PIXELS)
+    yield bad("png-real", encode(Image.new("1", (9_000, 9_000)), "PNG"), PIXELS)
+    yield bad("png-negative", png(2**31 - 1, 2**31 - 1, 8, 2, b""), PIXELS)
+    yield bad("gif-screen-claim", gif((60_000, 60_000), (1, 1)), PIXELS)
+    yield bad("gif-frame-larger-than-screen", gif((1, 1), (60_000, 60_000)), PIXELS)
+    yield bad("gif-real", encode(Image.new("P", (8_010, 8_010)), "GIF"), PIXELS)
+    yield bad("tiff-claim", tiff(60_000, 60_000, (8,), 1, b"\0"), PIXELS)
+    yield bad("tiff-real", encode(Image.new("1", (9_000, 9_000)), "TIFF", compression="tiff_adobe_deflate"), PIXELS)
+    yield bad("webp-claim", huge_webp(), PIXELS)
+    yield bad("bmp-claim", bmp(60_000, 60_000, 24, b""), PIXELS)
+    jpeg = bytearray(encode(noise(), "JPEG"))
+    frame = find(jpeg, 0xC0)
+    jpeg[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # height and width
+    yield bad("jpeg-claim", bytes(jpeg), PIXELS)
+    # A tile is decoded whole: this one would take 1.6 GB for an image of 10×10.
+    pixels = zlib.compress(bytes(1000))
+    tiles = {0x0142: (4, [40_000]), 0x0143: (4, [40_000]), 0x0144: (4, [8]), 0x0145: (4, [len(pixels)])}
+    yield bad("tiff-huge-tile", tiff(10, 10, (8,), 1, pixels, compression=8, more=tiles, strip=False), "tiles of 40000")
+    # Each scan of a progressive JPEG goes over all pixels again: 100 bytes cost as much as decoding the image once.
+    jpeg = encode(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    yield bad("jpeg-1000-scans", jpeg[:-2] + 1000 * last + jpeg[-2:], "more than 100 scans")
+    # What only looks like a scan is none: a thumbnail in a segment, or what stands behind the end.
+    odd = insert(encode(Image.new("RGB", (16, 16), GREY), "JPEG"), 0xDB, segment(0xEF, 200 * b"\xff\xda"))
+    yield plain("jpeg-no-scans", odd + 200 * b"\xff\xda\0\2", (16, 16), GREY, within=1)
+    # Pillow copies all comments for each block of them: 64 MB would take hours.
+    frame = gif((1, 1), (1, 1))
+    place = frame.index(b",")
+    for name, comment in (
+        ("blocks", b"!\xfe" + 4200 * (b"\xff" + bytes(255)) + b"\0"),
+        ("many", 220_000 * b"!\xfe\1a\0"),
+    ):
+        yield bad(f"gif-comment-{name}", frame[:place] + comment + frame[place:], "1048576 bytes of extensions")
+    # Text and profiles that inflate to more than 1 MiB; no picture has such.
+    text = zlib.compress(bytes(50_000_000))
+    small = png(2, 1, 8, 0, b"\0\0\0")
+    for tag in (b"zTXt", b"iCCP"):
+        body = chunk(tag, b"name\0\0" + text)
+        yield bad(f"png-{tag.decode()}-bomb", small[:33] + body + small[33:], "too large|too much|broken")
+    # Pixels that inflate to far more than the header says: the rest is not wanted, and not inflated.
+    rows = png(2, 1, 8, 0, b"\0\0\xff" + bytes(50_000_000))
+    yield shows("png-idat-longer-than-image", rows, [BLACK, WHITE])
+
+
+def gif(screen: tuple[int, int], frame: tuple[int, int], behind: bytes = b"") -> bytes:
+    """A GIF of one red pixel, or which says so."""
+    header = b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + bytes([*RED, *BLACK])
+    return header + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x44\x01\0" + behind + b";"
+
+
+def huge_webp() -> bytes:
+    """16383×16383 by its header, the most that the format knows."""
+    data = bytearray(encode(Image.new("RGB", (16, 16), RED), "WEBP", lossless=True))
+    place = data.index(b"VP8L") + 9  # 14 bits of width - 1, 14 of height - 1
+    bits = int.from_bytes(data[place : place + 4], "little") & ~0xFFFFFFF
+    data[place : place + 4] = (bits | 0x3FFE | 0x3FFE << 14).to_bytes(4, "little")
+    return bytes(data)
+
+
+# ── files that end too early, or are not whole ──
+
+
+def damaged() -> Iterable[Specimen]:
+    """A picture of which a part is missing shows something else than its question asks about: refused."""
+    whole = encode(noise(), "PNG")
+    for end in (7, 8, 20, 33, 50, len(whole) // 2, len(whole) - 40):
+        yield bad(f"png-first-{end}", whole[:end], f"{NO_IMAGE}|{BROKEN}")
+    corners = tuple(((x, y), noise().getpixel((x, y))) for x in (0, 39) for y in (0, 29))
+    for missing in (4, 12, 13, 20):  # from IEND and checksums only: every pixel is there
+        yield Specimen(f"png-without-its-last-{missing}", whole[:-missing], size=(40, 30), colours=corners)
+    for format in ("JPEG", "GIF", "TIFF", "WEBP", "BMP"):
+        data = encode(noise(), format)
+        for share in (0.02, 0.5, 0.97):
+            yield bad(f"{format.lower()}-first-{share:.0%}", data[: int(len(data) * share)], f"{NO_IMAGE}|{BROKEN}")
+    yield bad("no-bytes", b"", "the file has 0 bytes")
+    yield bad("one-byte", b"\x89", NO_IMAGE)
+    yield bad("zeros", bytes(1000), NO_IMAGE)
+    place = whole.index(b"IDAT")
+    yield bad("png-wrong-checksum", whole[:29] + b"\0\0\0\0" + whole[33:], f"{NO_IMAGE}|{BROKEN}")
+    yield bad("png-wrong-idat-checksum", flipped(whole, place + 60), BROKEN)
+    yield bad("png-broken-zlib", png_of(chunk(b"IDAT", b"\x78\x9c" + 30 * b"\xff")), BROKEN)
+    yield bad("png-without-idat", png_of(), BROKEN)
+    yield bad("png-idat-too-short", png(20, 20, 8, 0, bytes(30)), BROKEN)
+    yield bad(
+        "jpeg-without-scan", whole_jpeg()[: whole_jpeg().index(b"\xff\xda")] + b"\xff\xd9", f"{NO_IMAGE}|{BROKEN}"
+    )
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+
+
+def png_of(*chunks: bytes) -> bytes:
+    """A PNG of 4×4 RGB pixels, with these chunks between its first and its last."""
+    empty = png(4, 4, 8, 2, b"")
+    return empty[:33] + b"".join(chunks) + empty[-12:]
+
+
+def whole_jpeg() -> bytes:
+    return encode(noise(), "JPEG", quality=95)
+
+
+# ── other kinds of files ──
+
+
+def strangers() -> Iterable[Specimen]:
+    """The content decides, never the name; formats that are not listed are refused, whatever Pillow could read."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("picture.png", encode(Image.new("RGB", (4, 4)), "PNG"))
+    svg = b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><image href='file:///etc/passwd'/></svg>"
+    for name, data in {
+        "text": b"not found\n",
+        "html": b"<!DOCTYPE html><html><body>404</body></html>",
+        "zip": archive.getvalue(),
+        "pdf": b"%PDF-1.7\n1 0 obj <</Type/Catalog>> endobj\n%%EOF",
+        "svg": svg,
+        "svgz": gzip.compress(svg, mtime=0),
+        "ico": encode(Image.new("RGB", (16, 16)), "ICO"),
+        "psd": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 16, 16, 8, 3) + bytes(12),
+        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        "heic": struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(64),
+        "avif": struct.pack(">I", 24) + b"ftypavif\0\0\0\0mif1avif" + bytes(64),
+        "jpeg2000": encode(Image.new("RGB", (16, 16)), "JPEG2000"),
+        "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "pickle": b"\x80\x04\x95\x1f\0\0\0\0\0\0\0\x8c\x02os\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85R.",
+    }.items():
+        yield bad(name, data, NO_IMAGE)
+    yield plain("webp-called-png", encode(Image.new("RGB", (4, 4), RED), "WEBP", lossless=True), (4, 4), RED)
+
+
+def polyglots() -> Iterable[Specimen]:
+    """What stands behind an image does not count; what stands before it makes the file none."""
+    yield shows("gif-and-script", gif((1, 1), (1, 1)) + b"*/=1;alert(1)", [RED])
+    script = bytearray(gif((1, 1), (1, 1)))
+    script[6:8] = b"/*"  # the screen is 0x2A2F wide: the canvas, of which the frame is the first pixel
+    yield bad("gif-that-is-a-script", bytes(script) + b"*/=1;alert(1)", RATIO)
+    yield bad("text-before-a-png", b"\n" + encode(Image.new("RGB", (4, 4)), "PNG"), NO_IMAGE)
+    yield plain("png-and-zip", encode(Image.new("RGB", (4, 4), BLUE), "PNG") + b"PK\3\4", (4, 4), BLUE)
+
+
+# ── shapes ──
+
+
+def shapes() -> Iterable[Specimen]:
+    yield bad("1x10000", encode(Image.new("RGB", (1, 10_000)), "PNG"), RATIO)
+    yield bad("10000x1", encode(Image.new("RGB", (10_000, 1)), "PNG"), RATIO)
+    yield bad("png-0xn", png(0, 5, 8, 2, b""), f"{NO_IMAGE}|{BROKEN}|{RATIO}")
+    yield bad("png-nx0", png(5, 0, 8, 2, b""), f"{NO_IMAGE}|{BROKEN}|{RATIO}")
+    yield bad("gif-0x0", gif((0, 0), (0, 0)), f"{NO_IMAGE}|{BROKEN}|{RATIO}")
+    yield bad("bmp-0x5", bmp(0, 5, 24, b""), f"{NO_IMAGE}|{BROKEN}|{RATIO}")
+    yield bad("tiff-0x5", tiff(0, 5, (8,), 1, b"\0"), f"{NO_IMAGE}|{BROKEN}|{RATIO}")
+    yield shows("1x1", encode(Image.new("RGB", (1, 1), GREEN), "PNG"), [GREEN])
+
+
+# ── depths of pixels ──
+
+
+def grey(*values: int) -> list[Colour]:
+    return [(v, v, v) for v in values]
+
+
+def depths() -> Iterable[Specimen]:
+    """Grey of 12 and 16 bits is scaled by its whole range and rounded. Colour of 16 bits keeps its upper 8."""
+    yield shows("png-16-grey", png(4, 1, 16, 0, b"\0" + struct.pack(">4H", 0, 257, 32896, 65535)), grey(0, 1, 128, 255))
+    rgb = struct.pack(">6H", 65535, 0, 0, 0, 32896, 65535)
+    yield shows("png-16-rgb", png(2, 1, 16, 2, b"\0" + rgb), [RED, (0, 128, 255)])
+    rgba = struct.pack(">8H", 65535, 0, 0, 65535, 65535, 0, 0, 0)
+    yield shows("png-16-rgba", png(2, 1, 16, 6, b"\0" + rgba), [RED, WHITE])
+    yield shows("png-16-la", png(2, 1, 16, 4, b"\0" + struct.pack(">4H", 0, 65535, 0, 0)), [BLACK, WHITE])
+    yield shows("png-1", png(8, 1, 1, 0, b"\0\x55"), 4 * [BLACK, WHITE])
+    yield shows("png-2", png(4, 1, 2, 0, b"\0\x1b"), grey(0, 85, 170, 255))  # 0, 1, 2, 3 of 3
+    yield shows("png-4", png(2, 1, 4, 0, b"\0\x0f"), [BLACK, WHITE])
+    low = struct.pack("<3H", 0, 32896, 65535)
+    yield shows("tiff-16", tiff(3, 1, (16,), 1, low), grey(0, 128, 255))
+    yield shows("tiff-16-white-is-zero", tiff(3, 1, (16,), 0, low), grey(255, 127, 0))
+    high = struct.pack(">3H", 0, 32896, 65535)
+    yield shows("tiff-16-big-endian", tiff(3, 1, (16,), 1, high, order=">"), grey(0, 128, 255))
+    yield shows("tiff-12", tiff(2, 1, (12,), 1, b"\xff\xf0\x00"), [WHITE, BLACK])  # 4095 of 4095, and 0
+    yield shows("tiff-8-white-is-zero", tiff(2, 1, (8,), 0, b"\0\xff"), [WHITE, BLACK])
+    yield shows("tiff-1-white-is-zero", tiff(2, 1, (1,), 0, b"\x40"), [WHITE, BLACK])
+    yield shows("tiff-16-rgb", tiff(2, 1, (16,) * 3, 2, struct.pack("<6H", 65535, 0, 0, 0, 0, 65535)), [RED, BLUE])
+    # Floats, signed and 32-bit integers have no range that would be black to white.
+    yield bad("tiff-float", encode(Image.new("F", (4, 4), 0.5), "TIFF"), "pixel mode 'F'")
+    yield bad("tiff-32-int", encode(Image.new("I", (4, 4), 7), "TIFF"), "pixel mode 'I'")
+    yield bad("tiff-16-signed", tiff(1, 1, (16,), 1, b"\0\0", more={0x0153: (3, [2])}), "pixel mode 'I'")
+    yield bad("tiff-lab", encode(Image.new("LAB", (4, 4)), "TIFF"), "pixel mode 'LAB'")
+
+
+# ── alpha: over white ──
+
+
+def alphas() -> Iterable[Specimen]:
+    palette = (b"PLTE", bytes([*RED, *BLUE, *GREEN]))
+    row = b"\0\0\1\2"
+    yield shows("palette", png(3, 1, 8, 3, row, palette), [RED, BLUE, GREEN])
+    # Alphas that are not given are opaque (PNG, tRNS).
+    yield shows("palette-trns", png(3, 1, 8, 3, row, palette, (b"tRNS", b"\xff\0")), [RED, WHITE, GREEN])
+    yield shows("palette-1-bit", png(2, 1, 1, 3, b"\0\x40", palette), [RED, BLUE])
+    yield shows("palette-all-clear", png(3, 1, 8, 3, row, palette, (b"tRNS", bytes(3))), [WHITE] * 3)
+    yield shows("la", png(3, 1, 8, 4, b"\0\0\xff\0\0\x80\xff"), [BLACK, WHITE, GREY])
+    rgba = bytes([*RED, 255, *RED, 0, *BLACK, 51])  # a fifth of black over white: 204
+    yield shows("rgba", png(3, 1, 8, 6, b"\0" + rgba), [RED, WHITE, (204, 204, 204)], within=1)
+    # Associated alpha (ExtraSamples 1): 64 of alpha 128 is half-clear 128.
+    premultiplied = tiff(2, 1, (8,) * 4, 2, bytes([64, 0, 0, 128, 0, 0, 255, 255]), more={0x0152: (3, [1])})
+    yield shows("tiff-premultiplied", premultiplied, [(191, 127, 127), BLUE], within=1)
+    straight = tiff(2, 1, (8,) * 4, 2, bytes([255, 0, 0, 0, 0, 0, 255, 255]), more={0x0152: (3, [2])})
+    yield shows("tiff-straight-alpha", straight, [WHITE, BLUE])
+    # ExtraSamples 0 is not alpha: what the fourth sample is for is not known, and it is left out.
+    unknown = tiff(2, 1, (8,) * 4, 2, bytes([255, 0, 0, 0, 0, 0, 255, 255]), more={0x0152: (3, [0])})
+    yield shows("tiff-fourth-sample", unknown, [RED, BLUE])
+    yield plain("webp-clear", encode(Image.new("RGBA", (4, 4), (*RED, 0)), "WEBP", lossless=True), (4, 4), WHITE)
+    clear = gif((1, 1), (1, 1))
+    control = b"!\xf9\4\1\0\0\0\0"
+    yield shows("gif-clear", clear[: clear.index(b",")] + control + clear[clear.index(b",") :], [WHITE])
+
+
+# ── JPEG ──
+
+
+def jpegs() -> Iterable[Specimen]:
+    red = Image.new("RGB", (16, 16), RED)
+    yield plain("jpeg-grey", encode(Image.new("L", (16, 16), 200), "JPEG"), (16, 16), (200,) * 3, within=1)
+    yield plain("jpeg-progressive", encode(red, "JPEG", progressive=True), (16, 16), RED, within=2)
+    yield plain("jpeg-rgb", encode(red, "JPEG", keep_rgb=True), (16, 16), RED, within=2)
+    yield plain("jpeg-restarts", encode(red, "JPEG", restart_marker_blocks=1), (16, 16), RED, within=2)
+    # Adobe's CMYK is stored inverted, and every reader turns it back; there is no other in practice.
+    ink = encode(Image.new("CMYK", (16, 16), (100, 120, 140, 0)), "JPEG", quality=100)
+    adobe = ink.index(b"Adobe")
+    yield plain("jpeg-cmyk-adobe", ink, (16, 16), (155, 135, 115), within=1)
+    bare = ink[: adobe - 4] + ink[adobe + 12 :]
+    yield plain("jpeg-cmyk-without-adobe", bare, (16, 16), (155, 135, 115), within=1)
+    # The same file called YCCK: of its 155, 135, 115 as Y, Cb, Cr, R = 155 + 1.402·(115 - 128) = 137, G = 162, B = 167
+    # (ITU-T T.871), stored as 255 minus them; inverted back they are inks.
+    ycck = ink[: adobe + 11] + b"\2" + ink[adobe + 12 :]
+    yield plain("jpeg-ycck", ycck, (16, 16), (255 - 137, 255 - 162, 255 - 167), within=1)
+    # Arithmetic coding, by hand: a grey block whose bits say "no difference, no coefficients".
+    block = (
+        b"\xff\xd8"
+        + segment(0xDB, b"\0" + bytes([1]) * 64)
+        + segment(0xC9, struct.pack(">BHHB", 8, 8, 8, 1) + b"\1\x11\0")
+        + segment(0xDA, b"\1\1\0\0\x3f\0")
+    )
+    yield plain("jpeg-arithmetic", block + b"\0\0\xff\xd9", (8, 8), GREY)
+    yield bad("jpeg-12-bit", flip_depth(encode(red, "JPEG")), f"{NO_IMAGE}|{BROKEN}")
+    yield plain("jpeg-trailing-data", encode(red, "JPEG") + b"ftypmp42 a film" + bytes(5000), (16, 16), RED, within=2)
+    thumbnail = segment(0xE0, b"JFXX\0\x10" + encode(Image.new("RGB", (8, 8), BLUE), "JPEG"))
+    yield plain("jpeg-thumbnail", insert(encode(red, "JPEG"), 0xDB, thumbnail), (16, 16), RED, within=2)
+    profile = b"a wide gamut" * 50  # profiles are not applied, not even read
+    for format, options, within in (("JPEG", {}, 2), ("PNG", {}, 0), ("WEBP", {"lossless": True}, 0), ("TIFF", {}, 0)):
+        data = encode(red, format, icc_profile=profile, **options)
+        yield plain(f"{format.lower()}-profile", data, (16, 16), RED, within)
+
+
+def flip_depth(data: bytes) -> bytes:
+    """A JPEG that says that it has 12 bits."""
+    place = find(data, 0xC0) + 4
+    return data[:place] + b"\x0c" + data[place + 1 :]
+
+
+# ── EXIF ──
+
+LETTERS: dict[str, Colour] = {"A": RED, "B": GREEN, "C": BLUE, "D": BLACK, "E": WHITE, "F": YELLOW}
+UPRIGHT = {
+    1: "ABC DEF",
+    2: "CBA FED",
+    3: "FED CBA",
+    4: "DEF ABC",
+    5: "AD BE CF",
+    6: "DA EB FC",
+    7: "FC EB DA",
+    8: "CF BE AD",
+}
+"""How ABC over DEF is shown under each orientation, by hand from EXIF 2.3: which edges row 0 and column 0 are."""
+
+
+def turned() -> Iterable[Specimen]:
+    stored = Image.new("RGB", (3, 2))
+    for i, colour in enumerate(LETTERS.values()):
+        stored.putpixel((i % 3, i // 3), colour)
+    upright = [[LETTERS[letter] for letter in row] for row in ("ABC", "DEF")]
+    for orientation, rows in UPRIGHT.items():
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        shown = [[LETTERS[letter] for letter in row] for row in rows.split()]
+        yield shows(f"exif-{orientation}", encode(stored, "PNG", exif=exif), *shown)
+        big = stored.resize((48, 32), Image.Resampling.NEAREST)  # in blocks of 16, which a JPEG keeps apart
+        size = (16 * len(shown[0]), 16 * len(shown))
+        points = tuple(
+            ((16 * x + 8, 16 * y + 8), colour) for y, row in enumerate(shown) for x, colour in enumerate(row)
+        )
+        data = encode(big, "JPEG", exif=exif, quality=95, subsampling=0)
+        yield Specimen(f"jpeg-exif-{orientation}", data, size=size, colours=points, within=3)
+    # Orientations that there are not, and EXIF that is none, say nothing: the image is shown as it is stored.
+    for value in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[ORIENTATION] = value
+        yield shows(f"exif-{value}", encode(stored, "PNG", exif=exif), *upright)
+    for name, garbage in (
+        ("words", b"Exif\0\0not a TIFF"),
+        ("nothing", b"Exif\0\0"),
+        ("far-directory", b"Exif\0\0II*\0\xff\xff\xff\x7f"),
+        ("directory-of-nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + 80 * b"\xfe"),
+        ("orientation-as-text", b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\2\0\0\0\2\x36\0\0\0\0\0\0\0"),
+    ):
+        yield shows(f"png-exif-{name}", encode(stored, "PNG", exif=garbage), *upright)
+        yield shows(f"webp-exif-{name}", encode(stored, "WEBP", lossless=True, exif=garbage), *upright)
+        data = encode(Image.new("RGB", (16, 8), RED), "JPEG", exif=garbage)
+        yield plain(f"jpeg-exif-{name}", data, (16, 8), RED, within=2)
+
+
+# ── animation and pages: which frame a question is about is not known ──
+
+
+def animated() -> Iterable[Specimen]:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE, GREEN)]
+    for format in ("GIF", "PNG", "WEBP", "TIFF"):
+        yield bad(
+            f"{format.lower()}-frames", encode(frames[0], format, save_all=True, append_images=frames[1:]), FRAMES
+        )
+    yield bad("gif-second-frame-cut", gif((1, 1), (1, 1), b"," + bytes(4)), f"{FRAMES}|{BROKEN}")
+    # An animation of one frame is an image.
+    single = png(
+        1,
+        1,
+        8,
+        2,
+        b"\0" + bytes(RED),
+        (b"acTL", struct.pack(">II", 1, 0)),
+        (b"fcTL", struct.pack(">IIIIIHHBB", 0, 1, 1, 0, 0, 1, 1, 0, 0)),
+    )
+    yield shows("png-one-frame", single, [RED])
+    loop = bytearray(tiff(2, 1, (8,), 1, b"\0\xff"))
+    loop[-4:] = struct.pack("<I", struct.unpack_from("<I", loop, 4)[0])  # the next page is this page
+    yield shows("tiff-page-loop", bytes(loop), [BLACK, WHITE])
+
+
+# ── PNG ──
+
+
+def pngs() -> Iterable[Specimen]:
+    # Adam7, by hand: 2×2 pixels are in passes 1 (0, 0), 6 (1, 0) and 7 (the second row).
+    rows = b"".join(b"\0" + bytes(part) for part in (RED, BLUE, (*GREEN, *WHITE)))
+    interlaced = bytearray(png(2, 2, 8, 2, rows))
+    interlaced[28] = 1
+    interlaced[29:33] = struct.pack(">I", zlib.crc32(interlaced[12:29]))
+    yield shows("png-interlaced", bytes(interlaced), [RED, BLUE], [GREEN, WHITE])
+    one = png(1, 1, 8, 2, b"\0" + bytes(RED))
+    yield shows("png-gamma", one[:33] + chunk(b"gAMA", struct.pack(">I", 100_000)) + one[33:], [RED])  # not applied
+    yield shows("png-unknown-chunk", one[:33] + chunk(b"prVt", bytes(9)) + one[33:], [RED])
+    text = PngInfo()
+    text.add_text("Comment", "x" * 5000, zip=True)
+    yield plain("png-text", encode(Image.new("RGB", (4, 4), RED), "PNG", pnginfo=text), (4, 4), RED)
+    yield bad("png-depth-3", png(1, 1, 3, 2, b"\0" + bytes(RED)), f"{NO_IMAGE}|{BROKEN}")
+    yield bad("png-colour-type-5", png(1, 1, 8, 5, b"\0" + bytes(RED)), f"{NO_IMAGE}|{BROKEN}")
+    yield bad("png-filter-9", png(1, 1, 8, 2, b"\x09" + bytes(RED)), BROKEN)
+
+
+# ── BMP ──
+
+
+def bmp(width: int, height: int, bits: int, rows: bytes, compression: int = 0, palette: bytes = b"") -> bytes:
+    start = 54 + len(palette)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, len(rows), 0, 0, len(palette) // 4, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + palette + rows
+
+
+def bmps() -> Iterable[Specimen]:
+    """Rows go from the bottom up unless the height is negative; colours are BGR; rows are padded to 4 bytes."""
+    red, blue = b"\0\0\xff", b"\xff\0\0"
+    yield shows("bmp-bottom-up", bmp(1, 2, 24, blue + b"\0" + red + b"\0"), [RED], [BLUE])
+    yield shows("bmp-top-down", bmp(1, -2, 24, red + b"\0" + blue + b"\0"), [RED], [BLUE])
+    yield shows("bmp-16", bmp(2, 1, 16, struct.pack("<HH", 31 << 10, 31)), [RED, BLUE])  # 5 bits each
+    yield shows("bmp-32", bmp(2, 1, 32, red + b"\0" + blue + b"\0"), [RED, BLUE])  # the fourth byte means nothing
+    palette = red + b"\0" + blue + b"\0"
+    yield shows("bmp-rle", bmp(4, 1, 8, b"\3\0\1\1\0\1", 1, palette), [RED, RED, RED, BLUE])  # three 0, one 1, the end
+    yield shows("bmp-palette-1", bmp(2, 1, 1, b"\x40\0\0\0", 0, palette), [RED, BLUE])
+    yield bad("bmp-rle-cut", bmp(40, 40, 8, b"\3\0", 1, palette), BROKEN)
+    yield bad("bmp-unknown-compression", bmp(2, 1, 24, bytes(8), 77), f"{NO_IMAGE}|{BROKEN}")
+
+
+# ── TIFF ──
+
+Tag = tuple[int, list[int]]
+
+
+def tiff(
+    width: int,
+    height: int,
+    bits: tuple[int, ...],
+    photometric: int,
+    pixels: bytes,
+    *,
+    compression: int = 1,
+    order: str = "<",
+    strip: bool = True,
+    more: dict[int, Tag] | None = None,
+) -> bytes:
+    """A TIFF of one page, written by hand; of one strip, or of what `more` says. Types: 3 is 16 bits, 4 is 32."""
+    tags: dict[int, Tag] = {
+        0x0100: (4, [width]),
+        0x0101: (4, [height]),
+        0x0102: (3, list(bits)),
+        0x0103: (3, [compression]),
+        0x0106: (3, [photometric]),
+        0x0115: (3, [len(bits)]),
+    }
+    if strip:
+        tags |= {0x0111: (4, [8]), 0x0116: (4, [height]), 0x0117: (4, [len(pixels)])}
+    tags |= more or {}
+    pixels += b"\0" * (len(pixels) % 2)
+    directory, outside = struct.pack(f"{order}H", len(tags)), b""
+    start = 8 + len(pixels)
+    behind = start + 2 + 12 * len(tags) + 4
+    for tag, (kind, values) in sorted(tags.items()):
+        value = struct.pack(f"{order}{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(value) > 4:
+            outside, value = outside + value, struct.pack(f"{order}I", behind + len(outside))
+        directory += struct.pack(f"{order}HHI", tag, kind, len(values)) + value.ljust(4, b"\0")
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(f"{order}I", start) + pixels + directory + bytes(4) + outside
+
+
+def tiffs() -> Iterable[Specimen]:
+    yield shows("tiff-by-hand", tiff(2, 1, (8,), 1, b"\0\xff"), [BLACK, WHITE])
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        data = encode(Image.new("RGB", (4, 4), RED), "TIFF", compression=compression)
+        yield plain(compression, data, (4, 4), RED)
+    yield bad("tiff-strip-elsewhere", tiff(9, 9, (8,), 1, b"\0\xff", more={0x0111: (4, [2**31])}), BROKEN)
+    yield bad("tiff-7-samples", tiff(2, 1, (8,) * 7, 2, bytes(14)), f"{NO_IMAGE}|{BROKEN}")
+    yield bad("tiff-65535-samples", tiff(2, 1, (8,), 1, bytes(9), more={0x0115: (3, [65535])}), f"{NO_IMAGE}|{BROKEN}")
+    yield bad("tiff-unknown-compression", tiff(2, 1, (8,), 1, b"\0\xff", compression=999), f"{NO_IMAGE}|{BROKEN}")
