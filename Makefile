@@ -37,6 +37,9 @@ test-distributed: .venv/.installed-test
 	$(WITH_BIN) $(BIN)/python -m pytest -m distributed tests/distributed
 
 # Debian: apt-get install chromium chromium-driver
+test-slow: .venv/.installed-test
+	$(BIN)/python -m pytest -m slow
+
 test-browser: .venv/.installed-test
 	$(BIN)/python -m pytest -m browser tests/browser
 

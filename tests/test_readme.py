@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 
+from spark_vl.verifiers import VERIFIERS, get_verifier, verify
+from spark_vl.verifiers.shaping import SHAPING
 from tests.hub.fixtures import ROOT, spark_vl
 
 
@@ -29,3 +31,24 @@ def test_train_publish_and_load(hub, finished_run):
     done = subprocess.run([sys.executable, "-c", code], env=hub.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"Which digit is \w+\?.* [AB] \[<PIL\.", done.stdout)
+
+
+def test_the_page_of_verifiers_lists_every_kind_setting_and_term_and_its_examples_hold():
+    page = (ROOT / "docs" / "verifiers.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:3] == "| `"]
+    kinds = {row[0].strip("`"): row[2] for row in rows if len(row) == 3}
+    assert kinds.pop("module:function") == ""
+    assert kinds.keys() == VERIFIERS.keys()
+    for kind, settings in kinds.items():
+        get_verifier(kind)
+        known = vars(sys.modules[VERIFIERS[kind].partition(":")[0]]).get("SETTINGS", {})
+        named = set(re.findall(r"`(\w+)`(?= \(|,|$)", settings))
+        assert named <= known.keys(), kind
+        if kind not in ("iou", "point", "detection"):  # which share a module
+            assert named == known.keys(), kind
+    assert {row[0].strip("`") for row in rows if len(row) == 2} == SHAPING.keys()
+    calls = re.findall(r"^    (verify\(.*?\)(?:\.score)?)(?: +#.*)?$", page, flags=re.MULTILINE)
+    assert len(calls) == 2
+    scores = [eval(call, {"verify": verify}) for call in calls]  # the page's own text
+    assert scores[0] == 1
+    assert scores[1].score == 1
