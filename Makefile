@@ -1,5 +1,5 @@
 # make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
-# make test: the test suite; make test-distributed: the tests that start several processes;
+# make test: the test suite; make test-distributed: the tests that start several processes; make test-slow: long ones;
 # make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and layers.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
 
@@ -10,7 +10,7 @@ WITH_BIN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # One thread a process: small tensors gain nothing from more.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-zero3 test test-distributed test-browser fuzz lint format checkpoint clean
+.PHONY: demo demo-zero3 test test-distributed test-slow test-browser fuzz lint format checkpoint clean
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,7 +38,7 @@ test-distributed: .venv/.installed-test
 
 # Debian: apt-get install chromium chromium-driver
 test-slow: .venv/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not distributed and not vllm and not gpu"
 
 test-browser: .venv/.installed-test
 	$(BIN)/python -m pytest -m browser tests/browser
