@@ -19,6 +19,17 @@ def half(completion: str, record: PromptRecord) -> Verdict:
     return Verdict(0.5, completion)
 
 
+class Counting:
+    """Remembers how many completions it has seen."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, completion: str, record: PromptRecord) -> Verdict:
+        self.seen += 1
+        return Verdict(1.0, str(self.seen))
+
+
 def not_a_verdict(completion: str, record: PromptRecord) -> float:
     return 1.0
 

@@ -334,6 +334,8 @@ def test_what_a_users_module_raises_on_import_comes_through(tmp_path, monkeypatc
 
 def test_a_users_verifier() -> None:
     assert verify("tests.misbehaving:half", "anything", "gold") == Verdict(0.5, "anything")
+    seen = [verify("tests.misbehaving:Counting", "anything", "gold").parsed for _ in range(3)]
+    assert seen == ["1", "2", "3"], "a class is made once"
     for bad in ("not_a_verdict", "too_good"):
         assert run_verifier("x", record(f"tests.misbehaving:{bad}", "gold")).status == "error"
 

@@ -42,6 +42,8 @@ VERIFIERS: dict[str, str] = {
 def get_verifier(name: str) -> Verifier:
     """The verifier called `name`: a key of `VERIFIERS`, or any `module:function` that can be imported.
 
+    A class in the place of the function is made once in each process, without arguments; its instance is called.
+
     Raises:
         ValueError: `name` is neither; an exception raised *by* the user's module on import comes through as it is.
     """
@@ -56,6 +58,8 @@ def get_verifier(name: str) -> Verifier:
         raise ValueError(f"verifier {name!r}: there is no module {error.name!r} on sys.path") from None
     except KeyError:
         raise ValueError(f"verifier {name!r}: module {module_name!r} has no {function_name!r}") from None
+    if isinstance(verifier, type):
+        verifier = verifier()
     if not callable(verifier):
         raise ValueError(f"verifier {name!r}: {function_name!r} is not callable but {verifier!r}")
     return verifier
