@@ -393,8 +393,8 @@ def test_without_a_size_nothing_is_guessed(kind: str, coordinates: str) -> None:
     ("kind", "wrong", "message"),
     [
         ("iou", {"threshold": 1.5}, "threshold is 1.5"),
-        ("iou", {"threshold": -0.1}, "threshold is -0.1"),
-        ("iou", {"threshold": float("nan")}, "threshold is nan"),
+        ("iou", {"threshold": -0.1}, "threshold: found -0.1; allowed: a finite number from 0"),
+        ("iou", {"threshold": float("nan")}, "threshold: found nan; allowed: a finite number"),
         ("iou", {"threshold": "0.5"}, "threshold: found '0.5'"),
         ("iou", {"distance": 0.1}, "iou has no setting distance"),
         ("iou", {"coordinates": "pixels"}, "'resized', 'thousand', 'original'"),

@@ -107,8 +107,26 @@ def verify(
         BadRecordError: `gold` means nothing to the verifier.
     """
     check_settings(kind, settings)
-    sizes = () if image_size is None else (ImageSize(image_size, processed_size or image_size),)
-    record = PromptRecord(
+    record = bare_record(
+        kind, gold, choices=choices, image_size=image_size, processed_size=processed_size, settings=settings
+    )
+    return get_verifier(kind)(completion, record)
+
+
+def bare_record(
+    kind: str,
+    gold: str,
+    *,
+    choices: Sequence[str] = (),
+    image_size: Sequence[int] | None = None,
+    processed_size: Sequence[int] | None = None,
+    settings: Mapping[str, Any],
+) -> PromptRecord:
+    """A record of which there is only what a verifier reads. For the arguments see `verify`."""
+    sizes = ()
+    if image_size is not None:
+        sizes = (ImageSize(tuple(image_size), tuple(processed_size or image_size)),)
+    return PromptRecord(
         id="verify",
         kind="problem",
         messages=(),
@@ -120,7 +138,6 @@ def verify(
         settings=tuple(settings.items()),
         image_sizes=sizes,
     )
-    return get_verifier(kind)(completion, record)
 
 
 def check_settings(kind: str, settings: Mapping[str, Any]) -> None:

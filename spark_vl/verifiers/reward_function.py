@@ -6,8 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spark_vl.records import ImageSize, PromptRecord
-from spark_vl.verifiers.base import check_settings
+from spark_vl.verifiers.base import bare_record, check_settings
 from spark_vl.verifiers.pool import VerifierPool
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class RewardFunction:
     def __init__(self, kind: str, column: str, pool: VerifierPool, settings: Mapping[str, Any]) -> None:
         check_settings(kind, settings)
         self.kind, self.column, self.pool = kind, column, pool
-        self.settings = tuple(settings.items())
+        self.settings = settings
         self.__name__ = kind.rpartition(":")[2]  # under which TRL logs its rewards
 
     def __call__(
@@ -61,34 +60,23 @@ class RewardFunction:
                 raise ValueError(f"the {self.kind} reward got {len(values)} {name} for {len(completions)} completions")
         rows = list(zip(*read.values(), strict=True))
         judged = [i for i, row in enumerate(rows) if row[0] is not None]
-        verdicts = self.pool.verify([(_text(completions[i]), self._record(*rows[i])) for i in judged])
+        items = []
+        for i in judged:
+            gold, choices, image_size, processed_size = rows[i]
+            record = bare_record(
+                self.kind,
+                str(gold),
+                choices=choices or (),
+                image_size=image_size,
+                processed_size=processed_size,
+                settings=self.settings,
+            )
+            items.append((_text(completions[i]), record))
+        verdicts = self.pool.verify(items)
         if errors := [verdict.detail for verdict in verdicts if verdict.status in ("error", "timeout")]:
             logger.warning("%s reward: %d of %d not verified: %s", self.kind, len(errors), len(rows), errors[0])
         scores = {i: verdict.score for i, verdict in zip(judged, verdicts, strict=True)}
         return [scores.get(i) for i in range(len(rows))]
-
-    def _record(
-        self,
-        gold: Any,
-        choices: Sequence[str] | None,
-        image_size: Sequence[int] | None,
-        processed_size: Sequence[int] | None,
-    ) -> PromptRecord:
-        sizes = ()
-        if image_size is not None:
-            sizes = (ImageSize(tuple(image_size), tuple(processed_size or image_size)),)
-        return PromptRecord(
-            id="reward",
-            kind="problem",
-            messages=(),
-            question=(),
-            gold=str(gold),
-            verifier=self.kind,
-            recipe="",
-            choices=tuple(choices or ()),
-            settings=self.settings,
-            image_sizes=sizes,
-        )
 
 
 def as_trl_reward(
