@@ -162,7 +162,7 @@ def load(folder: str, kind: str, **settings: Any) -> tuple[Policy, ModelConfig]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"freeze": ["vision"]}, {"gradient_checkpointing": False}])
-@pytest.mark.parametrize("images", [1, 8])
+@pytest.mark.parametrize("images", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TYPES)
 def test_activations_are_what_a_pass_allocates(wide, processor, kind, images, settings):
     policy, config = load(wide, kind, **settings)

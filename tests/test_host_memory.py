@@ -99,6 +99,7 @@ def test_a_part_of_an_epoch_takes_no_more_memory_than_its_first_steps(tmp_path: 
     check(measure(tmp_path, draws=160), 160)
 
 
+@pytest.mark.slow
 def test_the_measure_would_notice_images_that_are_kept(tmp_path: Path) -> None:
     assert measure(tmp_path, draws=160, forget=False)["grown_mb"] > GROWTH_MB
 
