@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from string import ascii_uppercase
 
+from spark_vl.answers import last_boxed
 from spark_vl.data.problems import ProblemSet
 from spark_vl.processors import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
@@ -86,8 +87,8 @@ def wrong_answers(problems: Sequence[PromptRecord], verifiers: VerifierPool) -> 
     """
     golds: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for problem in problems:
-        golds[problem.verifier,].append(problem.gold)
-        golds[problem.verifier, plain_text(problem.question)].append(problem.gold)
+        golds[problem.verifier,].append(_answer(problem))
+        golds[problem.verifier, plain_text(problem.question)].append(_answer(problem))
 
     def candidates(problem: PromptRecord) -> list[str]:
         """Last is best."""
@@ -96,7 +97,7 @@ def wrong_answers(problems: Sequence[PromptRecord], verifiers: VerifierPool) -> 
         if problem.choices:
             pools = [list(ascii_uppercase[: len(problem.choices)])]
         shuffled = [answer for pool in pools for answer in rng.sample(pool, len(pool))]
-        return [answer for answer in dict.fromkeys(reversed(shuffled)) if answer != problem.gold][::-1]
+        return [answer for answer in dict.fromkeys(reversed(shuffled)) if answer != _answer(problem)][::-1]
 
     left = [(problem, candidates(problem)) for problem in problems]
     found: dict[str, str] = {}
@@ -107,6 +108,11 @@ def wrong_answers(problems: Sequence[PromptRecord], verifiers: VerifierPool) -> 
             if verdict.status == "ok" and verdict.score == 0:
                 found[problem.id] = answer
     return found
+
+
+def _answer(problem: PromptRecord) -> str:
+    """The gold as an answer is written: coordinates are those that the model is asked for."""
+    return last_boxed(boxed_gold(problem)) or problem.gold
 
 
 def judge_and_reflect(problem: PromptRecord, wrong: str, templater: Templater) -> list[PromptRecord]:
@@ -120,11 +126,12 @@ def judge_and_reflect(problem: PromptRecord, wrong: str, templater: Templater) -
         return random.Random(f"{problem.id}/{kind}")
 
     records = []
-    for correct, answer in ((True, problem.gold), (False, wrong)):
+    gold = _answer(problem)
+    for correct, answer in ((True, gold), (False, wrong)):
         side = "correct" if correct else "wrong"
         judge = templater.pointwise(problem.question, answer, correct=correct, rng=rng("pointwise"))
         pair = templater.pairwise(
-            problem.question, correct=problem.gold, wrong=wrong, rng=rng("pairwise"), correct_first=correct
+            problem.question, correct=gold, wrong=wrong, rng=rng("pairwise"), correct_first=correct
         )
         reflection = templater.reflection(
             problem.question, answer, correct=correct, shows="answer", rng=rng("reflection")
