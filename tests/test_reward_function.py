@@ -114,7 +114,7 @@ def test_where_there_is_no_right_answer_there_is_no_reward() -> None:
 
 def test_what_cannot_be_verified_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert as_trl_reward("number")([r"\boxed{5}"] * 2, ["a few", "5"]) == [0.0, 1.0]
-    assert "number reward: 1 of 2 not verified: BadRecordError: reward: gold 'a few'" in caplog.text
+    assert "number reward: 1 of 2 not verified: BadRecordError: verify: gold 'a few'" in caplog.text
 
 
 def test_mistakes_of_the_caller_are_said() -> None:
