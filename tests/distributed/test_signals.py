@@ -45,7 +45,7 @@ def test_each_signal_stops_it_at_a_checkpoint(whole, tmp_path):
         assert f"{number.name}: saving, then stopping" in output
         assert_stopped(output, folder, after)
     assert launch(1, "single", *arguments).returncode == 0
-    assert_same_run(folder, whole)
+    assert_same_run(folder, whole, same_files=False)
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
@@ -76,7 +76,7 @@ def test_a_signal_to_one_of_two_workers_or_to_their_launcher_stops_both(whole_ze
     assert_stopped(output, folder, 3)
 
     assert launch(2, "zero3", *arguments).returncode == 0
-    assert_same_run(folder, whole_zero3)
+    assert_same_run(folder, whole_zero3, same_files=False)
 
 
 @pytest.mark.parametrize(
@@ -111,4 +111,4 @@ def test_a_step_is_abandoned_or_finished(tmp_path, schedule, call, stops_after):
     assert not trainer.train()
     assert latest(tmp_path / "cut").name == f"step-{stops_after:06d}"
     assert Trainer(make_config(tmp_path / "cut", *overrides), resume="auto").train()
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", same_files=False)
