@@ -35,6 +35,7 @@ from spark_vl.distributed.launch import strategy
 from spark_vl.layout import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.processors import Processor
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
+from spark_vl.provenance import public_name
 
 MANIFEST = "manifest.json"
 
@@ -103,7 +104,9 @@ def save_checkpoint(
         export_model(accelerator, policy, processor, temporary / MODEL, dtype=getattr(torch, config.model.dtype))
         if accelerator.is_main_process:
             templater.save(temporary / MODEL / PROMPTS_FILE)
-            (temporary / MODEL / TRAINING_FILE).write_text(json.dumps({"step": step, "spark_vl": __version__}) + "\n")
+            base = {"base": public_name(config.model.path), "base_commit": processor.commit}
+            facts = json.dumps({"step": step, "spark_vl": __version__, **base})
+            (temporary / MODEL / TRAINING_FILE).write_text(facts + "\n")
             save_config(config, temporary / CONFIG)
             _write_manifest(accelerator, temporary, step)
     except Exception as error:

@@ -18,7 +18,8 @@ LATEST, BEST = "latest", "best"
 MODEL = "model"
 """In a checkpoint, and at last in the run's folder: the plain Hugging Face checkpoint."""
 TRAINING_FILE = "spark_training.json"
-"""In `model/`: after which step of its run the model was saved."""
+"""In `model/`: after which step of its run the model was saved, and what it started from; `base_commit` is null where
+that was no repository of the Hub."""
 
 
 def name_of(step: int) -> str:

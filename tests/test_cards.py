@@ -54,7 +54,8 @@ def test_metadata_is_what_the_hub_reads(finished_run):
 
 
 def test_a_base_model_and_datasets_of_the_hub_are_named(run, tmp_path):
-    change(run, "config.yaml", lambda config: config["model"].update(path="Qwen/Qwen2.5-VL-7B-Instruct"))
+    base = {"base": "Qwen/Qwen2.5-VL-7B-Instruct", "base_commit": "b" * 40}
+    change(run, "model/spark_training.json", lambda facts: facts.update(base))
     dataset = {"id": "org/problems", "config": None, "revision": "a" * 40}
     change(run, "recipes.json", lambda facts: facts["digits"].update(dataset=dataset))
     card = write_card(run, tmp_path / "README.md", base_license="apache-2.0")
@@ -69,6 +70,15 @@ def test_a_base_model_and_datasets_of_the_hub_are_named(run, tmp_path):
     assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("org/problems", "default", "a" * 40)
     summary = json.loads((run / "summary.json").read_text())
     assert entry.value == pytest.approx(100 * summary["after"]["reasoning_greedy"], abs=0.005)
+
+
+def test_a_relative_folder_is_no_model_of_the_hub(run, tmp_path):
+    change(run, "config.yaml", lambda config: config["model"].update(path="runs/first"))
+    change(run, "model/spark_training.json", lambda facts: facts.update(base="first"))
+    card = write_card(run, tmp_path / "README.md")
+    assert card.data.base_model is None
+    assert "huggingface.co/runs" not in card.text
+    assert "starting from `first`" in card.text
 
 
 def test_no_leaderboard_hears_of_data_that_are_not_on_the_hub(finished_run, tmp_path):

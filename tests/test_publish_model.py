@@ -85,9 +85,9 @@ def test_public_is_public_and_a_repository_does_not_change_who_sees_it(hub, call
 
 def test_the_licence_of_the_base_model_is_read_from_its_card(hub, call, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["model"]["path"] = "org/base"
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    facts = json.loads((run / "model" / "spark_training.json").read_text())
+    facts |= {"base": "org/base", "base_commit": "b" * 40}
+    (run / "model" / "spark_training.json").write_text(json.dumps(facts))
     hub.create("model", "org/base").commit("card", {"README.md": File(b"---\nlicense: apache-2.0\n---\n# Base\n")})
     call("publish_model", checkpoint=run, repo="org/tiny")
     card = hub.repo("model", "org/tiny").at().files["README.md"].content.decode()

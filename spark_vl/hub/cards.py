@@ -38,8 +38,7 @@ def write_model_card(
         base_license: licence of the base model, as its card names it.
     """
     config = model.config
-    base = config["model"]["path"]
-    on_hub = "/" in base
+    base, on_hub = model.base, model.base_commit is not None
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",

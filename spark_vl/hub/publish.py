@@ -174,11 +174,10 @@ def prepare_space(folder: Path, *, model: str, repo: str, model_revision: str | 
 
 def _base_license(model: TrainedModel, token_from: str | None) -> str | None:
     """The licence that the card of the base model names. None: it has none, or cannot be asked."""
-    base = model.config["model"]["path"]
-    if "/" not in base:  # a folder
+    if model.base_commit is None:
         return None
     try:
-        info = Hub(find_token(token_from), base, "model").info()
+        info = Hub(find_token(token_from), model.base, "model").info()
     except HubError as error:
         logger.warning("the card will not name the licence of the base model: %s", error)
         return None

@@ -91,10 +91,11 @@ def make_release(
     for folder in folders:
         found |= {str(file.relative_to(folder)): file for file in _files(folder)}
     chosen = {path: file for path, file in found.items() if is_of_kind(path, KINDS_OF_FILES[repo_type])}
+    token = get_token()
     for path, file in chosen.items():
         if file.is_symlink():
             raise ReleaseError(f"{file}: is a symbolic link; only files that lie there themselves are uploaded")
-        _check_text(path, file, private)
+        _check_text(path, file, private, token)
     return Release(repo_type, title, _manifest(chosen), sorted(found.keys() - chosen.keys()), replaces)
 
 
@@ -123,14 +124,13 @@ def _manifest(files: Mapping[str, Path]) -> list[ReleaseFile]:
         return list(threads.map(entry, sorted(files.items())))
 
 
-def _check_text(path: str, file: Path, private: Iterable[Path]) -> None:
+def _check_text(path: str, file: Path, private: Iterable[Path], token: str | None) -> None:
     """Raises:
     ReleaseError: see `make_release`.
     """
     if file.suffix not in _TEXT:
         return
     text = file.read_bytes()
-    token = get_token()
     if _TOKEN.search(text) or (token and token.encode() in text):
         raise ReleaseError(f"{file}: holds a token of the Hub; remove it, and revoke it if others may have seen it")
     if file.name in _VOCABULARIES:

@@ -27,6 +27,10 @@ class TrainedModel:
     """A plain Hugging Face checkpoint."""
     run: Path
     step: int
+    base: str
+    """What it started from: an id of the Hub, or the last part of a folder's path."""
+    base_commit: str | None
+    """Of the Hub; None: it was a folder."""
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -93,8 +97,8 @@ def find_model(checkpoint: Path) -> TrainedModel:
             f"{checkpoint}: holds no trained model; allowed: the folder of a finished run, its model/, one of its "
             "checkpoints/step-*/, or its checkpoints/best"
         )
-    step = json.loads((folder / TRAINING_FILE).read_text())["step"]
-    return TrainedModel(folder, find_run(folder), step)
+    facts = json.loads((folder / TRAINING_FILE).read_text())
+    return TrainedModel(folder, find_run(folder), facts["step"], facts["base"], facts["base_commit"])
 
 
 def recipe_facts(run: Path, group: str) -> list[dict[str, Any]]:

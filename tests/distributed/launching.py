@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from spark_vl.data.shards import find_shards
 
 T = TypeVar("T")
 
@@ -167,12 +170,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+def judgments(folder: Path) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    """The rows of each configuration, split and rank, in order."""
+    rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for shard in find_shards(folder / "judgments"):
+        rows.setdefault((shard.config, shard.split, shard.rank), []).extend(pq.read_table(shard.path).to_pylist())
+    return rows
+
+
 def assert_same_run(folder: Path, other: Path, *, same_files: bool = True) -> None:
     """What two runs have computed and written down is the same to the last bit.
 
     Args:
         same_files: whether judgments are cut into the same files; a stop by a signal is one more place to cut.
     """
+    assert judgments(folder) == judgments(other)
     assert metrics(folder) == metrics(other)
     for name in ("evaluations", "rollouts"):
         assert lines(folder, name) == lines(other, name)
