@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from spark_vl.demo.tiny import random_tiny
@@ -21,6 +22,10 @@ from spark_vl.processors import QwenVLProcessor
 from spark_vl.records import ImageRef, Message, PromptRecord
 
 torch.set_num_threads(1)
+
+# The same examples in each run: what fails once fails everywhere. `--hypothesis-profile=default` draws others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 pytest_plugins = ["tests.hub.fixtures"]
 

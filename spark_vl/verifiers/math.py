@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, MatrixBase, Set, Tuple, floor, log
+from sympy import Basic, FiniteSet, Interval, MatrixBase, Set, Tuple, floor, log
 from sympy.logic.boolalg import Boolean
 
 from spark_vl.answers import last_boxed, normalised
@@ -80,6 +80,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
 ]
 _TWO_NUMBERS = re.compile(r"\d\s+\d")
 _INTERVAL = re.compile(r"\\infty|\\cup|[\[\]]")
+_BRACES = re.compile(r"(?:\\left\s*)?\\\{")
 _STYLED = re.compile(rf"(?:{_STYLE}\s*\{{[^{{}}]*\}}[\s.$*]*)+")
 _LETTERS = re.compile(r"[^\W\d_]{2,}(?:[\s',-]+[^\W\d_]+)*")
 _WORD = re.compile(r"[^\W\d_]{4,}|\b(?:yes|no|not|odd|all|dne)\b")
@@ -112,13 +113,13 @@ def _exponents(expression: Any) -> Iterator[int]:
     """Of ten, of each real number in `expression` that is compared by itself: as a member of a set, say."""
     if not isinstance(expression, Basic | MatrixBase):
         return
-    if getattr(expression, "is_number", False) and not isinstance(expression, MatrixBase):
+    if isinstance(expression, MatrixBase):
+        for entry in expression:
+            yield from _exponents(entry)
+    elif expression.is_number:
         value = expression.evalf(6)
         if value.is_Float and value.is_finite and value:
             yield int(floor(log(abs(value), 10)))
-    elif isinstance(expression, MatrixBase):
-        for entry in expression:
-            yield from _exponents(entry)
     elif isinstance(expression, Set | Tuple | Boolean):
         for argument in expression.args:
             yield from _exponents(argument)
@@ -130,6 +131,17 @@ def _words(answer: str) -> str | None:
     if _LETTERS.fullmatch(plain) and (_STYLED.fullmatch(answer) or _WORD.search(plain)):
         return plain
     return None
+
+
+def _is_set(answer: str, parsed: list[Any]) -> bool:
+    r"""Whether it is a set by its braces: math-verify gives `\{1, 2\}`, `1, 2` and `(1, 2)` full marks for one another,
+    and those without braces are left at that, for people write solutions in each way."""
+    return isinstance(parsed[0], FiniteSet) and _BRACES.match(_clean(answer)) is not None
+
+
+def _is_point(parsed: list[Any]) -> bool:
+    """Of a plane or of space, or an interval."""
+    return isinstance(parsed[0], Tuple | Interval)
 
 
 def verify_math(completion: str, record: PromptRecord) -> Verdict:
@@ -153,6 +165,8 @@ def verify_math(completion: str, record: PromptRecord) -> Verdict:
         return Verdict(0.0, None, "unparsable", "the last box holds no mathematical expression")
     if _clean(boxed) == _clean(gold):
         return Verdict(1.0, boxed)
+    if (_is_set(gold, expected) and _is_point(answer)) or (_is_set(boxed, answer) and _is_point(expected)):
+        return Verdict(0.0, boxed)
     if (words := _words(gold)) and _LETTERS.fullmatch(said := normalised(boxed)):
         return Verdict(float(said == words), boxed)
     try:
