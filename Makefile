@@ -30,16 +30,17 @@ demo-zero3: .venv/.installed
 	rm -rf runs/digits-zero3
 	$(WITH_BIN) scripts/launch/spark_tiny_cpu.sh
 
+# A file's tests stay together: what they share is made once.
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-distributed: .venv/.installed-test
 	$(WITH_BIN) $(BIN)/python -m pytest -m distributed tests/distributed
 
-# Debian: apt-get install chromium chromium-driver
 test-slow: .venv/.installed-test
 	$(BIN)/python -m pytest -m "slow and not distributed and not vllm and not gpu"
 
+# Debian: apt-get install chromium chromium-driver
 test-browser: .venv/.installed-test
 	$(BIN)/python -m pytest -m browser tests/browser
 
