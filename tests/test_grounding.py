@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
 from spark_vl.records import BadRecordError, ImageSize
 from spark_vl.verifiers import verify
-from spark_vl.verifiers.base import check_settings, get_verifier, run_verifier
+from spark_vl.verifiers.base import boxed_gold, check_settings, get_verifier, run_verifier
 from spark_vl.verifiers.boxes import MAX_CHARS, Shape, UnreadableError, find_answer, iou, read_shapes
-from spark_vl.verifiers.grounding import boxed_gold, matching_size
+from spark_vl.verifiers.detection import matching_size
 from tests.conftest import make_image, make_record
 
 SIZE, PROCESSED = (200, 100), (400, 400)  # twice as wide, four times as high
@@ -396,15 +396,15 @@ def test_without_a_size_nothing_is_guessed(kind: str, coordinates: str) -> None:
         ("iou", {"threshold": -0.1}, "threshold: found -0.1; allowed: a finite number from 0"),
         ("iou", {"threshold": float("nan")}, "threshold: found nan; allowed: a finite number"),
         ("iou", {"threshold": "0.5"}, "threshold: found '0.5'"),
-        ("iou", {"distance": 0.1}, "iou has no setting distance"),
+        ("iou", {"distance": 0.1}, "'distance' is no setting; allowed: image, coordinates, gold_boxes, threshold"),
         ("iou", {"coordinates": "pixels"}, "'resized', 'thousand', 'original'"),
         ("iou", {"image": 1}, "the size of image 1 is missing"),
         ("iou", {"image": True}, "image: found True"),
         ("iou", {"treshold": 0.5}, "'treshold' is no setting"),
-        ("point", {"threshold": 0.5}, "point has no setting threshold"),
+        ("point", {"threshold": 0.5}, "'threshold' is no setting; allowed: image, coordinates, gold_boxes, distance"),
         ("point", {"distance": 5}, "distance is 5"),
         ("detection", {"threshold": 0}, "threshold is 0; detection"),
-        ("detection", {"distance": 0.1}, "detection has no setting distance"),
+        ("detection", {"distance": 0.1}, "'distance' is no setting"),
     ],
 )
 def test_wrong_settings(kind: str, wrong: dict, message: str) -> None:
@@ -434,6 +434,26 @@ def test_iou_is_that_of_torchvision() -> None:
     found = [[iou(tuple(x), tuple(y)) for y in b.tolist()] for x in a.tolist()]
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-12, atol=0)
     assert (expected > 0).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("kind", ["iou", "point", "detection"])
+def test_golds_with_width_and_height_are_those_of_torchvision(kind: str) -> None:
+    corners = [20.0, 10.0, 80.0, 40.0]
+    written = box_convert(torch.tensor(corners), "xyxy", "xywh").tolist()
+    reply = [50, 25] if kind == "point" else corners
+    assert judge(kind, json.dumps(reply), written, gold_boxes="xywh").score == 1
+    assert judge(kind, json.dumps([21, 11] if kind == "point" else written), corners, gold_boxes="xywh").score == 0
+    gold = grounded(
+        kind,
+        json.dumps(written),
+        settings=(("gold_boxes", "xywh"), ("coordinates", "thousand")),
+        image_sizes=(ImageSize(SIZE, PROCESSED),),
+    )
+    in_thousandths = [250, 250] if kind == "point" else [100, 100, 400, 400]
+    expected = [in_thousandths] if kind == "detection" else in_thousandths
+    assert json.loads(boxed_gold(gold).removeprefix(r"\boxed{")[:-1]) == expected
+    with pytest.raises(BadRecordError, match="outside the image"):
+        judge(kind, "[1, 2, 3, 4]", [20, 10, 200, 10], gold_boxes="xywh")
 
 
 @given(boxes, boxes)

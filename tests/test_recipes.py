@@ -314,9 +314,14 @@ def test_a_placeholder_of_its_own(problems, tmp_path: Path) -> None:
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"First \boxed{3}, no: \boxed{ 4 }.", "4"),
         ("  12 cm ", "12 cm"),
+        (5, "5"),
+        (-0.25, "-0.25"),
+        ([10, 20.5, 30, 40], "[10, 20.5, 30, 40]"),
+        (["café", "coffee shop"], '["café", "coffee shop"]'),
+        ([{"bbox_2d": [1, 2, 3, 4], "label": "cat"}], '[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]'),
     ],
 )
-def test_gold_is_the_last_box_or_the_whole_answer(problems, answer: str, gold: str) -> None:
+def test_gold_is_the_last_box_or_the_whole_answer(problems, answer: Any, gold: str) -> None:
     assert problems({"a": answer})[0].gold == gold
 
 
@@ -391,7 +396,12 @@ def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
         ({"q": "\ud800 half of a pair"}, "'q' is not valid Unicode"),
         ({"a": ""}, "'a' is empty"),
         ({"a": None}, "'a' is null"),
-        ({"a": 5}, "'a' is int 5"),
+        ({"a": True}, "'a' is bool True; a text, a finite number, a list or a mapping is allowed"),
+        ({"a": float("nan")}, "'a' is float nan"),
+        ({"a": []}, r"'a' is list \[\]"),
+        ({"a": ["\ud800"]}, "'a' is not valid Unicode"),
+        ({"a": [float("inf")]}, "'a' is list .* which is no JSON"),
+        ({"a": 1, "choices": ["5", "6"]}, "'a' is int 1; text is allowed"),
         ({"a": r"\boxed{}"}, "box is empty or does not close"),
         ({"a": r"\boxed{5"}, "box is empty or does not close"),
         ({"q": "<image> and <image>", "images": []}, "2 placeholders '<image>' for 0 images"),

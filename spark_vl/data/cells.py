@@ -5,6 +5,8 @@ Every function raises ValueError, which names the column, what was found and wha
 
 from __future__ import annotations
 
+import json
+import math
 from string import ascii_uppercase
 from typing import Any
 
@@ -24,6 +26,20 @@ def text(row: Row, column: str) -> str:
     if not value.strip():
         raise ValueError(f"{column!r} is empty")
     return value
+
+
+def answer(row: Row, column: str) -> str:
+    """A text as it is; a number, or a list or mapping that is not empty, as JSON."""
+    value = cell(row, column)
+    if isinstance(value, str):
+        return text(row, column)
+    if isinstance(value, bool | None) or (isinstance(value, float) and not math.isfinite(value)) or value in ([], {}):
+        raise ValueError(f"{column!r} is {kind(value)}; a text, a finite number, a list or a mapping is allowed")
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{column!r} is {kind(value)}, which is no JSON: {error}") from error
+    return unicode(written, column)
 
 
 def unicode(value: Any, column: str) -> str:

@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from spark_vl.answers import last_boxed, match_choices
-from spark_vl.data.cells import cell, identifier, items, kind, options, text
+from spark_vl.data.cells import answer, cell, identifier, items, kind, options, text
 from spark_vl.data.images import ImageError, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe
@@ -93,7 +93,7 @@ class ProblemSet:
         recipe, columns = self.recipe, self.recipe.columns
         if isinstance(columns, JudgmentColumns):
             return record_of(row, columns.judgments, id=record_id, recipe=recipe.name, verifiers=self._verifiers)
-        question, gold = text(row, columns.question).strip(), _gold(text(row, columns.answer))
+        question, gold = text(row, columns.question).strip(), _gold(answer(row, columns.answer))
         choices = () if columns.choices is None else options(row, columns.choices)
         if columns.verifier is not None and cell(row, columns.verifier) is not None:
             verifier = text(row, columns.verifier)
@@ -106,6 +106,7 @@ class ProblemSet:
         else:
             verifier = recipe.verifier_of(self.split)
         if verifier == "choice":
+            text(row, columns.answer)  # a number may count the options from 0 or from 1
             gold = _letters(gold, choices)
         if choices and not _shows(question, choices):
             lettered = zip(ascii_uppercase, choices, strict=False)

@@ -44,7 +44,8 @@ class Columns:
     question: str
     """Text, in which the image placeholder stands where an image belongs; without placeholders, images go first."""
     answer: str
-    r"""Text; where it holds a `\boxed{}`, the content of the last one is the gold answer."""
+    r"""Text; where it holds a `\boxed{}`, the content of the last one is the gold answer. Or a number, or a list or
+    mapping, which is taken as JSON: `[12, 30, 80, 90]` for a box, `["colour", "color"]` for the verifier `text`."""
     images: str | None = None
     """One image or a list: encoded bytes, `{"bytes", "path"}`, or a path relative to the media root."""
     choices: str | None = None

@@ -31,9 +31,9 @@ VERIFIERS: dict[str, str] = {
     "interval": "spark_vl.verifiers.interval:verify_interval",
     "json_field": "spark_vl.verifiers.json_field:verify_json_field",
     "judgment": "spark_vl.verifiers.judgment:verify_judgment",
-    "iou": "spark_vl.verifiers.grounding:verify_iou",
-    "point": "spark_vl.verifiers.grounding:verify_point",
-    "detection": "spark_vl.verifiers.grounding:verify_detection",
+    "iou": "spark_vl.verifiers.iou:verify_iou",
+    "point": "spark_vl.verifiers.point:verify_point",
+    "detection": "spark_vl.verifiers.detection:verify_detection",
 }
 """Where each registered name is: `module:function`, imported on first use."""
 
