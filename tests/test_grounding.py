@@ -442,7 +442,7 @@ def test_golds_with_width_and_height_are_those_of_torchvision(kind: str) -> None
     written = box_convert(torch.tensor(corners), "xyxy", "xywh").tolist()
     reply = [50, 25] if kind == "point" else corners
     assert judge(kind, json.dumps(reply), written, gold_boxes="xywh").score == 1
-    assert judge(kind, json.dumps([21, 11] if kind == "point" else written), corners, gold_boxes="xywh").score == 0
+    assert judge(kind, json.dumps([90, 45] if kind == "point" else written), written, gold_boxes="xywh").score == 0
     gold = grounded(
         kind,
         json.dumps(written),
