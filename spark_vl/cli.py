@@ -180,10 +180,10 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
 
 
 def evaluate(config: EvalConfig) -> None:
-    """`spark-vl eval`: evaluate a checkpoint and write `results.json` and `samples.jsonl`."""
+    """`spark-vl eval`: evaluate a checkpoint and write `results.json`, `samples.jsonl` and what it was asked in."""
     check_eval_config(config)
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
-    templater = Templater.from_config(config.prompts)
+    Templater.from_config(config.prompts)  # a mistake there is found before anything heavy is loaded
 
     from rich.console import Console
 
@@ -193,7 +193,7 @@ def evaluate(config: EvalConfig) -> None:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
-    results = evaluate_checkpoint(config, templater, folder / "samples.jsonl")
+    results = evaluate_checkpoint(config, folder)
     (folder / "results.json").write_text(json.dumps(results, indent=2))
     print_results(results, Console())
 

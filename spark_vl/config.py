@@ -306,6 +306,7 @@ class EvalConfig:
     seed: NonNegativeInt = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
+    """If nothing here is set, a model that a run has saved is asked in the words that it was trained on."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -13,10 +13,20 @@ import yaml
 from scipy.stats import binomtest
 
 import spark_vl.demo
-from spark_vl.config import ConfigError, EvalConfig, EvaluationConfig, ModelConfig, RolloutConfig, VerifierConfig
+from spark_vl.config import (
+    ConfigError,
+    EvalConfig,
+    EvaluationConfig,
+    ModelConfig,
+    PromptConfig,
+    RolloutConfig,
+    VerifierConfig,
+)
 from spark_vl.demo.tiny import random_tiny
 from spark_vl.evaluation import Evaluator, evaluate_checkpoint, rescore, score, wilson
+from spark_vl.evaluation.checkpoint import find_templater
 from spark_vl.prompts import Templater
+from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import Rollout, RolloutGroup, Verdict, plain_text
 from spark_vl.rollout import Sampling, TransformersEngine
 from spark_vl.verifiers import VerifierPool, boxed_gold
@@ -604,7 +614,27 @@ def test_a_checkpoint_by_itself(make_policy, processor, verifiers, tmp_path):
         rollout=RolloutConfig(max_new_tokens=6),
         verifier=VerifierConfig(workers=1),
     )
-    results = evaluate_checkpoint(config, TEMPLATER, tmp_path / "samples.jsonl")
+    TEMPLATER.save(tmp_path / PROMPTS_FILE)
+    (out := tmp_path / "out").mkdir()
+    results = evaluate_checkpoint(config, out)
+    assert (out / PROMPTS_FILE).read_text() == (tmp_path / PROMPTS_FILE).read_text()
     same = Evaluator(config.evaluation, TEMPLATER, rollout=config.rollout, seed=0, samples_file=tmp_path / "same.jsonl")
     assert results == same(TransformersEngine(make_policy(), processor, rows_at_once=64), processor, verifiers)
-    assert (tmp_path / "samples.jsonl").read_text() == (tmp_path / "same.jsonl").read_text()
+    assert (out / "samples.jsonl").read_text() == (tmp_path / "same.jsonl").read_text()
+
+
+def test_a_model_is_asked_in_the_words_it_was_trained_on_unless_others_are_asked_for(tmp_path, capsys):
+    def suffix(prompts: PromptConfig) -> str:
+        return (
+            find_templater(prompts, ModelConfig(path=str(tmp_path))).problem(("?",))[-1].content[-1].removeprefix("?")
+        )
+
+    assert suffix(PromptConfig()) == PromptConfig().reasoning_suffix
+    assert "of the shipped templates" in capsys.readouterr().out
+    Templater.load(reasoning_suffix=" In a box.").save(tmp_path / PROMPTS_FILE)
+    assert suffix(PromptConfig()) == " In a box."
+    assert "that the model was trained on" in capsys.readouterr().out
+    assert suffix(PromptConfig(reasoning_suffix=" Boxed.")) == " Boxed."
+    (tmp_path / PROMPTS_FILE).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"^model\.path: .*{PROMPTS_FILE}: found"):
+        suffix(PromptConfig())

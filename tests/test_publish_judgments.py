@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 
 from spark_vl import cli
 from spark_vl.data.shards import find_shards
+from spark_vl.prompts.templater import PROMPTS_FILE
 from tests.hub.driver import Refused
 from tests.hub.fixtures import digests, spark_vl
 from tests.test_trainer import TEMPLATES, make_config, metrics
@@ -123,14 +124,12 @@ def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, call, fin
     call("publish_judgments", run=finished_run, repo="org/judged")
     commit = call("publish_model", checkpoint=finished_run, repo="org/tiny")["commit"]
     recipe = "judgments?repo=org/judged&kind=pairwise"
-    settings = [
-        "--model.path=org/tiny", "--model.dtype=float32", f"--prompts.templates=[{TEMPLATES}]",
-        "--prompts.builtin_templates=false", "--rollout.max_new_tokens=24",
-    ]  # fmt: skip
+    settings = ["--model.path=org/tiny", "--model.dtype=float32", "--rollout.max_new_tokens=24"]
+    prompts = [f"--prompts.templates=[{TEMPLATES}]", "--prompts.builtin_templates=false"]
     done = spark_vl(
-        hub, "train", f"--output_dir={tmp_path / 'again'}", f"--data.recipes=['{recipe}']", *settings, "--steps=1",
-        "--data.prompts_per_step=4", "--rollout.n=4", "--data.max_prompt_tokens=512", "--optimizer.lr=1e-4",
-        "--optimizer.tokens_per_pack=1024", "--model.gradient_checkpointing=false",
+        hub, "train", f"--output_dir={tmp_path / 'again'}", f"--data.recipes=['{recipe}']", *settings, *prompts,
+        "--steps=1", "--data.prompts_per_step=4", "--rollout.n=4", "--data.max_prompt_tokens=512",
+        "--optimizer.lr=1e-4", "--optimizer.tokens_per_pack=1024", "--model.gradient_checkpointing=false",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [line] = metrics(tmp_path / "again")
@@ -152,6 +151,8 @@ def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, call, fin
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert results["pairwise_greedy"]["n"] == len(originals)
     assert "reasoning_greedy" not in results
+    # Nothing was said about the prompts: they are worded as those that the model was trained on.
+    assert (tmp_path / "eval" / PROMPTS_FILE).read_text() == (finished_run / "model" / PROMPTS_FILE).read_text()
 
 
 def test_recycling_offline_gives_what_can_be_published(hub, call, finished_run, tmp_path):

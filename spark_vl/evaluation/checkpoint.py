@@ -5,28 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spark_vl.config import DataConfig, EvalConfig
+from spark_vl.config import DataConfig, EvalConfig, ModelConfig, PromptConfig, blamed_on
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
 from spark_vl.policy.policy import load_policy
 from spark_vl.processors import load_processor
 from spark_vl.prompts import Templater
+from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.rollout import TransformersEngine
 from spark_vl.verifiers import VerifierPool
 
 
-def evaluate_checkpoint(config: EvalConfig, templater: Templater, samples_file: Path) -> dict[str, Estimate]:
+def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]:
     """The figures (see `Evaluator`) of the checkpoint at `config.model.path`, on a GPU if there is one.
 
+    Args:
+        folder: gets `samples.jsonl`, and `PROMPTS_FILE` with the words in which the model was asked.
+
     Raises:
-        ConfigError, ValueError: see `Evaluator` and `load_processor`.
+        ConfigError, ValueError: see `Evaluator`, `load_processor` and `Templater`.
     """
-    evaluator = Evaluator(
-        config.evaluation, templater, rollout=config.rollout, seed=config.seed, samples_file=samples_file
-    )
     processor = load_processor(config.model, max_prompt_tokens=DataConfig.max_prompt_tokens)
+    templater = find_templater(config.prompts, config.model)
+    templater.save(folder / PROMPTS_FILE)
+    evaluator = Evaluator(
+        config.evaluation,
+        templater,
+        rollout=config.rollout,
+        seed=config.seed,
+        samples_file=folder / "samples.jsonl",
+    )
     policy = load_policy(
         config.model,
         dtype=getattr(torch, config.model.dtype),
@@ -45,3 +57,28 @@ def evaluate_checkpoint(config: EvalConfig, templater: Templater, samples_file: 
             return lambda finished: bar.advance(task, finished)
 
         return evaluator(engine, processor, verifiers, counting)
+
+
+def find_templater(prompts: PromptConfig, model: ModelConfig) -> Templater:
+    """The words to ask a model in: those of `prompts`; if nothing is set there, those that the model was trained on,
+    which a run saves in its folder, or repository, as `PROMPTS_FILE`.
+
+    Raises:
+        ConfigError: a template file, or that file, cannot be used, or the Hub cannot be asked for it.
+    """
+    if prompts != PromptConfig():
+        return Templater.from_config(prompts)
+    with blamed_on("model.path"):
+        file = _find_prompts(model)
+        print(f"asked in the words {'of the shipped templates' if file is None else 'that the model was trained on'}")
+        return Templater.from_config(prompts) if file is None else Templater.read(file)
+
+
+def _find_prompts(model: ModelConfig) -> Path | None:
+    if Path(model.path).is_dir():
+        file = Path(model.path) / PROMPTS_FILE
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(model.path, PROMPTS_FILE, revision=model.revision))
+    except EntryNotFoundError:  # offline, also where it may be there and was not downloaded before
+        return None
