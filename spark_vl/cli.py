@@ -30,7 +30,7 @@ from spark_vl.config import (
 )
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.quarantine import TooManyBadRowsError
-from spark_vl.data.recipes import load_recipe, recipes, usage
+from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
@@ -153,8 +153,7 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
 
     evaluator = None
     if config.evaluation.recipes:
-        with blamed_on("evaluation.recipes"):
-            evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
+        evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
     trainer = Trainer(config, evaluator, resume, allow_config_change=allow_config_change)
     folder, is_main = trainer.folder, trainer.accelerator.is_main_process
     publisher = None
@@ -340,8 +339,8 @@ def _shape_for_model(arguments: Sequence[str]) -> list[str]:
 
 def _check_recipes(setting: str, names: Sequence[str], split: str) -> None:
     """Read the recipes that `setting` names, so that a mistake in one is found now."""
-    for name in names:
-        with blamed_on(setting):
-            recipe = load_recipe(name)
+    with blamed_on(setting):
+        loaded = load_recipes(names)
+    for name, recipe in zip(names, loaded, strict=True):
         if split not in recipe.splits:
             raise ConfigError(f"{setting}: {name} has no split {split!r}; allowed: {', '.join(recipe.splits)}")

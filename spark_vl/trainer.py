@@ -33,7 +33,7 @@ from spark_vl.checkpoint import (
 from spark_vl.config import ConfigError, TrainConfig, blamed_on, flat, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
-from spark_vl.data.recipes import load_recipe
+from spark_vl.data.recipes import load_recipes
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.data.shards import ShardWriter
 from spark_vl.distributed.gather import any_process, each_process
@@ -103,7 +103,7 @@ class Trainer:
         set_seed(config.seed)
         self.templater = Templater.from_config(config.prompts)
         with blamed_on("data.recipes"):
-            recipes = [load_recipe(name) for name in config.data.recipes]
+            recipes = load_recipes(config.data.recipes)
             problems = [open_recipe(recipe, "train", self.templater) for recipe in recipes]
         rank = self.accelerator.process_index
         self.sampler = PromptSampler(problems, seed=config.seed)

@@ -88,6 +88,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
             "prompts.templates: templates.yaml: entry 1: template 'judge': text: ",
         ),
         ((*GOOD, "--prompts.builtin_templates=false"), "prompts.templates: templates: there is no pointwise"),
+        (("train", "--data.recipes=[digits,digits]"), "data.recipes: more than one is named digits; names are unique"),
         (("eval",), "evaluation.recipes: is empty; name at least one recipe"),
         (("eval", "--evaluation.recipes=[digit]"), "evaluation.recipes: no recipe 'digit'"),
         (("eval", "--rollout.n=0"), 'Parser key "rollout.n"'),

@@ -19,7 +19,7 @@ from PIL import Image
 
 from spark_vl.data.images import load_image
 from spark_vl.data.problems import ProblemSet, check, open_recipe
-from spark_vl.data.recipes import load_recipe, recipes, usage
+from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.data.sources import open_rows
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
@@ -252,6 +252,16 @@ def test_a_base_gets_its_parameters_from_the_file_that_starts_from_it(recipe_fil
     assert (recipe.name, recipe.license, recipe.source.location) == ("b", "c-org/name", str(tmp_path / "data"))
     (tmp_path / "c.yaml").write_text("{base: 'judgments?repo=org/name&kind=rollouts', verifier: 'my.module:check'}")
     assert load_recipe(tmp_path / "c.yaml").columns.judgments == "rollouts"
+
+
+def test_recipes_that_are_used_together_have_different_names() -> None:
+    first, second = "judgments?repo=org/a", "judgments?repo=org/b"
+    with pytest.raises(ValueError, match=r"^more than one is named judgments-pairwise; names are unique$"):
+        load_recipes([first, "digits", second])
+    assert [recipe.name for recipe in load_recipes([first, f"{second}&name=other"])] == [
+        "judgments-pairwise",
+        "other-pairwise",
+    ]
 
 
 def test_how_recipes_are_written() -> None:

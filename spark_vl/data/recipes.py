@@ -19,7 +19,8 @@ the query of a URL is).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from math import inf
@@ -149,6 +150,18 @@ def load_recipe(name_or_path: str | Path, **overrides: Any) -> Recipe:
     """
     raw, where = _read(str(name_or_path), ())
     return _recipe(raw | _absolute(overrides, Path.cwd()), where)
+
+
+def load_recipes(names: Iterable[str]) -> list[Recipe]:
+    """Recipes that are used together.
+
+    Raises:
+        ValueError: see `load_recipe`; or two have the same name, which the ids of their rows start with.
+    """
+    loaded = [load_recipe(name) for name in names]
+    if repeated := [name for name, count in Counter(recipe.name for recipe in loaded).items() if count > 1]:
+        raise ValueError(f"more than one is named {', '.join(repeated)}; names are unique")
+    return loaded
 
 
 def _shipped(name: str) -> str:

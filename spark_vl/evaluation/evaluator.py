@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from spark_vl.answers import last_boxed, normalised
-from spark_vl.config import ConfigError, EvaluationConfig, RolloutConfig
+from spark_vl.config import EvaluationConfig, RolloutConfig, blamed_on
 from spark_vl.data.problems import open_recipe
-from spark_vl.data.recipes import load_recipe
+from spark_vl.data.recipes import load_recipes
 from spark_vl.evaluation.figures import Estimate, estimate, score
 from spark_vl.evaluation.prompts import draw_problems, judge_and_reflect, process_all, wrong_answers
 from spark_vl.evaluation.samples import append_samples
@@ -39,7 +39,7 @@ class Evaluator:
         samples_file: JSONL to which every completion is appended; given to one process only.
 
     Raises:
-        ConfigError: two recipes have the same name.
+        ConfigError: a recipe cannot be used, or two have the same name.
         ValueError: a recipe cannot be opened.
     """
 
@@ -54,10 +54,8 @@ class Evaluator:
     ) -> None:
         self.config, self.templater, self.rollout, self.seed = config, templater, rollout, seed
         self.samples_file = samples_file
-        recipes = [load_recipe(name) for name in config.recipes]
-        if repeated := [name for name, count in Counter(recipe.name for recipe in recipes).items() if count > 1]:
-            raise ConfigError(f"evaluation.recipes: more than one is named {', '.join(repeated)}; names are unique")
-        self._sets = [open_recipe(recipe, config.split, templater) for recipe in recipes]
+        with blamed_on("evaluation.recipes"):
+            self._sets = [open_recipe(recipe, config.split, templater) for recipe in load_recipes(config.recipes)]
         self._records: list[PromptRecord] | None = None  # until the first evaluation
         self._drawn = 0  # rows
         self._used = 0  # those of them that are among `_records`
