@@ -72,7 +72,6 @@ def recycle_rollouts(
             row = row_of(
                 RolloutGroup(record, ()),
                 step,
-                licenses={record.recipe: parent["license"]},
                 model=parent["model"],
                 model_revision=parent["model_revision"],
                 image_bytes=lambda ref: ref.data,  # encoded when the rollouts were written

@@ -134,6 +134,8 @@ class PromptRecord:
     """Names and weights of what is added to the reward and says nothing of correctness (`verifiers.shaping`)."""
     image_sizes: tuple[ImageSize, ...] = ()
     """Of `images`, in their order, once a processor has processed the record."""
+    license: str = ""
+    """Of the data, which what is recycled from it carries on."""
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -224,6 +226,7 @@ def record_to_json(record: PromptRecord) -> dict[str, Any]:
         "settings": dict(record.settings),
         "weight": record.weight,
         "shaping": dict(record.shaping),
+        "license": record.license,
         "origin": None
         if origin is None
         else {**vars(origin), "rollouts": list(origin.rollouts), "completions": list(origin.completions)},

@@ -103,8 +103,7 @@ class Trainer:
         set_seed(config.seed)
         self.templater = Templater.from_config(config.prompts)
         with blamed_on("data.recipes"):
-            recipes = load_recipes(config.data.recipes)
-            problems = [open_recipe(recipe, "train", self.templater) for recipe in recipes]
+            problems = [open_recipe(r, "train", self.templater) for r in load_recipes(config.data.recipes)]
         rank = self.accelerator.process_index
         self.sampler = PromptSampler(problems, seed=config.seed)
         self.steps = config.steps or math.ceil(config.epochs * len(self.sampler) / config.data.prompts_per_step)
@@ -140,7 +139,6 @@ class Trainer:
                 self.shards = ShardWriter(
                     self.folder / JUDGMENTS,
                     rank=rank,
-                    licenses={recipe.name: recipe.license for recipe in recipes},
                     model=public_name(config.model.path),
                     model_revision=self.processor.commit,
                     resumed=self.resumed,

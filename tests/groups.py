@@ -42,6 +42,7 @@ def problem(name: str, *question: str | ImageRef, recipe: str = "r", gold: str =
         gold=gold,
         verifier=fields.pop("verifier", "number"),
         recipe=recipe,
+        license=LICENSES[recipe],
         **fields,
     )
 
@@ -74,7 +75,7 @@ def a_run(steps: int, problems: int = 4) -> dict[int, list[RolloutGroup]]:
 
 
 def make_writer(folder: Path, **settings) -> ShardWriter:
-    defaults = {"rank": 0, "licenses": LICENSES, "model": "org/model", "model_revision": None, "resumed": None}
+    defaults = {"rank": 0, "model": "org/model", "model_revision": None, "resumed": None}
     return ShardWriter(folder, **(defaults | settings))
 
 

@@ -32,7 +32,7 @@ from spark_vl.data.shards import find_shards
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, RolloutGroup, plain_text
 from spark_vl.verifiers import check_gold
-from tests.groups import LICENSES, TEMPLATER, UNCAPPED, a_run, picture, pixels, problem, recycled, sampled, write
+from tests.groups import TEMPLATER, UNCAPPED, a_run, picture, pixels, problem, recycled, sampled, write
 
 RUN = a_run(steps=6)
 UNBALANCED = replace(UNCAPPED, balance_labels=False)
@@ -55,7 +55,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_row(group: RolloutGroup, step: int = 3, **settings) -> dict[str, Any]:
-    given = {"licenses": LICENSES, "model": "m", "model_revision": "abc", "image_bytes": encode_image} | settings
+    given = {"model": "m", "model_revision": "abc", "image_bytes": encode_image} | settings
     return row_of(group, step, **given)
 
 

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from spark_vl import cli
+from spark_vl.data.recipes import load_recipe
 from spark_vl.data.shards import find_shards
 from spark_vl.prompts.templater import PROMPTS_FILE
 from tests.hub.driver import Refused
@@ -140,6 +141,7 @@ def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, call, fin
     rows = rows_of(tmp_path / "again", "pairwise")
     assert {row["recipe"] for row in rows} == {"judgments-pairwise"}
     assert {(row["model"], row["model_revision"]) for row in rows} == {("org/tiny", commit)}
+    assert {row["license"] for row in rows} == {load_recipe("digits").license}
     originals = {row["parent_id"] for row in rows_of(finished_run, "pairwise")}
     assert {row["parent_id"] for row in rows} <= originals
 

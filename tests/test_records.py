@@ -63,7 +63,7 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
     origin = Origin("digits/7", 3, "yes_no", (2,), True, (r"So \boxed{7}",))
     record = make_record("digits/7@3#pointwise", ImageRef(data=b"\x89P"), "Right?", gold="Yes", kind="pointwise")
     record = replace(record, choices=("Yes", "No"), origin=origin, question=(ImageRef("a.png", "/data"), "Larger?"))
-    record = replace(record, settings=(("relative", 0.05),), weight=0.9, shaping=(("format", 0.1),))
+    record = replace(record, settings=(("relative", 0.05),), weight=0.9, shaping=(("format", 0.1),), license="MIT")
     assert record_from_json(record_to_json(record)) == record
     assert record_to_json(record) == {
         "id": "digits/7@3#pointwise",
@@ -77,6 +77,7 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
         "settings": {"relative": 0.05},
         "weight": 0.9,
         "shaping": {"format": 0.1},
+        "license": "MIT",
         "origin": {
             "parent_id": "digits/7",
             "step": 3,

@@ -75,7 +75,7 @@ def completions_column(config: Config) -> str:
 
 def record_columns(config: Config) -> tuple[str, ...]:
     """The columns that `record_of` reads."""
-    common = ("id", "images", "messages", "question", "label", "choices", "verifier", "settings")
+    common = ("id", "images", "messages", "question", "label", "choices", "verifier", "settings", "license")
     if config == "rollouts":
         return common
     quoted = (*_QUOTED[config], *(() if config == "pairwise" else ("correct",)))
@@ -135,7 +135,6 @@ def row_of(
     group: RolloutGroup,
     step: int,
     *,
-    licenses: Mapping[str, str],
     model: str,
     model_revision: str | None,
     image_bytes: Callable[[ImageRef], bytes],
@@ -144,7 +143,6 @@ def row_of(
 
     Args:
         step: training step in which its completions were sampled.
-        licenses: of the data of each recipe, by the recipe's name.
         model: which is trained, and `model_revision` its revision on the Hub.
         image_bytes: an image → its file in the dataset, such as `encode_image`.
 
@@ -178,7 +176,7 @@ def row_of(
         "settings": json.dumps(dict(record.settings)),
         "parent_id": record.id if record.kind == "problem" else origin.parent_id,
         "recipe": record.recipe,
-        "license": licenses[record.recipe],
+        "license": record.license,
         "model": model,
         "model_revision": model_revision,
         "step": step,
@@ -239,6 +237,7 @@ def record_of(row: Row, config: Config, *, id: str, recipe: str, verifiers: Coll
         choices=choices,
         origin=None if config == "rollouts" else _origin(row, config),
         settings=_verifier_settings(row, verifier),
+        license=text(row, "license"),
     )
 
 

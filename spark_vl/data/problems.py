@@ -124,6 +124,7 @@ class ProblemSet:
             settings=tuple(recipe.settings.items()) if verifier == recipe.verifier else (),
             weight=recipe.weight,
             shaping=tuple(recipe.shaping.items()),
+            license=recipe.license,
         )
 
     def _images(self, row: Row) -> list[ImageRef]:

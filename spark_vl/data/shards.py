@@ -105,7 +105,7 @@ class ShardWriter:
 
     Args:
         folder, rank, resumed, max_bytes: see `RowWriter`.
-        licenses, model, model_revision: see `row_of`.
+        model, model_revision: see `row_of`.
     """
 
     def __init__(
@@ -113,14 +113,13 @@ class ShardWriter:
         folder: Path,
         *,
         rank: int,
-        licenses: Mapping[str, str],
         model: str,
         model_revision: str | None,
         resumed: int | None,
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self._rows = RowWriter(folder, rank=rank, resumed=resumed, max_bytes=max_bytes)
-        self._provenance = {"licenses": licenses, "model": model, "model_revision": model_revision}
+        self._provenance = {"model": model, "model_revision": model_revision}
         self._encoded: dict[ImageRef, bytes] = {}  # of this step: several of its rows show the same image
         self._step = 0
 

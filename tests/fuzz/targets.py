@@ -216,14 +216,14 @@ def run_image(data: bytes) -> None:
 
 @cache
 def rows() -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    from tests.groups import LICENSES, a_run
+    from tests.groups import a_run
 
     groups = [(step, group) for step, of in a_run(steps=4).items() for group in of]
     made = []
     for config in CONFIGS:
         kind = "problem" if config == "rollouts" else config
         step, group = next((step, group) for step, group in groups if group.record.kind == kind)
-        row = row_of(group, step, licenses=LICENSES, model="m", model_revision=None, image_bytes=encode_image)
+        row = row_of(group, step, model="m", model_revision=None, image_bytes=encode_image)
         made.append((config, row))
     return tuple(made)
 
