@@ -42,7 +42,7 @@ def run(folder: Path, n: int, strategy: str, scenarios: dict) -> Path:
     if n == 1:
         scenarios = {name: s | {"shares": [sorted(chain(*s["shares"]))]} for name, s in scenarios.items()}
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    ended = launch(n, strategy, str(folder), module="tests.distributed.updates", deadline_s=240.0)
+    ended = launch(n, strategy, str(folder), module="tests.distributed.updates", deadline_s=600.0)
     assert ended.returncode == 0, ended.stdout[-5000:]
     return folder
 
