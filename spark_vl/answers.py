@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import Any
 
@@ -63,14 +65,75 @@ def _one_line(text: str) -> str:
     return " ".join(_SPACE.sub(" ", _unstyled(text)).split())
 
 
+_ESCAPED = re.compile(r"\\([%&#_$])")
+_STRAIGHT = str.maketrans("‘’′“”″", "'''\"\"\"")
+_MATH_MARKS = "$*`"
+_MARKS = _MATH_MARKS + "_'\"("
+
+
+def _bare(text: str, marks: str) -> str:
+    """`text` without those of `marks` that stand in pairs around all of it, and without periods at its end.
+
+    One that stands on one side only, or also within, is a part of the text: "$5", "5'", "A*", "(a) and (b)".
+    """
+    closes: dict[int, int] = {}
+    opened: list[int] = []
+    for i, mark in enumerate(text):
+        if mark == "(":
+            opened.append(i)
+        elif mark == ")" and opened:
+            closes[opened.pop()] = i
+    start, end = 0, len(text)
+    while True:
+        while start < end and text[end - 1] in " .":
+            end -= 1
+        while start < end and text[start] == " ":
+            start += 1
+        if end - start < 2 or (first := text[start]) not in marks:
+            return text[start:end]
+        if first == "(":
+            paired = closes.get(start) == end - 1
+        else:  # of several, "**A**", the outer ones first
+            several = end - start > 3 and text[start + 1] == first == text[end - 2]
+            paired = first == text[end - 1] and (several or text.find(first, start + 1, end - 1) < 0)
+        if not paired:
+            return text[start:end]
+        start, end = start + 1, end - 1
+
+
 def plain(text: str) -> str:
-    """`text` without styling, quotes, outer parentheses and a trailing period, white space collapsed."""
-    return _one_line(text).strip(" ().*_$`'\"")
+    r"""`text` as it reads: `\text{...}` and `\%` without LaTeX, white space collapsed, quotes straight, accents composed.
+
+    Quotes, parentheses, asterisks, underscores, backticks and dollar signs are left out where they stand in pairs
+    around all of it, periods at its end.
+    """
+    text = _ESCAPED.sub(r"\1", _one_line(unicodedata.normalize("NFC", text)))
+    return _bare(text.translate(_STRAIGHT), _MARKS)
 
 
 def normalised(text: str) -> str:
     """`plain(text)` in lower case."""
     return plain(text).casefold()
+
+
+_TYPESET = [
+    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])"), ""),
+    (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"(?<=\\frac|\\sqrt) (?=[0-9{])"), ""),
+    (re.compile(r"\{([A-Za-z0-9])\}"), r"\1"),
+    (re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) "), ""),
+]
+
+
+def compact(text: str) -> str:
+    r"""`normalised(text)`, one spelling for formulas: "(2,1)" as "(2, 1)", `\dfrac{\sqrt3}{2}` as `\frac{\sqrt{3}}{2}`.
+
+    Spaces between letters and digits stay: "1 1/2" is not "11/2".
+    """
+    text = normalised(text)
+    for spelling, standard in _TYPESET:
+        text = spelling.sub(standard, text)
+    return text
 
 
 def match_label(reply: str, labels: tuple[str, ...]) -> str | None:
@@ -89,37 +152,50 @@ _CHOICE = re.compile(
     r"(?:(?:option|choice|answer)\b\s*:?\s*\(?)?([a-z])\s*(?:$|\)?\s*(?:\.|:(?=\s|$))|\))(.*)",
     re.DOTALL | re.IGNORECASE,
 )
+_CHOICE_AND_TEXT = re.compile(r"([a-z])(?=\W)\s*([-–—,，、:：．]?\s*(.+))", re.DOTALL | re.IGNORECASE)
 _SECOND_CHOICE = re.compile(r"(?<![A-Za-z])[A-Z](?=[.):])|(?:\band\b|\bor\b|[,;/&])\s*\(?[A-Z](?![A-Za-z])|^[A-Z]$")
+_COMBINATION = re.compile(r"(?:(?i:both|all of) )?[A-Z](?:(?:, | & |(?:,)? and )[A-Z]){1,9}")
 
 
-def match_choice(text: str, choices: tuple[str, ...] = ()) -> str | None:
+def match_choice(text: str, choices: tuple[str, ...] = (), *, letter_first: bool = False) -> str | None:
     """The letter ("A", "B", ...) of the choice that `text`, the content of a box, names; None if none or several.
 
     Accepted: the letter ("B", "(b)", "B.", "Option B"), the letter with a text ("B. 5 cm") and, where `choices` holds
     the options in order, an option's own text or, if the text is no option's, its number ("0.5" for "1/2"). Where
     letter and text name different options, or a bare letter is also another option's text, the answer is ambiguous.
-    Without `choices`, every letter is a choice.
+    Without `choices`, every letter is a choice; "D. Both A and B" names D.
+
+    Args:
+        letter_first: a bare capital names its choice even if it is another option's text.
     """
     letters = ascii_uppercase[: len(choices)] if choices else ascii_uppercase
-    options = [normalised(choice) for choice in choices]
 
     def saying(words: str) -> set[str]:
-        said = normalised(words)
-        same = {letter for letter, option in zip(letters, options, strict=False) if option == said}
-        if same or (number := parse_quantity(words)) is None:
-            return same
+        for form in (normalised, compact):
+            said = form(words)
+            if same := {letter for letter, choice in zip(letters, choices, strict=False) if form(choice) == said}:
+                return same
+        if (number := parse_quantity(words)) is None:
+            return set()
         numbers = zip(letters, map(parse_quantity, choices), strict=False)
         return {letter for letter, value in numbers if value is not None and agrees(number, value)}
 
+    words = plain(text)
+    if letter_first and words and words in letters:
+        return words
     named = saying(text)
-    if (match := _CHOICE.fullmatch(plain(text))) and (letter := match[1].upper()) in letters:
+    if (match := _CHOICE.fullmatch(words)) and (letter := match[1].upper()) in letters:
         words = plain(match[2])
         if not words:
             named.add(letter)
         elif not named:
             second = {found[-1] for found in _SECOND_CHOICE.findall(words)} & set(letters) - {letter}
+            if _COMBINATION.fullmatch(words) and letter not in words.removeprefix("Both").removeprefix("All"):
+                second = set()
             named = saying(words) or ({letter} if not second else set())
             return letter if letter in named else None
+    elif not named and (match := _CHOICE_AND_TEXT.fullmatch(words)) and (letter := match[1].upper()) in letters:
+        return letter if {letter} in (saying(match[3]), saying(match[2])) else None
     return named.pop() if len(named) == 1 else None
 
 
@@ -129,97 +205,155 @@ _AND = re.compile(r" ?\band\b ?", re.IGNORECASE)
 _RUN_OF_CHOICES = re.compile(r"[A-J]{2,10}")
 
 
-def match_choices(text: str, choices: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The letters of the choices that `text`, the content of a box, names, sorted; () if none.
+def match_choices(text: str, choices: tuple[str, ...] = (), *, letter_first: bool = True) -> tuple[str, ...]:
+    """The letters of the choices that `text`, a right answer or the content of a box, names, sorted; () if none.
 
     One as `match_choice` has it, or several, each of which it has: "A, C", "A; C", "A and C", "Options A & C", "AC",
     "red, blue". "A or C" names none.
+
+    Args:
+        letter_first: as in `match_choice`; for right answers, which data sets give as letters. Of a reply it is not
+            known which of the two it means.
     """
-    if (letter := match_choice(text, choices)) is not None:
+
+    def named(part: str) -> str | None:
+        return match_choice(part, choices, letter_first=letter_first)
+
+    if (letter := named(text)) is not None:
         return (letter,)
     words = plain(text)
     words = words[_BEFORE_CHOICES.match(words).end() :]
     letters: set[str | None] = set()
     for part in words if _RUN_OF_CHOICES.fullmatch(words) else _MARK.split(words, maxsplit=26):
-        letter = match_choice(part, choices)
-        letters |= (
-            {match_choice(each, choices) for each in _AND.split(part, maxsplit=26)} if letter is None else {letter}
-        )
+        letter = named(part)
+        letters |= set(map(named, _AND.split(part, maxsplit=26))) if letter is None else {letter}
     return () if None in letters else tuple(sorted(letters))
 
 
-_UNSIGNED = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]++)(?:\.[0-9]*)?|\.[0-9]+"
-_NAME = (
-    r"(?:degrees?|percent|°[CF]?|℃|℉|%|[$€£¥]|[kcmdnμ]?m|inch(?:es)?|in|foot|feet|ft|yards?|yd|miles?|mi|mph"
-    r"|(?:kilo|centi|milli)?(?:met(?:er|re)|gram|lit(?:er|re))s?|[km]?g|m?[lL]|pounds?|lbs?|oz"
-    r"|(?:millisecond|second|minute|hour|day|week|month|year)s?|ms|s|sec|min|hr?s?|[kM]?(?:N|J|W|Hz|Pa|V|A|Ω)|mol|K"
-    r"|dollars?|cents?|units?)"
-)
-_UNIT = rf"(?:(?:square|cubic|sq|cu)\.? )?{_NAME}(?:(?:\s?\^\s?)?[23]|²|³)?"
-_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s?(?P<currency>[$€£¥])?\s?"
-    rf"(?:\\frac\s?(?P<num>[0-9]|\{{(?:{_UNSIGNED})\}})\s?(?P<den>[0-9]|\{{(?:{_UNSIGNED})\}})|(?P<value>{_UNSIGNED})"
-    rf"(?:\s?/\s?(?P<over>{_UNSIGNED})"
-    rf"|[eE](?P<e>[-+]?[0-9]+)|\s?[*×]\s?10\s?\^\s?(?P<power>[-+]?[0-9]+|\{{[-+]?[0-9]+\}}))?)"
-    rf"(?:\s?(?P<unit>{_UNIT}(?:\s?(?:/|per)\s?{_UNIT})?))?"
-)
-_SPELLINGS = [
-    (re.compile(r"[−–﹣－]"), "-"),
-    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])|\\degrees?(?![A-Za-z])"), "°"),
-    (re.compile(r"\\[dt]frac"), r"\\frac"),
-    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),
-    (re.compile(r"\^\{\s*([23])\s*\}"), r"^\1"),
-    (re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9]{3})"), ","),
-    (re.compile(r"\\([%$])"), r"\1"),
-]
-
-
-_SPELT_UNITS = {
-    "": "$ dollar dollars unit units",  # a dollar sign may as well be that of math mode
+_METRIC = {  # symbol → names
+    "m": "meter metre",
+    "g": "gram",
+    "L": "liter litre",
+    "s": "second",
+    "N": "newton",
+    "J": "joule",
+    "W": "watt",
+    "Hz": "hertz",
+    "Pa": "pascal",
+    "V": "volt",
+    "A": "ampere amp",
+    "Ω": "ohm",
+    "mol": "mole",
+}
+_PREFIXES = {"": "", "M": "mega", "k": "kilo", "d": "deci", "c": "centi", "m": "milli", "μ": "micro", "n": "nano"}
+_SPELT_UNITS = {  # unit → other spellings, words in any case
+    "": "unit units",
+    "$": "dollar dollars usd",
+    "€": "euro euros eur",
+    "£": "gbp",
+    "¥": "yen yuan",
+    "cent": "cents ¢",
     "°": "degree degrees",
-    "%": "percent",
     "°C": "℃",
     "°F": "℉",
+    "%": "percent pct",
+    "K": "kelvin kelvins",
     "in": "inch inches",
     "ft": "foot feet",
     "yd": "yard yards",
     "mi": "mile miles",
     "mi/h": "mph",
-    "m": "meter meters metre metres",
-    "km": "kilometer kilometers kilometre kilometres",
-    "cm": "centimeter centimeters centimetre centimetres",
-    "mm": "millimeter millimeters millimetre millimetres",
-    "kg": "kilogram kilograms",
-    "mg": "milligram milligrams",
-    "g": "gram grams",
-    "L": "l liter liters litre litres",
-    "mL": "ml milliliter milliliters millilitre millilitres",
-    "lb": "lbs pound pounds",
-    "ms": "millisecond milliseconds",
-    "s": "sec second seconds",
+    "oz": "ounce ounces",
+    "lb": "lbs",
+    "pound": "pounds",
+    "ton": "tons tonne tonnes",
     "min": "minute minutes",
     "h": "hr hrs hs hour hours",
     "day": "days",
     "week": "weeks",
     "month": "months",
     "year": "years",
-    "cent": "cents",
+    "am": "",
+    "pm": "",
+    "mL": "ml",
+    "L": "l",
+    "s": "sec secs",
 }
-_UNITS = {spelling: unit for unit, spellings in _SPELT_UNITS.items() for spelling in spellings.split()}
-_PER = re.compile(r"\s?(?:/|\bper\b)\s?")
+_VAGUE = {"°": {"°C", "°F"}, "pound": {"lb", "£"}}
+_SYMBOLS = {f"{prefix}{symbol}": f"{prefix}{symbol}" for symbol in _METRIC for prefix in _PREFIXES}
+_NAMES = {
+    f"{prefix}{name}{plural}": f"{short}{symbol}"
+    for symbol, names in _METRIC.items()
+    for short, prefix in _PREFIXES.items()
+    for name in names.split()
+    for plural in ("", "s")
+}
+for _known, _spellings in _SPELT_UNITS.items():
+    for _spelling in filter(None, (_known, *_spellings.split())):
+        (_NAMES if len(_spelling) > 2 else _SYMBOLS)[_spelling] = _known  # of symbols case counts: mW is not MW
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+
+
+_NAME = rf"(?:{_any_of(_SYMBOLS)}|(?i:{_any_of(_NAMES)}))"
+_UNIT = rf"(?:(?:square|cubic|sq|cu)\.? )?{_NAME}(?:(?:\s?\^\s?)?[23]|²|³)?"
 _UNIT_PARTS = re.compile(
     rf"(?:(?P<square>square|sq)|(?P<cubic>cubic|cu))?\.? ?(?P<name>{_NAME})(?:(?:\s?\^\s?)?(?P<power>[23²³]))?"
 )
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_WORDS = [*_ONES, *(f"{stem}teen" for stem in "thir four fif six seven eigh nine".split()), "twenty"]
+_NO_NOUN = (  # after a number: another one, a multiple or a part of it, or more than one answer
+    rf"(?:{'|'.join(_WORDS)}|(?:thir|for|fif|six|seven|eigh|nine)ty|halves|half|quarters?|dozens?|pi|infinity"
+    r"|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?|lakhs?|crores?|mil|mn|bn"
+    r"|(?:thir|four|fif|six|seven|eigh|nin|ten|eleven|twelf)(?:d|th)s?|or|and|nor|to|not|no|but|than|least|most|versus"
+    r"|vs|plus|minus|negative|below|above|times|over|by|divided|multiplied|squared|cubed|factorial|mod(?:ulo)?|root)\b"
+)
+_NOUN = rf"(?:a|(?!{_NO_NOUN})[A-Za-z]{{2,}}(?:[-'](?!{_NO_NOUN})[A-Za-z]+)*+)(?![A-Za-z])"
+_UNSIGNED = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]++)(?:\.[0-9]*)?|\.[0-9]+"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)\s?(?P<currency>[$€£¥])?\s?"
+    rf"(?:(?:(?P<whole>[0-9]++) )?(?P<num>{_UNSIGNED})\s?/\s?(?P<den>-?(?:{_UNSIGNED}))"
+    rf"|(?P<value>{_UNSIGNED})(?:[eE](?P<exponent>[-+]?[0-9]+))?)"
+    rf"(?:\s?(?P<unit>{_UNIT}))?(?:\s?(?:/|\bper\b)\s?(?P<per>{_UNIT}))?(?P<nouns>(?: (?i:{_NOUN}))*+)"
+)
+_ARGUMENT = rf"\s?(?:([0-9])|\{{\s?([-+]?(?:{_UNSIGNED}))\s?\}})"
+_TEN = r"10\s?\^\s?(\{)?([-+]?[0-9]+)(?(1)\})(?![0-9.])"
+_FORMULA = [  # before `\text{...}` is undone, which may end a command: `^\circ\text{C}`
+    (re.compile(r"[−–﹣－]"), "-"),
+    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])|\\degrees?(?![A-Za-z])"), "°"),
+    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])|×"), "*"),
+    (re.compile(r"\\Omega(?![A-Za-z])"), "Ω"),
+    (re.compile(r"\\mu(?![A-Za-z])\s*|µ"), "μ"),
+    (re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9]{3})"), ","),
+    (re.compile(r"\\(?:left|right)(?![A-Za-z])"), ""),
+    (re.compile(r"[¼-¾⅐-⅞]"), lambda match: f" {unicodedata.normalize('NFKC', match[0]).replace('⁄', '/')} "),
+]
+_SPELLINGS = [  # after it
+    (re.compile(rf"\\[dt]?frac(?![A-Za-z]){_ARGUMENT}{_ARGUMENT}"), r" \1\2/\3\4 "),
+    (re.compile(r"\^\{\s*([23])\s*\}"), r"^\1"),
+    (re.compile(rf"(?<=[0-9.])\s?\*\s?{_TEN}"), r"e\2"),
+    (re.compile(rf"(?<![0-9.,/^*] )(?<![0-9.,/^*]){_TEN}"), r"1e\2"),
+    (re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?: [0-9]{3})+(?! ?/|[0-9])"), lambda match: match[0].replace(" ", "")),
+    (re.compile(r"(?i:\bdegrees? celsius|\bcelsius)\b|(?:\bdegrees?|°) C\b"), "°C"),
+    (re.compile(r"(?i:\bdegrees? fahrenheit|\bfahrenheit)\b|(?:\bdegrees?|°) F\b"), "°F"),
+    (re.compile(r"\bUS ?(?=\\?\$)"), ""),
+    (re.compile(r"(?i:\bper cent)\b|\\%"), "%"),
+]
+_EQUALS = re.compile(
+    r"(?:(?:[A-Za-z]{1,2}|\\[a-z]+)(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?\s?)?(?:=|≈|\\approx(?![A-Za-z]))"
+)
+_DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 def _unit(text: str) -> str:
     """One spelling for each unit: "square centimeters" is "cm^2"."""
-    parts = []
-    for match in filter(None, map(_UNIT_PARTS.fullmatch, _PER.split(text))):
-        power = "2" if match["square"] else "3" if match["cubic"] else match["power"]
-        name = _UNITS.get(match["name"], match["name"])
-        parts.append(f"{name}^{power}".translate({ord("²"): "2", ord("³"): "3"}) if power else name)
-    return "/".join(parts)
+    match = _UNIT_PARTS.fullmatch(text)
+    name = match["name"]
+    unit = _SYMBOLS[name] if name in _SYMBOLS else _NAMES[name.casefold()]
+    power = "2" if match["square"] else "3" if match["cubic"] else match["power"]
+    return f"{unit}^{power}".translate({ord("²"): "2", ord("³"): "3"}) if power else unit
 
 
 @dataclass(frozen=True)
@@ -229,35 +363,68 @@ class Quantity:
     value: float
     """Finite; of "50%" it is 50."""
     unit: str
-    """In one spelling ("cm", "m/s^2", "%", "°"); empty without one, and for dollars, whose sign may be math mode's."""
+    """In one spelling ("cm", "m/s^2", "%", "°", "$"), or the words after the number in lower case ("people")."""
 
 
 def parse_quantity(text: str) -> Quantity | None:
     r"""The finite number, with its unit, that `text`, the content of a box, is; None if it is none, or holds a second.
 
-    Accepted: a sign, thousands separators ("1,234.5"), currency signs, a percent sign ("50%" is 50), degrees, a unit
-    ("3 cm", `3\ \text{m/s}^2`), fractions ("1/2", `\frac{1}{2}`), "1.5e3" and `1.5 \times 10^{3}`. Words of scale
-    ("3 million") are not.
+    Accepted: a sign, thousands separators ("1,234.5", "1 234"), currency signs, a percent sign ("50%" is 50), degrees,
+    a unit ("3 cm", `3\ \text{m/s}^2`), fractions ("1/2", `\frac{1}{2}`, "1 1/2", "½"), "1.5e3" and
+    `1.5 \times 10^{3}`, "=" or a variable with it before ("x = 5"), words after it ("5 people"), and the words of
+    `parse_word`. Words that change the number ("3 million", "5 or more", "5 and a half") make it none.
     """
     if len(text) > 200:  # no number is that long
         return None
-    text = _unstyled(text)
+    if (word := parse_word(text)) is not None:
+        return Quantity(word, "")
+    for spelling, standard in _FORMULA:
+        text = spelling.sub(standard, text)
+    if len(_DOLLAR.findall(text)) % 2 == 0:  # those of math mode; a single one is a currency
+        text = _DOLLAR.sub(" ", text)
+    text = _one_line(unicodedata.normalize("NFC", text))
     for spelling, standard in _SPELLINGS:
         text = spelling.sub(standard, text)
-    text = " ".join(_SPACE.sub(" ", text).split()).strip(" ()*$").removesuffix(".")
-    if (match := _NUMBER.fullmatch(text)) is None:
+    text = _bare(" ".join(text.replace(r"\$", "$").split()), "*`(").strip()
+    text = _bare(text[match.end() :], "*`(") if (match := _EQUALS.match(text)) else text
+    return _quantity(match) if (match := _NUMBER.fullmatch(text)) else None
+
+
+def _quantity(match: re.Match[str]) -> Quantity | None:
+    """That of a match of `_NUMBER`."""
+
+    def read(number: str) -> float:
+        return float(number.replace(",", ""))
+
+    if match["value"]:
+        value = float(f"{match['value'].replace(',', '')}e{match['exponent'] or 0}")
+    elif (divisor := read(match["den"])) == 0:
         return None
-    number = (match["num"] or match["value"]).strip("{}").replace(",", "")
-    divisor = float((match["den"] or match["over"] or "1").strip("{}").replace(",", ""))
-    exponent = match["e"] or (match["power"] or "0").strip("{}")
-    value = float(f"{match['sign']}{number}e{exponent}") / divisor if divisor else math.nan
-    return Quantity(value, _unit(match["unit"] or match["currency"] or "")) if math.isfinite(value) else None
+    else:
+        value = read(match["num"]) / divisor
+        if match["whole"]:
+            if not 0 < value < 1:  # no mixed number, but two numbers
+                return None
+            value += read(match["whole"])
+    units = [_unit(match[name]) for name in ("unit", "per") if match[name]]
+    if match["currency"]:
+        if match["unit"] and units[0] != match["currency"]:
+            return None
+        units = [match["currency"], *units[match["unit"] is not None :]]
+    unit = "/".join(["", *units] if match["per"] and len(units) == 1 else units) or match["nouns"].strip().casefold()
+    return Quantity(-value if match["sign"] == "-" else value, unit) if math.isfinite(value) else None
 
 
 def parse_number(text: str) -> float | None:
     """The value of `parse_quantity(text)`, None if it has none."""
     quantity = parse_quantity(text)
     return None if quantity is None else quantity.value
+
+
+def same_unit(a: str, b: str) -> bool:
+    """Whether two units of a `Quantity` are the same, or do not contradict: one is missing, or degrees without C or F,
+    or pounds, which may be of weight or money."""
+    return not (a and b) or a == b or b in _VAGUE.get(a, ()) or a in _VAGUE.get(b, ())
 
 
 TOLERANCE = 1e-6
@@ -267,20 +434,14 @@ TOLERANCE = 1e-6
 def agrees(answer: Quantity, gold: Quantity, relative: float = TOLERANCE, absolute: float = 0.0) -> bool:
     """Whether the values differ by at most `relative` times that of `gold`, or `absolute`, and no units contradict.
 
-    A unit that is missing on one side contradicts nothing, nor do degrees without C or F; nothing is converted: "1 m"
-    contradicts "100 cm".
+    See `same_unit` for units; nothing is converted: "1 m" contradicts "100 cm".
     """
-    units = {answer.unit, gold.unit}
-    if "" not in units and len(units) > 1 and ("°" not in units or not units <= {"°", "°C", "°F"}):
+    if not same_unit(answer.unit, gold.unit):
         return False
     slack = 1e-12 * abs(gold.value)  # 1.155 is 5% above 1.1, though not in binary fractions
     return abs(answer.value - gold.value) <= max(relative * abs(gold.value), absolute) + slack
 
 
-_WORDS = [
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
-]
 _WORD_VALUES = {"none": 0} | {word: value for value, word in enumerate(_WORDS)}
 
 
@@ -317,16 +478,17 @@ _LAST_AND = re.compile(r"(?:^| )and ")
 def parse_items(text: str, conjunction: bool = True) -> tuple[str, ...] | None:
     r"""The items that `text`, the content of a box, lists; None if it lists none, or more than `MAX_ITEMS`.
 
-    A JSON array of texts, numbers and truth values; or items between commas, or between semicolons if there is one,
-    with or without brackets around all of them: "1, 2", `\{1, 2\}`, "[a; b]". Separators within brackets belong to an
-    item. "[]", `\{\}` and `\emptyset` list nothing: ().
+    A JSON array of texts, numbers and truth values; or items between semicolons or, if there is none, between commas
+    or, if there is none either, on lines of their own, with or without brackets around all of them: "1, 2",
+    `\{1, 2\}`, "[a; b]". Separators within brackets belong to an item. "[]", `\{\}` and `\emptyset` list nothing: ().
 
     Args:
         conjunction: whether "and" separates the last items ("a, b and c").
     """
     if len(text) > _MAX_CHARS:
         return None
-    words = _SIZES.sub("", _one_line(text)).replace(r"\{", "{").replace(r"\}", "}").strip(" $*`")
+    lines = filter(None, map(_one_line, _unstyled(_SIZES.sub("", text)).splitlines()))
+    words = _bare("\n".join(lines).replace(r"\{", "{").replace(r"\}", "}"), _MATH_MARKS)
     if words.startswith("["):
         try:
             values = parse_json(words)
@@ -336,7 +498,6 @@ def parse_items(text: str, conjunction: bool = True) -> tuple[str, ...] | None:
             scalar = all(isinstance(value, str | int | float) for value in values)
             items = tuple(value if isinstance(value, str) else json.dumps(value) for value in values) if scalar else ()
             return items if scalar and len(items) <= MAX_ITEMS else None
-    words = words.rstrip(". ")
     close, separators = _top_level(words)
     if close is not None and close == len(words) - 1:
         words = words[1:-1].strip()
@@ -345,7 +506,7 @@ def parse_items(text: str, conjunction: bool = True) -> tuple[str, ...] | None:
             return ()
     if _NOTHING.fullmatch(words):
         return ()
-    marks = [i for i in separators if words[i] == ";"] or separators
+    marks = next(filter(None, ([i for i in separators if words[i] == mark] for mark in ";,\n")), [])
     starts, ends = [0, *(i + 1 for i in marks)], [*marks, len(words)]
     items = [words[start:end].strip() for start, end in zip(starts, ends, strict=True)]
     if conjunction:
@@ -365,7 +526,7 @@ def _top_level(text: str) -> tuple[int | None, list[int]]:
             stack.pop()
             if not stack and first is None and text[0] in _BRACKETS:
                 first = i
-        elif not stack and mark in ",;":
+        elif not stack and mark in ";,\n":
             separators.append(i)
     return first, separators
 
@@ -378,6 +539,8 @@ class Interval:
     low_open: bool
     high: float
     high_closed: bool
+    unit: str = ""
+    """Of both ends, as that of a `Quantity`."""
 
 
 _PIECE = re.compile(r"([\[(]) ?([^,;()\[\]]+)[,;] ?([^,;()\[\]]+)([\])])")
@@ -389,21 +552,25 @@ _INFINITY = re.compile(r"([-+]?) ?(?:\\infty|∞|inf(?:inity)?)", re.IGNORECASE)
 def parse_intervals(text: str) -> tuple[Interval, ...] | None:
     r"""The disjoint intervals, from low to high, whose union `text`, the content of a box, is; None if it is none.
 
-    Accepted: "(1, 2]", `x \in [0, \infty)`, `(-\infty; 0) \cup (1, 2)`. Ends are numbers as in `parse_number`. Those
-    that overlap or touch are one interval. An empty one, and one that is closed at infinity, is no answer.
+    Accepted: "(1, 2]", `x \in [0, \infty)`, `(-\infty; 0) \cup (1, 2)`. Ends are numbers as in `parse_quantity`, all of
+    them with one unit or without. Those that overlap or touch are one interval. An empty one, and one that is closed
+    at infinity, is no answer.
     """
     if len(text) > _MAX_CHARS:
         return None
-    words = _SIZES.sub("", _one_line(text)).replace("{,}", "").strip(" $*`.")
+    words = _bare(_SIZES.sub("", _one_line(text)).replace("{,}", ""), _MATH_MARKS)
     words = _UNION.split(words[match.end() :] if (match := _ELEMENT.match(words)) else words)
-    if len(words) > MAX_ITEMS or None in (pieces := [_interval(piece.strip()) for piece in words]):
+    if len(words) > MAX_ITEMS or None in (pieces := [_interval(_bare(piece, _MATH_MARKS)) for piece in words]):
         return None
+    if len(units := {piece.unit for piece in pieces if piece.unit}) > 1:
+        return None
+    unit = "".join(units)
     union: list[Interval] = []
-    for piece in sorted(pieces):
+    for piece in sorted(replace(piece, unit=unit) for piece in pieces):
         last = union[-1] if union else None
         if last and (piece.low < last.high or (piece.low == last.high and (last.high_closed or not piece.low_open))):
             high, closed = max((last.high, last.high_closed), (piece.high, piece.high_closed))
-            union[-1] = Interval(last.low, last.low_open, high, closed)
+            union[-1] = replace(last, high=high, high_closed=closed)
         else:
             union.append(piece)
     return tuple(union)
@@ -413,16 +580,18 @@ def _interval(text: str) -> Interval | None:
     match = _PIECE.fullmatch(text)
     if match is None or None in (ends := [_end(match[2]), _end(match[3])]):
         return None
-    (low, high), closed = ends, [match[1] == "[", match[4] == "]"]
-    if any(math.isinf(end) and shut for end, shut in zip(ends, closed, strict=True)):
+    (low, high), closed = [end.value for end in ends], [match[1] == "[", match[4] == "]"]
+    if any(math.isinf(end.value) and shut for end, shut in zip(ends, closed, strict=True)):
         return None
-    return Interval(low, not closed[0], high, closed[1]) if low < high or (low == high and all(closed)) else None
+    if len(units := {end.unit for end in ends if end.unit}) > 1 or not (low < high or (low == high and all(closed))):
+        return None
+    return Interval(low, not closed[0], high, closed[1], "".join(units))
 
 
-def _end(text: str) -> float | None:
+def _end(text: str) -> Quantity | None:
     if match := _INFINITY.fullmatch(text.strip().replace("−", "-")):
-        return -math.inf if match[1] == "-" else math.inf
-    return parse_number(text)
+        return Quantity(-math.inf if match[1] == "-" else math.inf, "")
+    return parse_quantity(text)
 
 
 # ── JSON ──

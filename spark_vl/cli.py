@@ -33,6 +33,7 @@ from spark_vl.data.quarantine import TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
+from spark_vl.layout import CONFIG
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, plain_text
 
@@ -144,13 +145,14 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
     templater = Templater.from_config(config.prompts)
 
     from spark_vl.evaluation import Evaluator
-    from spark_vl.hub.background import BackgroundPublisher
+    from spark_vl.hub.background import BackgroundPublisher, check_publish_config
     from spark_vl.hub.cards import write_model_card
     from spark_vl.hub.run import find_model
     from spark_vl.policy.update import NonFiniteUpdateError
     from spark_vl.report import plot_curves, plot_diagnostics, print_summary, summarise
     from spark_vl.trainer import Trainer
 
+    check_publish_config(config.publish)
     evaluator = None
     if config.evaluation.recipes:
         evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
@@ -204,9 +206,14 @@ def recycle_offline(run: str, config: OfflineConfig) -> None:
 
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+    from spark_vl.hub.run import find_run
     from spark_vl.offline import recycle_rollouts
     from spark_vl.provenance import copy_provenance
 
+    with blamed_on("run"):
+        source = find_run(Path(run))
+    if (output / CONFIG).exists():
+        raise ConfigError(f"output: {output} holds a run already; name another folder")
     columns = (TextColumn("{task.completed} rollout groups read"), TimeElapsedColumn())
     with blamed_on("run"), Progress(*columns) as bar:
         task = bar.add_task("", total=None)
@@ -218,9 +225,11 @@ def recycle_offline(run: str, config: OfflineConfig) -> None:
             seed=config.seed,
             progress=lambda rows: bar.advance(task, rows),
         )
-        copy_provenance(Path(run), output, config)
+        copy_provenance(source, output, config)
     for name, n in counts.items():
         print(f"{name:12}{n:>10,}")
+    if not any(n for name, n in counts.items() if name != "unusable"):
+        raise SystemExit("spark-vl: the rollouts give no judgments under these settings (--recycle.…)")
     print(f"{output} can be published: spark-vl publish judgments {output} --repo ORG/NAME")
 
 
@@ -234,7 +243,7 @@ def publish(what: str, options: Namespace) -> None:
     from rich.console import Console
 
     from spark_vl.hub import HubError, ReleaseError
-    from spark_vl.hub.publish import prepare_judgments, prepare_model, prepare_space
+    from spark_vl.hub.publish import check_model_is_there, prepare_judgments, prepare_model, prepare_space
     from spark_vl.hub.upload import print_release, upload
 
     console = Console(highlight=False)
@@ -242,21 +251,29 @@ def publish(what: str, options: Namespace) -> None:
         disable_progress_bars()
     place = {"repo": options.repo, "token_from": options.token_from}
     try:
-        with TemporaryDirectory() as staged:
+        with TemporaryDirectory() as folder:
+            generated = Path(folder)
             match what:
                 case "model":
-                    release = prepare_model(checkpoint=options.checkpoint, **place)
+                    checkpoint = options.checkpoint
+                    release = prepare_model(generated, checkpoint=checkpoint, dry_run=options.dry_run, **place)
                 case "judgments":
-                    release = prepare_judgments(run=options.run, repo=options.repo)
+                    release = prepare_judgments(generated, run=options.run, repo=options.repo)
                 case "space":
                     model = {"model": options.model, "model_revision": options.model_revision}
-                    release = prepare_space(Path(staged), repo=options.repo, **model)
+                    release = prepare_space(generated, repo=options.repo, **model)
             print_release(release, console, whole=options.dry_run)
             if options.dry_run:
                 return
+            if what == "space":
+                check_model_is_there(options.model, options.model_revision, options.token_from)
             published = upload(release, revision=options.revision, public=options.public, **place)
     except (HubError, ReleaseError) as error:
         raise SystemExit(f"spark-vl: not published: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("spark-vl: not published: interrupted; publishing again goes on from there") from None
+    if published.deleted:
+        console.print(f"deleted, of earlier releases: {', '.join(published.deleted)}", soft_wrap=True, markup=False)
     words = "commit" if published.changed else "nothing had changed since commit"
     console.print(f"{published.url}  {words} {published.commit}", soft_wrap=True, markup=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +21,10 @@ _PACKAGES = ("spark-vl", "torch", "transformers", "accelerate", "qwen-vl-utils")
 
 
 def write_recipes(run: Path, names: Iterable[str]) -> None:
-    """Write `recipes.json`: for each name in the configuration the recipe's name, description, licence, and the
+    """Add to `recipes.json` for each name in the configuration the recipe's name, description, licence, and the
     dataset (`id`, `config`, `revision`), if it is on the Hub."""
-    facts: dict[str, dict[str, Any]] = {}
+    file = run / RECIPES  # of an earlier start, whose checkpoints may have other recipes
+    facts: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for name in names:
         recipe = load_recipe(name)
         on_hub = recipe.source.kind == "hub" and public_name(recipe.source.location) == recipe.source.location
@@ -40,14 +41,15 @@ def write_recipes(run: Path, names: Iterable[str]) -> None:
             else None,
             "splits": dict(recipe.splits),
         }
-    (run / RECIPES).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
-def note_environment(run: Path, step: int, launch: Mapping[str, Any]) -> None:
+def note_environment(run: Path, step: int, launch: Mapping[str, Any], changed: Sequence[str]) -> None:
     """Append to `environment.jsonl` on what the run goes on after `step`: a resumed run may change machines.
 
     Args:
         launch: see `distributed.launch.describe_launch`.
+        changed: see `config.config_differences`.
     """
     packages = [*_PACKAGES, "deepspeed"] if launch["strategy"].startswith("zero") else _PACKAGES
     line = {
@@ -55,6 +57,7 @@ def note_environment(run: Path, step: int, launch: Mapping[str, Any]) -> None:
         **launch,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
+        "changed": list(changed),
     }
     with (run / ENVIRONMENT).open("a") as lines:
         lines.write(json.dumps(line) + "\n")
@@ -65,7 +68,7 @@ def copy_provenance(run: Path, output: Path, config: OfflineConfig) -> None:
     settings = yaml.safe_load((run / CONFIG).read_text())
     settings |= {name: part for name, part in asdict(config).items() if name in ("prompts", "recycle")}
     output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG).write_text(dump_config(settings))
+    (output / CONFIG).write_text(dump_config(settings | {"recycled_from": run.name}))
     shutil.copyfile(run / RECIPES, output / RECIPES)
 
 

@@ -287,5 +287,7 @@ def _legend_below(ax: Axes) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a JSONL file; none if there is no such file. A last line that is not finished, as a run that is
+    killed, or is writing it, leaves one, is no line yet."""
+    whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+    return [json.loads(line) for line in whole.splitlines()]

@@ -2,8 +2,8 @@
 
 What differs from the paper's released code, and why:
 - `merged` (the default) samples the prompts recycled in the last step together with this step's problems: one
-generation phase and one
-  update a step instead of two. All rollouts are still sampled from the weights that they update.
+  generation phase and one update a step instead of two. All rollouts are still sampled from the weights that they
+  update.
 - The prompts that wait for the next step are in the checkpoint, so nothing is lost at the end of an epoch or on resume.
 - All randomness comes from (seed, step, process): a resumed run draws what an uninterrupted one would have drawn.
 """
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate.utils import set_seed
 
 from spark_vl.checkpoint import (
@@ -30,7 +31,7 @@ from spark_vl.checkpoint import (
     point,
     save_checkpoint,
 )
-from spark_vl.config import ConfigError, TrainConfig, blamed_on, flat, save_config
+from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
 from spark_vl.data.recipes import load_recipes
@@ -155,9 +156,13 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written.
         """
         if self.accelerator.is_main_process:
-            save_config(self.config, self.folder / CONFIG)
+            written = self.folder / CONFIG  # by the start before this one
+            changed: list[str] = []
+            if self.resumed is not None and written.exists():
+                changed = config_differences(yaml.safe_load(written.read_text()), self.config)
+            save_config(self.config, written)
             write_recipes(self.folder, [*self.config.data.recipes, *self.config.evaluation.recipes])
-            note_environment(self.folder, self.step, describe_launch(self.accelerator))
+            note_environment(self.folder, self.step, describe_launch(self.accelerator), changed)
         if self.config.logging.trackers:
             settings = {
                 name: value if isinstance(value, int | float) else str(value)

@@ -26,6 +26,7 @@ Colour = tuple[int, int, int]
 
 NO_IMAGE = "not an image in one of the formats"
 BROKEN = "broken image"
+CHUNK = "no PNG chunk with a right checksum at byte"
 FRAMES = "more than one frame"
 PIXELS = "64000000 pixels"
 RATIO = "ratio of more than 200"
@@ -96,6 +97,20 @@ def bombs() -> Iterable[Specimen]:
     pixels = zlib.compress(bytes(1000))
     tiles = {0x0142: (4, [40_000]), 0x0143: (4, [40_000]), 0x0144: (4, [8]), 0x0145: (4, [len(pixels)])}
     yield bad("tiff-huge-tile", tiff(10, 10, (8,), 1, pixels, compression=8, more=tiles, strip=False), "tiles of 40000")
+    # Each of these is as large as an image may be, and a column of 40,000 pixels needs five of them, or hundreds.
+    tiles |= {0x0142: (4, [8000]), 0x0143: (4, [8000]), 0x0144: (4, 5 * [8]), 0x0145: (4, 5 * [len(pixels)])}
+    data = tiff(200, 40_000, (8,), 1, pixels, compression=8, more=tiles, strip=False)
+    yield bad("tiff-tiles-in-sum", data, "its 5 tiles of 8000×8000 are more than 128000000 pixels")
+    # What decodes heeds the first of two tags, and Pillow the last: a huge tile that is said to be small.
+    tiles = {0x0141: (4, [40_000]), 0x0142: (4, [16]), 0x0143: (4, [16]), 0x0144: (4, [8]), 0x0145: (4, [len(pixels)])}
+    data = tiff(10, 10, (8,), 1, pixels, compression=8, more=tiles, strip=False)
+    yield bad("tiff-tag-twice", data.replace(b"\x41\1\4\0", b"\x42\1\4\0"), "a tag twice")
+    # Two strips are the image of three rows; the others would be decoded over them, as often as the file says.
+    for count, name in ((2, "two-strips"), (200, "strips-again")):
+        strips = {0x0111: (4, (count - 1) * [8] + [12]), 0x0116: (4, [2]), 0x0117: (4, count * [4])}
+        data = tiff(2, 3, (8,), 1, b"\0\xff\xff\0\xff\xff", more=strips)
+        rows = [BLACK, WHITE], [WHITE, BLACK], [WHITE, WHITE]
+        yield shows(f"tiff-{name}", data, *rows) if count == 2 else bad(f"tiff-{name}", data, "more strips")
     # Each scan of a progressive JPEG goes over all pixels again: 100 bytes cost as much as decoding the image once.
     jpeg = encode(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
     last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
@@ -144,7 +159,7 @@ def damaged() -> Iterable[Specimen]:
     """A picture of which a part is missing shows something else than its question asks about: refused."""
     whole = encode(noise(), "PNG")
     for end in (7, 8, 20, 33, 50, len(whole) // 2, len(whole) - 40):
-        yield bad(f"png-first-{end}", whole[:end], f"{NO_IMAGE}|{BROKEN}")
+        yield bad(f"png-first-{end}", whole[:end], f"{NO_IMAGE}|{CHUNK}|{BROKEN}")
     corners = tuple(((x, y), noise().getpixel((x, y))) for x in (0, 39) for y in (0, 29))
     for missing in (4, 12, 13, 20):  # from IEND and checksums only: every pixel is there
         yield Specimen(f"png-without-its-last-{missing}", whole[:-missing], size=(40, 30), colours=corners)
@@ -152,11 +167,15 @@ def damaged() -> Iterable[Specimen]:
         data = encode(noise(), format)
         for share in (0.02, 0.5, 0.97):
             yield bad(f"{format.lower()}-first-{share:.0%}", data[: int(len(data) * share)], f"{NO_IMAGE}|{BROKEN}")
+    # Whether the data of a JPEG are all there is not known without its end, which an encoder writes right behind them.
+    yield bad("jpeg-without-its-last-2", whole_jpeg()[:-2], BROKEN)
     yield bad("no-bytes", b"", "the file has 0 bytes")
     yield bad("one-byte", b"\x89", NO_IMAGE)
     yield bad("zeros", bytes(1000), NO_IMAGE)
     place = whole.index(b"IDAT")
-    yield bad("png-wrong-checksum", whole[:29] + b"\0\0\0\0" + whole[33:], f"{NO_IMAGE}|{BROKEN}")
+    yield bad("png-wrong-checksum", whole[:29] + b"\0\0\0\0" + whole[33:], f"{CHUNK} 8 of")
+    text = whole[:33] + chunk(b"tEXt", b"Comment\0a word") + whole[33:]
+    yield bad("png-wrong-text-checksum", flipped(text, 33 + 8 + 14), f"{CHUNK} 33 of")
     yield bad("png-wrong-idat-checksum", flipped(whole, place + 60), BROKEN)
     yield bad("png-broken-zlib", png_of(chunk(b"IDAT", b"\x78\x9c" + 30 * b"\xff")), BROKEN)
     yield bad("png-without-idat", png_of(), BROKEN)
@@ -251,6 +270,17 @@ def depths() -> Iterable[Specimen]:
     yield shows("png-1", png(8, 1, 1, 0, b"\0\x55"), 4 * [BLACK, WHITE])
     yield shows("png-2", png(4, 1, 2, 0, b"\0\x1b"), grey(0, 85, 170, 255))  # 0, 1, 2, 3 of 3
     yield shows("png-4", png(2, 1, 4, 0, b"\0\x0f"), [BLACK, WHITE])
+    # The colour key is in samples as they are stored, whose other bits do not count (PNG, tRNS).
+    for key in (b"\0\1", b"\xff\xfd"):
+        yield shows(f"png-2-key-{key.hex()}", png(4, 1, 2, 0, b"\0\x1b", (b"tRNS", key)), grey(0, 255, 170, 255))
+    yield shows("png-4-key", png(4, 1, 4, 0, b"\0\x10\x2f", (b"tRNS", b"\0\1")), grey(255, 0, 34, 255))
+    yield shows("png-8-key", png(3, 1, 8, 0, b"\0\0\1\2", (b"tRNS", b"\1\1")), grey(0, 255, 2))
+    key = struct.pack(">3H", 0x1FF, 0, 0)
+    yield shows("png-8-rgb-key", png(2, 1, 8, 2, b"\0" + bytes([*RED, *BLUE]), (b"tRNS", key)), [WHITE, BLUE])
+    # Of two colours that differ in a lower byte only one is the key, and after decoding they are the same.
+    key = struct.pack(">3H", 0x1234, 0, 0)
+    data = png(2, 1, 16, 2, b"\0" + key + struct.pack(">3H", 0x1235, 0, 0), (b"tRNS", key))
+    yield bad("png-16-rgb-key", data, "a colour key of 16-bit RGB is not supported")
     low = struct.pack("<3H", 0, 32896, 65535)
     yield shows("tiff-16", tiff(3, 1, (16,), 1, low), grey(0, 128, 255))
     yield shows("tiff-16-white-is-zero", tiff(3, 1, (16,), 0, low), grey(255, 127, 0))
@@ -290,6 +320,10 @@ def alphas() -> Iterable[Specimen]:
     unknown = tiff(2, 1, (8,) * 4, 2, bytes([255, 0, 0, 0, 0, 0, 255, 255]), more={0x0152: (3, [0])})
     yield shows("tiff-fourth-sample", unknown, [RED, BLUE])
     yield plain("webp-clear", encode(Image.new("RGBA", (4, 4), (*RED, 0)), "WEBP", lossless=True), (4, 4), WHITE)
+    # A frame leaves the rest of its screen clear.
+    yield shows("gif-small-frame", gif((3, 2), (1, 1)), [RED, WHITE, WHITE], [WHITE] * 3)
+    moved = gif((3, 2), (1, 1)).replace(b",\0\0\0\0", b",\1\0\1\0")
+    yield shows("gif-moved-frame", moved, [WHITE] * 3, [WHITE, RED, WHITE])
     clear = gif((1, 1), (1, 1))
     control = b"!\xf9\4\1\0\0\0\0"
     yield shows("gif-clear", clear[: clear.index(b",")] + control + clear[clear.index(b",") :], [WHITE])
@@ -398,6 +432,16 @@ def animated() -> Iterable[Specimen]:
         yield bad(
             f"{format.lower()}-frames", encode(frames[0], format, save_all=True, append_images=frames[1:]), FRAMES
         )
+    # A JPEG with another behind it is one photograph: the other is its preview, its gain map or the view of an eye.
+    red, blue = (Image.new("RGB", (16, 8), colour) for colour in (RED, BLUE))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    photo = encode(red, "MPO", save_all=True, append_images=[blue], exif=exif)
+    yield plain("mpo", encode(red, "MPO", save_all=True, append_images=[blue]), (16, 8), RED, within=2)
+    yield plain("mpo-exif-6", photo, (8, 16), RED, within=2)
+    second = photo.index(b"\xff\xd8", 2)
+    yield plain("mpo-without-its-second", photo[:second], (8, 16), RED, within=2)
+    yield bad("mpo-cut", photo[: second // 2 + 100], f"{NO_IMAGE}|{BROKEN}")
     yield bad("gif-second-frame-cut", gif((1, 1), (1, 1), b"," + bytes(4)), f"{FRAMES}|{BROKEN}")
     # An animation of one frame is an image.
     single = png(
@@ -445,6 +489,13 @@ def bmp(width: int, height: int, bits: int, rows: bytes, compression: int = 0, p
     return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + palette + rows
 
 
+def bmp_with_alpha(width: int, height: int, rows: bytes) -> bytes:
+    """Version 5 of the header, with a mask for each channel of BGRA."""
+    masks = struct.pack("<4I", 0xFF << 16, 0xFF << 8, 0xFF, 0xFF << 24)
+    header = struct.pack("<IiiHHIIiiII", 124, width, height, 1, 32, 3, len(rows), 0, 0, 0, 0) + masks
+    return b"BM" + struct.pack("<IHHI", 138 + len(rows), 0, 0, 138) + header.ljust(124, b"\0") + rows
+
+
 def bmps() -> Iterable[Specimen]:
     """Rows go from the bottom up unless the height is negative; colours are BGR; rows are padded to 4 bytes."""
     red, blue = b"\0\0\xff", b"\xff\0\0"
@@ -452,6 +503,10 @@ def bmps() -> Iterable[Specimen]:
     yield shows("bmp-top-down", bmp(1, -2, 24, red + b"\0" + blue + b"\0"), [RED], [BLUE])
     yield shows("bmp-16", bmp(2, 1, 16, struct.pack("<HH", 31 << 10, 31)), [RED, BLUE])  # 5 bits each
     yield shows("bmp-32", bmp(2, 1, 32, red + b"\0" + blue + b"\0"), [RED, BLUE])  # the fourth byte means nothing
+    # Masks say that it is alpha; but if all of it is 0, whoever wrote it meant none.
+    for name, alpha, shown in (("0", b"\0", BLUE), ("255", b"\xff", BLUE), ("some", b"\0", WHITE)):
+        rows = red + (b"\xff" if name == "some" else alpha) + blue + alpha
+        yield shows(f"bmp-alpha-{name}", bmp_with_alpha(2, 1, rows), [RED, shown])
     palette = red + b"\0" + blue + b"\0"
     yield shows("bmp-rle", bmp(4, 1, 8, b"\3\0\1\1\0\1", 1, palette), [RED, RED, RED, BLUE])  # three 0, one 1, the end
     yield shows("bmp-palette-1", bmp(2, 1, 1, b"\x40\0\0\0", 0, palette), [RED, BLUE])
@@ -506,7 +561,51 @@ def tiffs() -> Iterable[Specimen]:
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
         data = encode(Image.new("RGB", (4, 4), RED), "TIFF", compression=compression)
         yield plain(compression, data, (4, 4), RED)
+    yield plain("tiff-big", encode(Image.new("RGB", (4, 4), RED), "TIFF", big_tiff=True), (4, 4), RED)
+    yield bad("tiff-turned-42", b"II\0*" + tiff(2, 1, (8,), 1, b"\0\xff")[4:], "begins with")
+    yield from tiff_tiles()
+    yield from tiff_planes()
+    luma = bytes([76, 85, 255, 29, 255, 107])  # pure red and blue (ITU-R BT.601)
+    ycbcr = {0x0212: (3, [1, 1])}
+    yield bad("tiff-ycbcr", tiff(2, 1, (8,) * 3, 6, luma, more=ycbcr), "uncompressed TIFF of YCbCr is not supported")
+    packed = tiff(2, 1, (8,) * 3, 6, zlib.compress(luma), compression=8, more=ycbcr)
+    yield shows("tiff-ycbcr-deflated", packed, [RED, BLUE], within=2)
     yield bad("tiff-strip-elsewhere", tiff(9, 9, (8,), 1, b"\0\xff", more={0x0111: (4, [2**31])}), BROKEN)
     yield bad("tiff-7-samples", tiff(2, 1, (8,) * 7, 2, bytes(14)), f"{NO_IMAGE}|{BROKEN}")
     yield bad("tiff-65535-samples", tiff(2, 1, (8,), 1, bytes(9), more={0x0115: (3, [65535])}), f"{NO_IMAGE}|{BROKEN}")
     yield bad("tiff-unknown-compression", tiff(2, 1, (8,), 1, b"\0\xff", compression=999), f"{NO_IMAGE}|{BROKEN}")
+
+
+def tiff_tiles() -> Iterable[Specimen]:
+    """20×20 pixels in tiles of 16×16: four, each of a grey."""
+    corners = (((0, 0), grey(10)[0]), ((16, 0), grey(20)[0]), ((0, 16), grey(30)[0]), ((19, 19), grey(40)[0]))
+    for name, compression in (("raw", 1), ("deflated", 8)):
+        parts = [bytes([value]) * 256 for value in (10, 20, 30, 40)]
+        parts = [zlib.compress(part) for part in parts] if compression == 8 else parts
+        tiles = {0x0142: (4, [16]), 0x0143: (4, [16]), 0x0144: (4, starts(parts)), 0x0145: (4, [*map(len, parts)])}
+        data = tiff(20, 20, (8,), 1, b"".join(parts), compression=compression, more=tiles, strip=False)
+        yield Specimen(f"tiff-tiles-{name}", data, size=(20, 20), colours=corners)
+        empty = tiff(20, 20, (8,), 1, b"", compression=compression, more=tiles | {0x0142: (4, [0])}, strip=False)
+        yield bad(f"tiff-tiles-{name}-0-wide", empty, "tiles have no size")
+
+
+def starts(parts: list[bytes]) -> list[int]:
+    """Where each part begins in a file of `tiff`."""
+    return [8 + sum(map(len, parts[:number])) for number in range(len(parts))]
+
+
+def tiff_planes() -> Iterable[Specimen]:
+    """A red and a blue pixel: all reds, all greens, all blues. What is not compressed Pillow reads as 8 bits."""
+    for bits, high in ((8, b"\xff"), (16, b"\xff\xff")):
+        low = bytes(len(high))
+        for name, compression in (("raw", 1), ("deflated", 8)):
+            parts = [high + low, low + low, low + high]
+            parts = [zlib.compress(part) for part in parts] if compression == 8 else parts
+            planes = {0x011C: (3, [2]), 0x0111: (4, starts(parts)), 0x0117: (4, [*map(len, parts)])}
+            data = tiff(2, 1, (bits,) * 3, 2, b"".join(parts), compression=compression, more=planes)
+            if (bits, name) == (16, "raw"):
+                yield bad("tiff-planes-16-raw", data, "in planes is supported with plain 8-bit samples only")
+            else:
+                yield shows(f"tiff-planes-{bits}-{name}", data, [RED, BLUE])
+    one = tiff(2, 1, (8,), 0, b"\0\xff", more={0x011C: (3, [2])})  # the only plane, where white is 0
+    yield bad("tiff-plane-white-is-zero", one, "plain 8-bit samples only")

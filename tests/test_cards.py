@@ -58,7 +58,7 @@ def test_a_base_model_and_datasets_of_the_hub_are_named(run, tmp_path):
     change(run, "model/spark_training.json", lambda facts: facts.update(base))
     dataset = {"id": "org/problems", "config": None, "revision": "a" * 40}
     change(run, "recipes.json", lambda facts: facts["digits"].update(dataset=dataset))
-    card = write_card(run, tmp_path / "README.md", base_license="apache-2.0")
+    card = write_card(run, tmp_path / "README.md", base_license={"license": "apache-2.0"})
     assert (card.data.base_model, card.data.base_model_relation) == ("Qwen/Qwen2.5-VL-7B-Instruct", "finetune")
     assert (card.data.datasets, card.data.license) == (["org/problems"], "apache-2.0")
     assert "https://huggingface.co/datasets/org/problems)): CC-BY-4.0" in card.text
@@ -135,6 +135,51 @@ def test_paths_of_the_authors_machine_are_cut_to_their_last_part(run, tmp_path):
     assert "b.yaml" in text
     for private in ("/srv", str(run.parent), str(Path.home()) + "/", "~/"):
         assert private not in text
+
+
+def test_folders_of_recipes_and_of_the_base_model_are_cut_too(run, tmp_path):
+    local = "judgments?repo=/scratch/alice/secret-client/judged&kind=pairwise"
+    hub = "judgments?repo=org/judged&kind=pairwise&revision=v1"
+    change(run, "config.yaml", lambda config: config["data"].update(recipes=[local, hub, "../alice/mine.yaml"]))
+    change(run, "config.yaml", lambda config: config["model"].update(path="../../alice/acme-merger/model"))
+    facts = {"dataset": None, "license": "MIT", "description": "", "splits": {}}
+    for name in (local, hub, "../alice/mine.yaml"):
+        change(run, "recipes.json", lambda all, name=name: all.update({name: facts | {"name": "mine"}}))
+    text = write_card(run, tmp_path / "README.md").content
+    assert "judgments?repo=judged&kind=pairwise\n" in text
+    assert f"{hub}\n" in text
+    assert "- mine.yaml\n" in text
+    for private in ("alice", "scratch", "secret", "acme", ".."):
+        assert private not in text.split("## Training")[1].split("</details>")[0].replace("...", "")
+
+
+def test_a_checkpoint_is_described_by_its_own_settings_and_changes_are_named(run, tmp_path):
+    old = write_card(run / "checkpoints" / "step-000003", tmp_path / "README.md").text
+    change(run, "config.yaml", lambda config: config["objective"].update(beta=0.77))
+    environment = json.loads((run / "environment.jsonl").read_text())
+    environment |= {"step": 3, "changed": ["objective.beta: 0.01 → 0.77", "model.path: '/srv/a/one' → '/srv/b/two'"]}
+    with (run / "environment.jsonl").open("a") as lines:
+        lines.write(json.dumps(environment) + "\n")
+    assert write_card(run / "checkpoints" / "step-000003", tmp_path / "README.md").text == old
+    last = write_card(run, tmp_path / "README.md").text
+    assert "KL coefficient 0.77" in last
+    assert "changed: `objective.beta: 0.01 → 0.77`, `model.path: 'one' → 'two'`" in last
+    assert "changed" not in old
+
+
+def test_a_run_that_was_killed_while_it_wrote_a_line_has_a_card(run, tmp_path):
+    whole = write_card(run, tmp_path / "README.md").text
+    for name in ("metrics.jsonl", "evaluations.jsonl", "environment.jsonl"):
+        with (run / name).open("a") as lines:
+            lines.write('{"step": 5, "loss"')
+    assert write_card(run, tmp_path / "README.md").text == whole
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.jsonl"])
+def test_a_file_that_the_card_needs_and_is_not_there_is_named(run, name):
+    (run / name).unlink()
+    with pytest.raises(ReleaseError, match=f"{name}: is missing, and the card says nothing that is not there"):
+        find_model(run)
 
 
 def test_a_checkpoint_that_was_not_evaluated_says_so_and_knows_no_later_step(finished_run, tmp_path):

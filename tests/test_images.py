@@ -201,7 +201,7 @@ def refused(reason: str, data: bytes) -> None:
         load_image(ImageRef(data=data))
 
 
-@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP", "PNG", "MPO"])
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP", "PNG"])
 def test_more_than_one_frame_is_refused(format: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
     refused("more than one frame", encode(frames[0], format, save_all=True, append_images=frames[1:]))
@@ -432,6 +432,23 @@ def test_metadata_never_survive(format: str) -> None:
         assert secret not in new
     with pytest.raises(ImageError):
         check_encoded(data)
+
+
+def test_of_an_mpo_the_first_image_becomes_a_jpeg_and_nothing_else_survives() -> None:
+    second = Image.new("RGB", (40, 40), BLUE)
+    second.encoderinfo = {"comment": b"my password"}
+    data = encode(NOISE, "MPO", save_all=True, append_images=[second], exif=location())
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.n_frames) == ("MPO", 2)
+    assert b"my password" in data
+    new = encoded(data)
+    assert new == encode_image(ImageRef(data=encode(NOISE, "JPEG")))
+    assert len([*re.finditer(b"\xff\xd8", new)]) == 1
+    with pytest.raises(ImageError, match="a segment E1 with b'Exif"):
+        check_encoded(data)
+    bare = encode(NOISE, "MPO", save_all=True, append_images=[second], quality=95, subsampling=0)
+    with pytest.raises(ImageError, match="a segment E2 with b'MPF"):
+        check_encoded(bare)
 
 
 def test_turned_and_clear_pixels_are_encoded_as_they_are_shown(photo: np.ndarray) -> None:

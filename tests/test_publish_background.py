@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from spark_vl.config import ConfigError, PublishConfig
-from spark_vl.hub.background import BackgroundPublisher
+from spark_vl.hub.background import BackgroundPublisher, check_publish_config
 from tests.hub.fixtures import ROOT
 from tests.test_trainer import make_config, metrics, weights
 
@@ -126,12 +127,45 @@ def test_a_run_that_is_told_to_stop_does_not_wait(hub, publisher, capsys):
     assert "The last checkpoint is not published; publish it with" in capsys.readouterr().out
 
 
-def test_files_that_cannot_be_linked_to_are_a_failure_of_publishing_only(hub, publisher):
+def test_files_that_cannot_be_kept_are_a_failure_of_publishing_only(hub, publisher, capsys):
     it = publisher()
     it(it.run / "checkpoints" / "step-000099")
     it.finish(wait=True)
     [line] = lines(it.run)
-    assert line["problem"].startswith("its files cannot be linked to: ")
+    assert line["problem"].startswith("its files cannot be kept: ")
+    assert "step-000099 --repo org/live" in capsys.readouterr().out, "what is left to do is said"
+
+
+def test_files_are_copied_where_they_cannot_be_linked(hub, publisher, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("os.link", link)
+    it = publisher()
+    it(it.run / "checkpoints" / "step-000004")
+    it.finish(wait=True)
+    assert (it.published, it.failures) == (1, 0)
+
+
+def test_neither_a_full_disk_nor_a_full_process_table_reaches_training(hub, publisher, monkeypatch, capsys):
+    it = publisher()
+    (it.run / "publish.jsonl").mkdir()  # cannot be written
+    started = []
+
+    def start(*arguments, **settings):
+        started.append(arguments)
+        if len(started) == 1:
+            raise BlockingIOError(errno.EAGAIN, "no more processes")
+        return real(*arguments, **settings)
+
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    it(it.run / "checkpoints" / "step-000004")
+    it.finish(wait=True)
+    assert (it.published, it.failures) == (1, 1)
+    said = capsys.readouterr().out
+    assert "no more processes" in said
+    assert "publish.jsonl cannot be written" in said
 
 
 def test_a_repository_that_cannot_be_is_found_before_anything_is_loaded(tmp_path):
@@ -144,3 +178,17 @@ def test_a_repository_that_cannot_be_is_found_before_anything_is_loaded(tmp_path
     config.publish.repo = "a/b/c"
     with pytest.raises(ConfigError, match=r"publish\.repo: is 'a/b/c'; allowed is ORG/NAME"):
         check_train_config(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"repo": "org/ti--ny"}, r"^publish\.repo: "),
+        ({"repo": "org/tiny", "token_from": "hf_" + "q" * 34}, r"^publish\.token_from: found a token itself; allowed"),
+        ({"repo": "org/tiny", "token_from": "HF_TOKEN"}, r"^publish\.token_from: found 'HF_TOKEN'; allowed: env:NAME"),
+        ({"repo": "org/tiny", "token_from": "env:NOT_SET"}, r"^publish\.token_from: .*'NOT_SET' is not set"),
+    ],
+)
+def test_a_run_does_not_begin_that_could_publish_nothing(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        check_publish_config(PublishConfig(**settings))

@@ -96,6 +96,14 @@ def test_a_busy_hub_is_given_the_time_that_it_asks_for(hub, publish, finished_ru
     assert is_whole(hub, finished_run)
 
 
+def test_the_time_until_its_limit_is_lifted_is_waited_for(hub, publish, finished_run):
+    hub.misbehave("POST", COMMIT, **refusal(429, "slow down", **{"RateLimit": '"api";r=0;t=3'}))
+    start = time.monotonic()
+    publish()
+    assert time.monotonic() - start >= 3
+    assert is_whole(hub, finished_run)
+
+
 def test_a_hub_that_stays_broken_ends_in_an_error(hub, publish, finished_run):
     hub.misbehave("POST", CREATE, times=None, status=503, body="maintenance")
     with pytest.raises(Refused, match=r'creating org/tiny: the Hub answered 503 .*it said: "maintenance"'):

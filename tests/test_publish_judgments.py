@@ -20,9 +20,11 @@ from PIL import Image, PngImagePlugin
 from spark_vl import cli
 from spark_vl.data.recipes import load_recipe
 from spark_vl.data.shards import find_shards
+from spark_vl.hub import publish
 from spark_vl.prompts.templater import PROMPTS_FILE
 from tests.hub.driver import Refused
-from tests.hub.fixtures import digests, spark_vl
+from tests.hub.fixtures import ROOT, digests, spark_vl
+from tests.hub.server import File
 from tests.test_trainer import TEMPLATES, make_config, metrics
 
 CONFIGS = ("pointwise", "pairwise", "reflection", "rollouts")
@@ -166,9 +168,18 @@ def test_recycling_offline_gives_what_can_be_published(hub, call, finished_run, 
     assert f"spark-vl publish judgments {tmp_path / 'recycled'} --repo ORG/NAME" in done.stdout
     config = yaml.safe_load((tmp_path / "recycled" / "config.yaml").read_text())
     assert config["recycle"]["judge_sees"] == "cot"
+    again = spark_vl(hub, "recycle", finished_run, f"--output={finished_run}")
+    assert f"output: {finished_run} holds a run already; name another folder" in again.stderr
+    nothing = [f"--recycle.max_{of}=0" for of in ("judge", "reflection")]
+    none = spark_vl(hub, "recycle", finished_run / "judgments", f"--output={tmp_path / 'none'}", *nothing)
+    assert none.returncode != 0
+    assert "the rollouts give no judgments under these settings" in none.stderr
     call("publish_judgments", run=tmp_path / "recycled", repo="org/recycled")
     files = hub.repo("dataset", "org/recycled").at().files
     assert not [path for path in files if path.startswith("rollouts/")]
+    card = files["README.md"].content.decode()
+    assert f"in training ({finished_run.name})" in card
+    assert "without replies: the rollouts of a run were recycled once more" in card
     rows = rows_of(tmp_path / "recycled", "pairwise")
     sources = {row["parent_id"]: row["completion"] for row in rows_of(finished_run, "rollouts")}
     assert rows
@@ -197,15 +208,67 @@ def test_a_file_that_no_run_writes_there_is_refused(hub, call, run, name):
     assert not hub.repos
 
 
+def test_what_a_run_writes_while_it_is_looked_through_is_not_published(hub, run, tmp_path, monkeypatch):
+    """A run that goes on writes shards at any moment."""
+    known = {f"{shard.config}/{shard.path.name}" for shard in find_shards(run / "judgments")}
+    real = publish.check_shard
+
+    def while_another_is_written(*arguments):
+        shutil.copy(
+            find_shards(run / "judgments")[0].path, run / "judgments" / "pairwise" / "train-000009-000009-0.parquet"
+        )
+        return real(*arguments)
+
+    monkeypatch.setattr(publish, "check_shard", while_another_is_written)
+    (tmp_path / "generated").mkdir()
+    release = publish.prepare_judgments(tmp_path / "generated", run=run, repo="org/judged")
+    assert {file.path for file in release.files} == known | {"README.md"}
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "says"),
+    [
+        ("question", f"Is hf_{'k' * 34} a token?", "'question' holds a token of the Hub"),
+        ("id", "{run}/scan.png@1", "'id' holds '.*', a path of this machine"),
+        ("parent_id", "{run}/scan.png", "'parent_id' holds '.*', a path of this machine"),
+    ],
+)
+def test_texts_of_the_author_are_refused_with_their_row(hub, call, run, column, text, says):
+    row = spoil(run, **{column: text.replace("{run}", str(run))})
+    with pytest.raises(Refused, match=says) as refused:
+        call("publish_judgments", run=run, repo="org/judged")
+    assert repr(row) in str(refused.value)
+    assert not hub.repos
+
+
+def test_files_of_other_datasets_stay_and_shards_of_earlier_releases_go(hub, call, run):
+    repo = hub.create("dataset", "org/judged", private=True)
+    mine = {"data/precious.parquet": File(b"mine"), "pairwise/notes.txt": File(b"mine")}
+    repo.commit("by hand", mine | {"pairwise/train-000001-000009-7.parquet": File(b"old")})
+    published = call("publish_judgments", run=run, repo="org/judged")
+    assert published["deleted"] == ["pairwise/train-000001-000009-7.parquet"]
+    assert mine.keys() <= repo.at().files.keys()
+
+
+def test_a_run_is_called_by_its_name_wherever_one_stands(hub, run, tmp_path):
+    for where, name in ((ROOT, run), (run, "."), (run / "judgments", "..")):
+        command = [sys.executable, "-m", "spark_vl", "publish", "judgments", str(name), "--repo", "org/judged"]
+        environment = hub.environment() | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    repo = hub.repo("dataset", "org/judged")
+    assert [commit.summary for commit in repo.commits[1:]] == [f"Judgments of {run.name}"]
+
+
 SECRET = b"the author's private key"
 
 
-def spoil(run: Path, image: dict) -> str:
-    """Put `image` into the first row of a shard; returns the row's id."""
+def spoil(run: Path, **cells) -> str:
+    """Put `cells` into the first row of a shard; returns the row's id."""
     shard = find_shards(run / "judgments")[0].path
     table = pq.read_table(shard)
     rows = table.to_pylist()
-    rows[0]["images"] = [image]
+    rows[0] |= cells
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), shard)
     return rows[0]["id"]
 
@@ -240,7 +303,7 @@ def foreign_images(folder: Path) -> dict[str, bytes]:
     "what", ["a text chunk", "EXIF", "an archive behind the end", "no image", "another format", "nothing"]
 )
 def test_a_cell_that_is_more_than_pixels_is_refused_with_its_row(hub, call, run, tmp_path, what):
-    row = spoil(run, {"bytes": foreign_images(tmp_path)[what], "path": None})
+    row = spoil(run, images=[{"bytes": foreign_images(tmp_path)[what], "path": None}])
     with pytest.raises(Refused, match="an image cannot be published") as refused:
         call("publish_judgments", run=run, repo="org/judged")
     assert repr(row) in str(refused.value)
@@ -251,7 +314,7 @@ def test_a_cell_that_is_more_than_pixels_is_refused_with_its_row(hub, call, run,
 @pytest.mark.parametrize("data", [None, b""])
 def test_a_cell_that_names_a_file_is_refused_with_its_row(hub, call, run, tmp_path, path, data):
     (tmp_path / "secret").write_bytes(SECRET)
-    row = spoil(run, {"bytes": data, "path": path.replace("{secret}", str(tmp_path / "secret"))})
+    row = spoil(run, images=[{"bytes": data, "path": path.replace("{secret}", str(tmp_path / "secret"))}])
     with pytest.raises(Refused, match="bytes alone are allowed") as refused:
         call("publish_judgments", run=run, repo="org/judged")
     assert repr(row) in str(refused.value)

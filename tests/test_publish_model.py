@@ -59,11 +59,14 @@ def test_publishing_twice_makes_no_second_commit(hub, call, finished_run):
 def test_a_later_checkpoint_replaces_weights_in_other_files_and_leaves_what_is_the_users(hub, call, finished_run):
     call("publish_model", checkpoint=finished_run / "checkpoints" / "step-000003", repo="org/tiny")
     repo = hub.repo("model", "org/tiny")
-    repo.commit("by hand", {"model-00001-of-00002.safetensors": File(b"old"), "NOTES.md": File(b"mine")})
-    call("publish_model", checkpoint=finished_run, repo="org/tiny")
+    of_a_release = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", ".eval_results/digits.yaml")
+    of_the_user = ("NOTES.md", "adapter_model.safetensors", "adapters/lora.safetensors", "old/model.safetensors")
+    repo.commit("by hand", {path: File(path.encode()) for path in (*of_a_release, *of_the_user)})
+    published = call("publish_model", checkpoint=finished_run, repo="org/tiny")
     files = repo.at().files
-    assert "model-00001-of-00002.safetensors" not in files, "weights that belong to no release"
-    assert files["NOTES.md"].content == b"mine"
+    assert set(published["deleted"]) == set(of_a_release), "they would speak of these weights"
+    assert not set(of_a_release) & files.keys()
+    assert {path: files[path].content for path in of_the_user} == {path: path.encode() for path in of_the_user}
     assert b"| steps | 4 |" in files["README.md"].content
 
 
@@ -92,6 +95,26 @@ def test_the_licence_of_the_base_model_is_read_from_its_card(hub, call, finished
     call("publish_model", checkpoint=run, repo="org/tiny")
     card = hub.repo("model", "org/tiny").at().files["README.md"].content.decode()
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    licence = b"---\nlicense: other\nlicense_name: qwen-research\nlicense_link: https://q.org/l\n---\n# Base\n"
+    hub.repo("model", "org/base").commit("another licence", {"README.md": File(licence)})
+    call("publish_model", checkpoint=run, repo="org/tiny")
+    card = hub.repo("model", "org/tiny").at().files["README.md"].content.decode()
+    data = yaml.safe_load(card.split("---")[1])
+    assert [data[name] for name in ("license", "license_name", "license_link")] == [
+        "other",
+        "qwen-research",
+        "https://q.org/l",
+    ]
+    assert "org/base): qwen-research" in card
+    head = hub.repo("model", "org/tiny").at().oid
+    hub.misbehave("GET", "/api/models/org/base", times=None, status=503)
+    with pytest.raises(Refused, match="looking at org/base: the Hub answered 503"):  # not a card that says less
+        call("publish_model", checkpoint=run, repo="org/tiny")
+    shown = spark_vl(hub, "publish", "model", run, "--repo", "org/tiny", "--dry-run")
+    assert shown.returncode == 0
+    assert "the licence of the base model is not in this card" in shown.stderr
+    hub.behave()
+    assert hub.repo("model", "org/tiny").at().oid == head
     hub.repos.pop(("model", "org/base"))
     call("publish_model", checkpoint=run, repo="org/other")
     card = hub.repo("model", "org/other").at().files["README.md"].content.decode()
@@ -101,8 +124,9 @@ def test_the_licence_of_the_base_model_is_read_from_its_card(hub, call, finished
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("notes.json", f'{{"token": "hf_{"a" * 34}"}}', r"notes\.json: holds a token of the Hub"),
-        ("notes.json", "{run}/checkpoints", r"notes\.json: holds '.*', a path of this machine"),
+        ("notes.json", f'{{"token": "hf_{"a" * 34}"}}', r"notes\.json: .*holds a token of the Hub"),
+        ("LICENSE-notes", f"hf_{'a' * 34}", r"LICENSE-notes: .*holds a token of the Hub"),
+        ("notes.json", "{run}/checkpoints", r"notes\.json: .*holds '.*', a path of this machine"),
     ],
 )
 def test_tokens_and_paths_of_this_machine_stay_here(hub, call, finished_run, tmp_path, name, content, says):

@@ -10,9 +10,12 @@ import yaml
 from spark_vl.hub.space import stage_space
 from tests.hub.driver import Refused
 from tests.hub.fixtures import spark_vl
+from tests.hub.server import File
 
 
 def test_a_space_arrives_whole_and_once(hub, call, tmp_path):
+    model = hub.create("model", "org/tiny")
+    model.refs["step-4"] = model.commit("tiny", {"spark_prompts.json": File(b"{}")}).oid
     published = call("publish_space", model="org/tiny", repo="org/demo", model_revision="step-4")
     repo = hub.repo("space", "org/demo")
     assert repo.private
@@ -36,6 +39,12 @@ def test_the_command_shows_what_it_would_publish(hub):
 
 
 def test_a_model_that_is_no_repository_is_refused(hub, call):
-    with pytest.raises(Refused, match="found 'tiny'; allowed: ORG/NAME"):
+    with pytest.raises(Refused, match="--model: found 'tiny'; allowed: ORG/NAME"):
         call("publish_space", model="tiny", repo="org/demo")
     assert not hub.requests
+    with pytest.raises(Refused, match="--model: there is no model 'org/tiny' that the token can see"):
+        call("publish_space", model="org/tiny", repo="org/demo")
+    hub.create("model", "org/tiny")
+    with pytest.raises(Refused, match=r"--model: 'org/tiny' has no spark_prompts\.json, so it was not published by"):
+        call("publish_space", model="org/tiny", repo="org/demo")
+    assert ("space", "org/demo") not in hub.repos

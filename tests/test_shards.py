@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from spark_vl.data import shards
 from spark_vl.data.images import encode_image, load_image
 from spark_vl.data.judgments import CONFIGS, features, split_of
-from spark_vl.data.shards import RowWriter, Shard, check_shard, find_shards, read_shard
+from spark_vl.data.shards import RowWriter, Shard, ShardError, check_shard, find_shards, read_shard
 from spark_vl.records import BadRecordError, ImageRef
 from tests.groups import a_run, contents, make_writer, picture, problem, recycled, sampled, write
 from tests.test_images import chunk, location
@@ -395,6 +396,21 @@ def test_what_is_no_shard_is_named(tmp_path: Path):
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="lies in the folder 'other'; allowed: pointwise, pairwise"):
         check_shard(path.replace(tmp_path / "other" / path.name))
+
+
+def test_whatever_damage_does_to_a_shard_the_shard_is_named(tmp_path: Path):
+    path = rewritten(tmp_path, with_images({"bytes": CLEAN}))
+    data, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(8):
+            damaged[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        with suppress(ShardError):  # and nothing else
+            check_shard(path)
+            refused -= 1  # damage may lie where nobody reads
+        refused += 1
+    assert refused > 75
 
 
 def test_rows_are_read_a_few_at_a_time(tmp_path: Path):

@@ -25,7 +25,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from spark_vl.records import ImageRef
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is read; of GIF, TIFF and the animated variants of PNG and WEBP, single images only."""
+"""What is read; of GIF, TIFF and the animated variants of PNG and WEBP, single images only.
+
+Of a JPEG with other images behind it (MPO), which are previews, gain maps or second views, the first is read.
+"""
 
 MAX_BYTES = 64 * 2**20
 """Largest encoded image file."""
@@ -41,6 +44,9 @@ MAX_SCANS = 100
 
 MAX_COMMENTS = 2**20
 """Most bytes of extension blocks in a GIF: Pillow's time grows with their square."""
+
+MAX_TILE_PIXELS = 2 * MAX_PIXELS
+"""Most pixels of all tiles of a TIFF together. They are decoded whole; those of usual sizes add little to an image."""
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L")
 """Pillow modes that convert to 8-bit RGB; 32-bit integers and floats have no defined range."""
@@ -80,12 +86,13 @@ def load_image(ref: ImageRef) -> Image.Image:
     """The pixels of `ref`: mode RGB, upright, [width, height] as displayed, without metadata.
 
     EXIF orientation is applied, alpha (also of palettes and colour keys) is composited over white, 12- and 16-bit grey
-    is scaled to 8 bits, everything else is converted to RGB. Colour profiles and EXIF that is none are ignored.
+    is scaled to 8 bits, everything else is converted to RGB. White is, too, what the frame of a GIF leaves of its
+    screen. Colour profiles, EXIF that is none, and the alpha of a BMP that is 0 everywhere are ignored.
 
     Raises:
         ImageError: the file cannot be reached (`image_path`) or read, is not one whole single image in one of
             `FORMATS`, or is larger than `MAX_BYTES`, `MAX_PIXELS` or `MAX_ASPECT` allow, or made to cost far more than
-            its pixels do (`MAX_SCANS`, `MAX_COMMENTS`).
+            its pixels do (`MAX_SCANS`, `MAX_COMMENTS`, `MAX_TILE_PIXELS`).
     """
     return _load(ref)[0]
 
@@ -132,10 +139,13 @@ def _load(ref: ImageRef) -> tuple[Image.Image, str]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
-            return _to_rgb(image), image.format
+            return _to_rgb(image), "JPEG" if image.format == "MPO" else image.format
     except ImageError:
         raise
     except UnidentifiedImageError as error:
+        if data.startswith(_PNG_SIGNATURE):
+            for _ in _png_chunks(data):  # says where the first broken one is
+                pass
         raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"more than {MAX_PIXELS} pixels") from error
@@ -213,11 +223,12 @@ def _check_header(image: Image.Image) -> None:
         raise ImageError(f"{width}×{height} is more than {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"the sides {width}×{height} are in a ratio of more than {MAX_ASPECT}")
-    tile = [image.tag_v2.get(tag, 0) for tag in _TIFF_TILE] if image.format == "TIFF" else [0]
-    if math.prod(tile) > MAX_PIXELS:
-        raise ImageError(f"its tiles of {tile[0]}×{tile[1]} are more than {MAX_PIXELS} pixels")
     if image.mode not in _MODES:
         raise ImageError(f"pixel mode {image.mode!r} does not convert to RGB; allowed are {', '.join(_MODES)}")
+    if image.format == "TIFF":
+        _check_tiff(image)
+    if image.format == "MPO":
+        return
     try:
         image.seek(1)
     except EOFError:
@@ -225,14 +236,74 @@ def _check_header(image: Image.Image) -> None:
     raise ImageError("more than one frame; a single image is allowed")
 
 
-_TIFF_TILE = (0x0142, 0x0143)
-"""Tags of a tile's width and height; a tile is decoded whole, however small the image."""
-_TIFF_BITS, _TIFF_PHOTOMETRIC = 0x0102, 0x0106
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_FILL_ORDER = 0x0100, 0x0101, 0x0102, 0x0106, 0x010A
+_TIFF_SAMPLES, _TIFF_PLANAR, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 0x0115, 0x011C, 0x0142, 0x0143
+
+_TIFF_DIRECTORIES = {b"II*\0": ("<H", 12), b"MM\0*": (">H", 12), b"II+\0": ("<Q", 20)}
+"""First bytes of a TIFF → how a directory counts its entries, and the bytes of an entry."""
+
+
+def _check_tiff(image: Image.Image) -> None:
+    """What makes Pillow work for minutes on a small TIFF, and what it would read as other pixels than there are."""
+    entries = _tiff_entries(image.fp.getvalue(), image.tag_v2.offset)
+    if len(set(entries)) != len(entries):  # Pillow heeds the last, and libtiff, which decodes, the first
+        raise ImageError("the TIFF has a tag twice")
+    if _TIFF_TILE_WIDTH in entries or _TIFF_TILE_HEIGHT in entries:
+        _check_tiles(image)
+    if image.info["compression"] == "raw":
+        _check_uncompressed(image)
+
+
+def _check_tiles(image: Image.Image) -> None:
+    tags = image.tag_v2
+    width, height = tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]  # as stored; `image.size` is upright
+    across, down = tags.get(_TIFF_TILE_WIDTH, 0), tags.get(_TIFF_TILE_HEIGHT, 0)
+    if not (across > 0 and down > 0):
+        raise ImageError("the TIFF's tiles have no size")
+    if across * down > MAX_PIXELS:
+        raise ImageError(f"its tiles of {across}×{down} are more than {MAX_PIXELS} pixels")
+    # Planes do not count: each holds one sample of a pixel, and tiles without planes hold all.
+    count = math.ceil(width / across) * math.ceil(height / down)
+    if count * across * down > MAX_TILE_PIXELS:
+        raise ImageError(f"its {count} tiles of {across}×{down} are more than {MAX_TILE_PIXELS} pixels")
+
+
+def _check_uncompressed(image: Image.Image) -> None:
+    """Of a TIFF that Pillow reads without libtiff."""
+    tags, (width, height) = image.tag_v2, image.size
+    planes = tags.get(_TIFF_SAMPLES, 1) if tags.get(_TIFF_PLANAR) == 2 else 1
+    decoded = sum((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in image.tile)
+    if decoded > planes * width * height:  # it begins anew with what is left over, and again
+        raise ImageError("the TIFF has more strips or tiles than its image")
+    photometric = tags.get(_TIFF_PHOTOMETRIC, 0)
+    if photometric == 6:  # read as RGB
+        raise ImageError("an uncompressed TIFF of YCbCr is not supported")
+    plain = set(tags.get(_TIFF_BITS, (1,))) == {8} and photometric != 0 and tags.get(_TIFF_FILL_ORDER, 1) == 1
+    if tags.get(_TIFF_PLANAR) == 2 and not plain:  # read as if they were
+        raise ImageError("an uncompressed TIFF in planes is supported with plain 8-bit samples only")
+
+
+def _tiff_entries(data: bytes, place: int) -> list[int]:
+    """The tags of a directory, one for each entry."""
+    if data[:4] not in _TIFF_DIRECTORIES:
+        raise ImageError(f"a TIFF that begins with {data[:4]!r} is not supported")
+    form, size = _TIFF_DIRECTORIES[data[:4]]
+    (count,) = struct.unpack_from(form, data, place)
+    place += struct.calcsize(form)
+    return [struct.unpack_from(f"{form[0]}H", data, place + size * number)[0] for number in range(count)]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.format == "PNG" and "transparency" in image.info:
+        image.info["transparency"] = _colour_key(image)
     with suppress(SyntaxError):  # what is no EXIF tells no orientation; Pillow takes it for empty from here on
         image.getexif()
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        image = image.convert("RGB")  # an alpha that is 0 everywhere was not meant
+    elif image.format == "GIF" and image.dispose_extent != (0, 0, *image.size):
+        frame, place = image.crop(image.dispose_extent).convert("RGBA"), image.dispose_extent
+        image = Image.new("RGBA", image.size)
+        image.paste(frame, place)
     if image.mode.startswith("I;16"):
         tags = image.tag_v2 if image.format == "TIFF" else {}
         top = 2 ** tags.get(_TIFF_BITS, (16,))[0] - 1
@@ -252,6 +323,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     image.info.clear()
     return image
+
+
+def _colour_key(image: Image.Image) -> int | bytes | tuple[int, ...]:
+    """The key of a PNG that is not decoded yet, scaled as its samples will be; Pillow leaves it as it is stored."""
+    key, stored = image.info["transparency"], image.tile[0].args
+    if stored == "RGB;16B":  # decoding drops lower bytes, and a darker or lighter neighbour is not the key
+        raise ImageError("a colour key of 16-bit RGB is not supported")
+    if image.mode == "RGB":
+        return tuple(sample & 0xFF for sample in key)
+    if image.mode == "L":
+        top = {"L;2": 3, "L;4": 15, "L": 255}[stored]
+        return (key & top) * 255 // top  # bits above those of a sample do not count
+    return key
 
 
 # ── proof that a file holds nothing but pixels ──

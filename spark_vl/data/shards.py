@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,47 +146,60 @@ class ShardWriter:
         return self._encoded[ref]
 
 
-def read_shard(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+class ShardError(ValueError):
+    """A file that cannot be read, or must not be published; the message names it."""
+
+
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a shard, of which a few are held at a time. Images come as bytes and path, as they are stored.
 
     Raises:
-        ValueError: it is no parquet file, or its columns are not those of its configuration. Names the shard.
+        ShardError: it is no parquet file, or its columns are not those of its configuration. Names the shard.
     """
     config = path.parent.name
     if config not in CONFIGS:
-        raise ValueError(f"{path}: lies in the folder {config!r}; allowed: {', '.join(CONFIGS)}")
+        raise ShardError(f"{path}: lies in the folder {config!r}; allowed: {', '.join(CONFIGS)}")
     try:
         # The defaults hold a whole row group.
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             _check_schema(path, file.schema_arrow, config)
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(columns)):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
+    except ShardError:
+        raise
+    except Exception as error:  # pyarrow has no one class for what a damaged file makes of it
+        raise ShardError(f"{path}: cannot be read as parquet: {error}") from error
 
 
-def check_shard(path: Path, proven: set[bytes] | None = None) -> int:
+def check_shard(
+    path: Path,
+    proven: set[bytes] | None = None,
+    fault_of: Callable[[Mapping[str, Any]], str | None] = lambda row: None,
+) -> int:
     """Proves of a shard, before it is published, that its images are nothing but pixels (`check_encoded`) and name no
     file: `datasets` would embed whatever file of this machine a path leads to.
 
     Args:
         proven: SHA-256 of images that need no proof any more. It grows; the images of a folder's shards recur.
+        fault_of: what else is wrong with a row, in words; None: nothing.
 
     Returns:
         Its number of rows.
 
     Raises:
-        ValueError: naming the shard, the row's id, and why it cannot be published; or see `read_shard`.
+        ShardError: naming the shard, the row's id, and why it cannot be published; or see `read_shard`.
     """
     proven = set() if proven is None else proven
     rows = 0
-    for row in read_shard(path, ("id", "images")):
+    for row in read_shard(path):
         rows += 1
+        if fault := fault_of(row):
+            raise ShardError(f"{path}: row {row['id']!r}: {fault}")
         for image in row["images"] or ():
             try:
                 _check_image(image, proven)
             except ImageError as error:
-                raise ValueError(f"{path}: row {row['id']!r}: an image cannot be published: {error}") from error
+                raise ShardError(f"{path}: row {row['id']!r}: an image cannot be published: {error}") from error
     return rows
 
 
@@ -205,11 +218,11 @@ def _check_schema(path: Path, found: pa.Schema, config: Config) -> None:
     expected = features(config).arrow_schema
     for column in expected:
         if column.name not in found.names or found.field(column.name).type != column.type:
-            raise ValueError(f"{path}: column {column.name!r}: is missing or not of type {column.type}")
+            raise ShardError(f"{path}: column {column.name!r}: is missing or not of type {column.type}")
     if extra := sorted(set(found.names) - set(expected.names)):
-        raise ValueError(f"{path}: column {extra[0]!r}: is not allowed")
+        raise ShardError(f"{path}: column {extra[0]!r}: is not allowed")
     if type(features(config)).from_arrow_schema(found) != features(config):
-        raise ValueError(f"{path}: its metadata do not hold the features of {config!r}, so images would not be decoded")
+        raise ShardError(f"{path}: its metadata do not hold the features of {config!r}, so images would not be decoded")
 
 
 def _drop_after(folder: Path, step: int) -> None:

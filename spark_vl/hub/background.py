@@ -14,11 +14,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from spark_vl.config import PublishConfig
-from spark_vl.layout import CHECKPOINTS, MODEL
+from spark_vl.config import ConfigError, PublishConfig
+from spark_vl.hub.client import HubError, check_repo_name, find_token
+from spark_vl.layout import CHECKPOINTS, CONFIG, MODEL
 
 _WAITS_S = (30.0, 60.0, 120.0, 300.0, 600.0)
 """Before a checkpoint is tried again; the last one from then on. A newer checkpoint takes its place."""
+
+
+def check_publish_config(config: PublishConfig) -> None:
+    """What can be checked before a run begins.
+
+    Raises:
+        ConfigError: the name of the repository is not spelled as the Hub allows, or there is no token.
+    """
+    if config.repo is None:
+        return
+    try:
+        check_repo_name(config.repo, "publish.repo")
+        find_token(config.token_from, "publish.token_from")
+    except HubError as error:
+        raise ConfigError(str(error)) from error
 
 
 class BackgroundPublisher:
@@ -38,6 +54,7 @@ class BackgroundPublisher:
         self._heard = 0  # checkpoints
         self._last: Path | None = None  # that was heard of
         self._target: Path | None = None  # newest that is to be published and is not yet
+        self._lost: Path | None = None  # the newest one, if its files could not be kept
         self._problem = ""  # of the last failure
         self._closing = False
         self._child: subprocess.Popen[str] | None = None
@@ -68,7 +85,7 @@ class BackgroundPublisher:
                 self.console.print(f"publishing to {self.config.repo} …", soft_wrap=True)
                 self._changed.wait_for(lambda: self._target is None, self.config.wait_s)
             self._closing = True
-            left = self._target
+            left = self._target or self._lost
             if self._child is not None:
                 self._child.kill()
             self._changed.notify_all()
@@ -89,11 +106,14 @@ class BackgroundPublisher:
         kept = self._queue / checkpoint.name
         try:
             shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(checkpoint / MODEL, kept / MODEL, copy_function=os.link)
+            shutil.copytree(checkpoint / MODEL, kept / MODEL, copy_function=_link)
+            _link(checkpoint / CONFIG, kept / CONFIG)
         except OSError as error:
-            self._failed(checkpoint, f"its files cannot be linked to: {error}")
+            self._lost = checkpoint
+            self._failed(checkpoint, f"its files cannot be kept: {error!s:.500}")
             return
         with self._changed:
+            self._lost = None
             self._target = kept
             self._changed.notify_all()
 
@@ -108,7 +128,10 @@ class BackgroundPublisher:
             if target != tried:
                 waits, tried = iter(self._waits_s), target
             start = time.monotonic()
-            problem = self._publish(target)
+            try:
+                problem = self._publish(target)
+            except OSError as error:  # the process cannot be started
+                problem = str(error)
             with self._changed:
                 if self._closing:
                     return
@@ -143,7 +166,8 @@ class BackgroundPublisher:
         said, _ = self._child.communicate()
         if self._child.returncode == 0:
             return None
-        return said.strip().rpartition("\n")[2] or f"it ended with status {self._child.returncode}"
+        said = said.rpartition("spark-vl: not published: ")[2].strip()
+        return said[-2000:] or f"it ended with status {self._child.returncode}"
 
     def _command(self, checkpoint: Path) -> list[str]:
         config = self.config
@@ -162,5 +186,18 @@ class BackgroundPublisher:
 
     def _note(self, checkpoint: Path, ok: bool, seconds: float, problem: str) -> None:
         line = {"checkpoint": checkpoint.name, "ok": ok, "seconds": round(seconds, 1), "problem": problem}
-        with (self.run / "publish.jsonl").open("a") as lines:
-            lines.write(json.dumps(line) + "\n")
+        try:
+            with (self.run / "publish.jsonl").open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk is for the trainer to find
+            self.console.print(f"publish.jsonl cannot be written: {error}", soft_wrap=True, markup=False)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name of a file; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from spark_vl.prompts.templater import Template
 
 _TASK = {"task_type": "image-text-to-text", "task_name": "Visual question answering with verifiable answers"}
 
+BASE_LICENSE = ("license", "license_name", "license_link")
+"""What the card of a base model says of its licence, in the Hub's words."""
+
 _RECYCLED = {
     "recycled, pointwise, right answer": "pointwise_correct",
     "recycled, pointwise, wrong answer": "pointwise_incorrect",
@@ -29,20 +32,20 @@ _RECYCLED = {
 
 
 def write_model_card(
-    model: TrainedModel, path: Path, *, model_id: str, name: str, base_license: str | None = None
+    model: TrainedModel, path: Path, *, model_id: str, name: str, base_license: Mapping[str, str] | None = None
 ) -> None:
     """Write the card of `model`.
 
     Args:
         model_id: what its snippets load: `ORG/NAME`, or a folder.
-        base_license: licence of the base model, as its card names it.
+        base_license: of the base model, as its card names it (`BASE_LICENSE`).
     """
     config = model.config
     base, on_hub = model.base, model.base_commit is not None
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        license=base_license,
+        **(base_license or {}),
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         datasets=sorted({recipe["dataset"]["id"] for recipe in model.trained_on if recipe["dataset"]}) or None,
@@ -60,7 +63,7 @@ def write_model_card(
         model_id=model_id,
         version=__version__,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
-        base_license=base_license,
+        base_license=base_license and (base_license.get("license_name") or base_license.get("license")),
         config=config,
         config_text=dump_config(config),
         step=model.step,

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import get_session, parse_ratelimit_headers, validate_repo_id
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,13 @@ class Token:
     source: str
 
 
-def find_token(token_from: str | None) -> Token:
+def find_token(token_from: str | None, option: str = "--token-from") -> Token:
     """The token in what `token_from` names: `env:NAME` or `file:PATH`. None: that of `HF_TOKEN` or `hf auth login`.
 
     The token itself is never given on a command line, where the shell's history and other users would see it.
+
+    Args:
+        option: which names `token_from`, for messages.
 
     Raises:
         HubError: there is no token there.
@@ -61,36 +64,36 @@ def find_token(token_from: str | None) -> Token:
         source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
         value = get_token()
         if value is None:
-            raise HubError("there is no token: log in with `hf auth login`, set HF_TOKEN, or give --token-from")
+            raise HubError(f"there is no token: log in with `hf auth login`, set HF_TOKEN, or give {option}")
         return Token(value, source)
     kind, _, name = token_from.partition(":")
     if kind == "env":
         value = os.environ.get(name)
         if not value:
-            raise HubError(f"--token-from: the environment variable {name!r} is not set")
+            raise HubError(f"{option}: the environment variable {name!r} is not set")
     elif kind == "file":
         try:
             value = Path(name).expanduser().read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise HubError(f"--token-from: cannot read the token: {error}") from error
+            raise HubError(f"{option}: cannot read the token: {error}") from error
     else:
         shown = "a token itself" if token_from.startswith("hf_") else repr(token_from)
-        raise HubError(f"--token-from: found {shown}; allowed: env:NAME, file:PATH")
+        raise HubError(f"{option}: found {shown}; allowed: env:NAME, file:PATH")
     if not re.fullmatch(r"[!-~]+", value):
-        raise HubError(f"--token-from: {token_from} holds {len(value)} characters that are not one token")
+        raise HubError(f"{option}: {token_from} holds {len(value)} characters that are not one token")
     return Token(value, token_from)
 
 
-def check_repo_name(repo: str) -> None:
+def check_repo_name(repo: str, option: str = "--repo") -> None:
     """Raises:
-    HubError: `repo` is not `ORG/NAME` in the spelling that the Hub allows.
+    HubError: `repo`, which `option` names, is not `ORG/NAME` in the spelling that the Hub allows.
     """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise HubError(f"--repo: {error}") from error
+        raise HubError(f"{option}: {error}") from error
     if repo.count("/") != 1:
-        raise HubError(f"--repo: found {repo!r}; allowed: ORG/NAME or USER/NAME")
+        raise HubError(f"{option}: found {repo!r}; allowed: ORG/NAME or USER/NAME")
 
 
 class Hub:
@@ -218,4 +221,8 @@ def _said(error: HfHubHTTPError) -> str:
 def _retry_after(error: HfHubHTTPError) -> int:
     """Seconds that the Hub asks to wait."""
     value = error.response.headers.get("retry-after", "")
-    return min(int(value), _LONGEST_WAIT_S) if value.isdecimal() else 0
+    asked = int(value) if value.isdecimal() else 0
+    limit = parse_ratelimit_headers(error.response.headers)
+    if limit and not limit.remaining:
+        asked = max(asked, limit.reset_in_seconds)
+    return min(asked, _LONGEST_WAIT_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from spark_vl import __version__
 from spark_vl.data.judgments import CONFIGS, features
+from spark_vl.data.shards import Shard, read_shard
 from spark_vl.hub.run import recipe_facts
 from spark_vl.layout import CONFIG
-from spark_vl.provenance import public_name
 
 _ASKS = {
     "pointwise": "is this answer right?",
@@ -30,16 +30,24 @@ _LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "
 
 
 def write_judgments_card(
-    run: Path, path: Path, *, repo: str, rows: Mapping[tuple[str, str], int], sizes: Mapping[tuple[str, str], int]
+    run: Path,
+    path: Path,
+    *,
+    repo: str,
+    shards: Sequence[Shard],
+    rows: Mapping[tuple[str, str], int],
+    sizes: Mapping[tuple[str, str], int],
 ) -> None:
     """Write the card of the judgments of `run`.
 
     Args:
+        shards: the files, of which there is at least one.
         rows: (config, split) → number of rows.
         sizes: (config, split) → bytes of its files.
     """
-    recipes = recipe_facts(run, "data")
-    base = public_name(yaml.safe_load((run / CONFIG).read_text())["model"]["path"])
+    config = yaml.safe_load((run / CONFIG).read_text())
+    recipes = recipe_facts(run, config["data"]["recipes"])
+    base = next(read_shard(shards[0].path, ("model",)))["model"]
     configs = [name for name in CONFIGS if any(key[0] == name for key in rows)]
     splits = {name: sorted((key[1] for key in rows if key[0] == name), reverse=True) for name in configs}  # train first
     default = _DEFAULT if _DEFAULT in configs else configs[0]
@@ -82,7 +90,9 @@ def write_judgments_card(
         repo_id=repo,
         version=__version__,
         example=default,
-        model_sentence=f"The model is {base}, in training ({run.name}).",
+        base=base,
+        run=config.get("recycled_from", run.name),
+        again="recycled_from" in config,
         table=[
             {"config": name, "split": split, "rows": rows[name, split], "asks": _ASKS[name]}
             for name in configs

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from spark_vl.data.shards import check_shard, find_shards
-from spark_vl.hub.cards import write_eval_results, write_model_card
+from spark_vl.data.judgments import CONFIGS
+from spark_vl.data.shards import ShardError, check_shard, find_shards
+from spark_vl.hub.cards import BASE_LICENSE, write_eval_results, write_model_card
 from spark_vl.hub.client import Hub, HubError, check_repo_name, find_token
 from spark_vl.hub.judgments import write_judgments_card
-from spark_vl.hub.release import Release, ReleaseError, make_release
+from spark_vl.hub.release import Release, ReleaseError, Secrets, files_of, make_release
 from spark_vl.hub.run import TrainedModel, find_model, find_run
 from spark_vl.hub.space import stage_space
 from spark_vl.hub.upload import Published, upload
-from spark_vl.layout import JUDGMENTS, name_of
+from spark_vl.layout import JUDGMENTS
+from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.report import plot_diagnostics
 
 logger = logging.getLogger(__name__)
+
+_OF_MODELS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(metrics|evaluations)\.jsonl|\.eval_results/.+\.yaml"
+)
+_OF_JUDGMENTS = re.compile(rf"({'|'.join(CONFIGS)})/(train|test)-[^/]+\.parquet")
+"""All that the card's patterns would load."""
+_OF_SPACES = re.compile(r"app\.py|spark_vl/.+\.py")
+
+_OF_THE_RUN = ("id", "parent_id", "recipe", "license", "verifier", "settings", "template", "model", "model_revision")
+"""Columns that hold what a run calls things."""
 
 
 def publish_model(
@@ -44,35 +58,46 @@ def publish_model(
         ReleaseError: there is no model of a run, or a file may not be uploaded.
         HubError: what the Hub refused. Calling again goes on from there.
     """
-    release = prepare_model(checkpoint=checkpoint, repo=repo, token_from=token_from)
-    return upload(release, repo=repo, revision=revision, public=public, token_from=token_from)
+    with TemporaryDirectory() as folder:
+        release = prepare_model(Path(folder), checkpoint=checkpoint, repo=repo, token_from=token_from)
+        return upload(release, repo=repo, revision=revision, public=public, token_from=token_from)
 
 
-def prepare_model(*, checkpoint: Path | str, repo: str, token_from: str | None = None) -> Release:
-    """What `publish_model` would upload; what is generated lies in the run's `release/`.
+def prepare_model(
+    folder: Path, *, checkpoint: Path | str, repo: str, token_from: str | None = None, dry_run: bool = False
+) -> Release:
+    """What `publish_model` would upload.
+
+    Args:
+        folder: an empty one, for what is generated.
+        dry_run: go on, with a warning, where the Hub cannot be asked for the licence of the base model.
 
     Raises:
         ReleaseError, HubError: see `publish_model`.
     """
     check_repo_name(repo)
     model = find_model(Path(checkpoint))
-    generated = _fresh(model.run / "release" / f"model-{name_of(model.step)}")
-    plot_diagnostics(model.run, generated / "curves.png", model.step)
+    plot_diagnostics(model.run, folder / "curves.png", model.step)
     for name, lines in (("metrics", model.metrics), ("evaluations", model.evaluations)):
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (generated / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    write_eval_results(model, generated / ".eval_results")
-    write_model_card(
-        model,
-        generated / "README.md",
-        model_id=repo,
-        name=repo.partition("/")[2],
-        base_license=_base_license(model, token_from),
-    )
-    title = f"Step {model.step} of {model.run.name}"
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    write_eval_results(model, folder / ".eval_results")
+    base_license = None
+    try:
+        base_license = _base_license(model, token_from)
+    except HubError as error:
+        if not dry_run:
+            raise
+        logger.warning("the licence of the base model is not in this card: %s", error)
+    name = repo.partition("/")[2]
+    write_model_card(model, folder / "README.md", model_id=repo, name=name, base_license=base_license)
     return make_release(
-        "model", title, [model.folder, generated], private=_private(model.run), replaces=("*.safetensors",)
+        "model",
+        f"Step {model.step} of {model.run.name}",
+        files_of(model.folder, folder),
+        secrets=_secrets(model.run),
+        replaces=_OF_MODELS,
     )
 
 
@@ -96,43 +121,46 @@ def publish_judgments(
         ReleaseError: the run has no judgments, or a row may not be uploaded; its id is named.
         HubError: see `publish_model`.
     """
-    release = prepare_judgments(run=run, repo=repo)
-    return upload(release, repo=repo, revision=revision, public=public, token_from=token_from)
+    with TemporaryDirectory() as folder:
+        release = prepare_judgments(Path(folder), run=run, repo=repo)
+        return upload(release, repo=repo, revision=revision, public=public, token_from=token_from)
 
 
-def prepare_judgments(*, run: Path | str, repo: str) -> Release:
-    """What `publish_judgments` would upload.
+def prepare_judgments(folder: Path, *, run: Path | str, repo: str) -> Release:
+    """What `publish_judgments` would upload: the shards that were looked through, and no others that a run that goes on
+    has written since.
+
+    Args:
+        folder: an empty one, for the card.
 
     Raises:
         ReleaseError: see `publish_judgments`.
     """
     check_repo_name(repo)
-    folder = find_run(Path(run))
-    shards = find_shards(folder / JUDGMENTS)
+    run = find_run(Path(run))
+    shards = find_shards(run / JUDGMENTS)
     if not shards:
-        raise ReleaseError(
-            f"{folder / JUDGMENTS}: holds no judgments; a run writes them unless logging.judgments is off"
-        )
+        raise ReleaseError(f"{run / JUDGMENTS}: holds no judgments; a run writes them unless logging.judgments is off")
     known = {shard.path for shard in shards}
-    if foreign := sorted(path for path in (folder / JUDGMENTS).rglob("*.parquet") if path not in known):
+    if foreign := sorted(path for path in (run / JUDGMENTS).rglob("*.parquet") if path not in known):
         raise ReleaseError(f"{foreign[0]}: is no file that a run writes there (CONFIG/SPLIT-FIRST-LAST-RANK.parquet)")
+    secrets = _secrets(run)
     rows: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
     proven: set[bytes] = set()
     for shard in shards:
         try:
-            rows[shard.config, shard.split] += check_shard(shard.path, proven)
-        except ValueError as error:
+            rows[shard.config, shard.split] += check_shard(shard.path, proven, lambda row: _fault(row, secrets))
+        except ShardError as error:
             raise ReleaseError(str(error)) from error
         sizes[shard.config, shard.split] += shard.path.stat().st_size
-    generated = _fresh(folder / "release" / JUDGMENTS)
-    write_judgments_card(folder, generated / "README.md", repo=repo, rows=rows, sizes=sizes)
+    write_judgments_card(run, folder / "README.md", repo=repo, shards=shards, rows=rows, sizes=sizes)
     return make_release(
         "dataset",
-        f"Judgments of {folder.name}",
-        [folder / JUDGMENTS, generated],
-        private=_private(folder),
-        replaces=("*/*.parquet",),
+        f"Judgments of {run.name}",
+        {f"{shard.config}/{shard.path.name}": shard.path for shard in shards} | files_of(folder),
+        secrets=secrets,
+        replaces=_OF_JUDGMENTS,
     )
 
 
@@ -157,6 +185,7 @@ def publish_space(
     """
     with TemporaryDirectory() as folder:
         release = prepare_space(Path(folder), model=model, repo=repo, model_revision=model_revision)
+        check_model_is_there(model, model_revision, token_from)
         return upload(release, repo=repo, public=public, token_from=token_from)
 
 
@@ -167,28 +196,53 @@ def prepare_space(folder: Path, *, model: str, repo: str, model_revision: str | 
         HubError: a name is not `ORG/NAME`.
     """
     check_repo_name(repo)
-    check_repo_name(model)
+    check_repo_name(model, "--model")
     stage_space(folder, model=model, revision=model_revision)
-    return make_release("space", f"Demo of {model}", [folder], private=[Path.home(), Path.cwd()], replaces=("*.py",))
+    secrets = Secrets([Path.home(), Path.cwd()])
+    return make_release("space", f"Demo of {model}", files_of(folder), secrets=secrets, replaces=_OF_SPACES)
 
 
-def _base_license(model: TrainedModel, token_from: str | None) -> str | None:
-    """The licence that the card of the base model names. None: it has none, or cannot be asked."""
+def check_model_is_there(model: str, revision: str | None, token_from: str | None) -> None:
+    """Raises:
+    HubError: the Hub has no such model, or it has not the words that a Space asks it in.
+    """
+    info = Hub(find_token(token_from), model, "model").info(revision)
+    if info is None:
+        raise HubError(f"--model: there is no model {model!r} that the token can see; publish it first")
+    if PROMPTS_FILE not in [sibling.rfilename for sibling in info.siblings]:
+        raise HubError(f"--model: {model!r} has no {PROMPTS_FILE}, so it was not published by spark-vl")
+
+
+def _base_license(model: TrainedModel, token_from: str | None) -> dict[str, str] | None:
+    """What the card of the base model says of its licence. None: it says nothing, or there is no such card any more."""
     if model.base_commit is None:
         return None
-    try:
-        info = Hub(find_token(token_from), model.base, "model").info()
-    except HubError as error:
-        logger.warning("the card will not name the licence of the base model: %s", error)
-        return None
-    return info and info.card_data and info.card_data.get("license")
+    info = Hub(find_token(token_from), model.base, "model").info()
+    said = {name: info.card_data.get(name) for name in BASE_LICENSE} if info and info.card_data else {}
+    return {name: text for name, text in said.items() if text} or None
 
 
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def _fault(row: Mapping[str, Any], secrets: Secrets) -> str | None:
+    """What of a row must not be published. Paths are looked for where a run writes them: what people and models say may
+    well hold one."""
+    for column, value in row.items():
+        text = "\n".join(_texts(value)).encode(errors="replace")
+        if found := secrets.token_in(text) or (column in _OF_THE_RUN and secrets.path_in(text)):
+            return f"{column!r} holds {found}"
+    return None
 
 
-def _private(run: Path) -> list[Path]:
-    return [Path.home(), Path.cwd(), run.absolute()]
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            for item in value.values():
+                yield from _texts(item)
+        case list():
+            for item in value:
+                yield from _texts(item)
+
+
+def _secrets(run: Path) -> Secrets:
+    return Secrets([Path.home(), Path.cwd(), run])

@@ -25,10 +25,11 @@ KINDS_OF_FILES: Mapping[RepoType, Sequence[str]] = {
 """The only files that are uploaded. Pickles (*.bin, *.pt, *.pth, *.pkl), and with them optimizer state and
 `training_args.bin`, which holds the author's token, are in none of them."""
 
-_TEXT = (".json", ".jsonl", ".md", ".txt", ".yaml", ".jinja", ".py")
+_BINARY = (".safetensors", ".parquet", ".png")
+"""All others are texts. Images are proven to be pixels, and texts in parquet are looked through row by row."""
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
 """Their words may look like paths."""
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+_TOKEN = rb"\bhf_[A-Za-z0-9]{30,}"
 
 
 class ReleaseError(ValueError):
@@ -55,10 +56,10 @@ class Release:
     """First line of the commit's message."""
     files: Sequence[ReleaseFile]
     """Sorted by path."""
-    left_out: Sequence[str] = ()
+    left_out: Sequence[str]
     """Files that lie beside them and are of no kind that is uploaded."""
-    replaces: Sequence[str] = ()
-    """Patterns of files that a release owns: those in the repository that it does not hold any more are deleted."""
+    replaces: re.Pattern[str]
+    """Whole paths that are files of releases: those in the repository that this one does not hold are deleted."""
 
     @property
     def card(self) -> str:
@@ -71,35 +72,63 @@ class Release:
         return sum(file.bytes for file in self.files)
 
 
+class Secrets:
+    """What no release may hold: tokens of the Hub, and where things lie on this machine.
+
+    Args:
+        folders: of this machine.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        tokens = [_TOKEN, *([re.escape(token.encode())] if (token := get_token()) else [])]
+        self._token = re.compile(b"|".join(tokens))
+        self._folders = [
+            (where, re.compile(rb"(?<![\w.])" + re.escape(where).encode() + rb"(?![\w.-])"))
+            for where, folder in ((str(folder.absolute()), folder) for folder in folders)
+            if folder.parent != folder
+        ]
+
+    def token_in(self, text: bytes) -> str | None:
+        """What is wrong with `text`, in words. None: it holds no token."""
+        found = self._token.search(text)
+        return "a token of the Hub; remove it, and revoke it if others may have seen it" if found else None
+
+    def path_in(self, text: bytes) -> str | None:
+        """As `token_in`, of paths."""
+        return next((f"{where!r}, a path of this machine" for where, it in self._folders if it.search(text)), None)
+
+
 def make_release(
     repo_type: RepoType,
     title: str,
-    folders: Iterable[Path],
+    files: Mapping[str, Path],
     *,
-    private: Iterable[Path],
-    replaces: Sequence[str] = (),
+    secrets: Secrets,
+    replaces: re.Pattern[str],
 ) -> Release:
-    """The files of `folders` that may be uploaded, a later folder's before an earlier one's of the same name.
-
-    Args:
-        private: folders of this machine, whose paths no text may hold.
+    """Those of `files` (path in the repository → file) that may be uploaded.
 
     Raises:
-        ReleaseError: a file is a symbolic link, or holds a token or the path of a folder of `private`.
+        ReleaseError: a file is a symbolic link, or a text holds one of `secrets`.
     """
-    found: dict[str, Path] = {}
-    for folder in folders:
-        found |= {str(file.relative_to(folder)): file for file in _files(folder)}
-    chosen = {path: file for path, file in found.items() if is_of_kind(path, KINDS_OF_FILES[repo_type])}
-    token = get_token()
+    chosen = {path: file for path, file in files.items() if _is_of_kind(path, KINDS_OF_FILES[repo_type])}
     for path, file in chosen.items():
         if file.is_symlink():
             raise ReleaseError(f"{file}: is a symbolic link; only files that lie there themselves are uploaded")
-        _check_text(path, file, private, token)
-    return Release(repo_type, title, _manifest(chosen), sorted(found.keys() - chosen.keys()), replaces)
+        if file.suffix in _BINARY:
+            continue
+        text = file.read_bytes()
+        if found := secrets.token_in(text) or (file.name not in _VOCABULARIES and secrets.path_in(text)):
+            raise ReleaseError(f"{file}: would be uploaded as {path} and holds {found}")
+    return Release(repo_type, title, _manifest(chosen), sorted(files.keys() - chosen.keys()), replaces)
 
 
-def is_of_kind(path: str, patterns: Iterable[str]) -> bool:
+def files_of(*folders: Path) -> dict[str, Path]:
+    """All files below `folders`, by their paths in there; a later folder's go before an earlier one's of that path."""
+    return {str(file.relative_to(folder)): file for folder in folders for file in _files(folder)}
+
+
+def _is_of_kind(path: str, patterns: Iterable[str]) -> bool:
     """Whether `path`, or its last part, matches one of `patterns`."""
     return any(fnmatchcase(path if "/" in pattern else path.rpartition("/")[2], pattern) for pattern in patterns)
 
@@ -122,20 +151,3 @@ def _manifest(files: Mapping[str, Path]) -> list[ReleaseFile]:
 
     with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter's lock to others
         return list(threads.map(entry, sorted(files.items())))
-
-
-def _check_text(path: str, file: Path, private: Iterable[Path], token: str | None) -> None:
-    """Raises:
-    ReleaseError: see `make_release`.
-    """
-    if file.suffix not in _TEXT:
-        return
-    text = file.read_bytes()
-    if _TOKEN.search(text) or (token and token.encode() in text):
-        raise ReleaseError(f"{file}: holds a token of the Hub; remove it, and revoke it if others may have seen it")
-    if file.name in _VOCABULARIES:
-        return
-    for folder in private:
-        where = str(folder.absolute())
-        if folder.parent != folder and re.search(rb"(?<![\w.])" + re.escape(where).encode() + rb"(?![\w.-])", text):
-            raise ReleaseError(f"{file}: holds {where!r}, a path of this machine, and would be uploaded as {path}")

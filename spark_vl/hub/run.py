@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import yaml
 
@@ -17,6 +20,9 @@ from spark_vl.provenance import public_name
 from spark_vl.report import comparison, read_lines
 
 _OF_A_RUN = (CONFIG, RECIPES)
+_OF_A_MODEL = ("metrics.jsonl", ENVIRONMENT)
+_FOLDERS = re.compile(r"(?<=['\"])[^'\"]*/")
+"""In front of the last part of a quoted path."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,20 @@ class TrainedModel:
     """Of the Hub; None: it was a folder."""
 
     @cached_property
+    def _config(self) -> dict[str, Any]:
+        """The resolved configuration under which these weights were saved: it lies beside them."""
+        return yaml.safe_load((self.folder.parent / CONFIG).read_text())
+
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration: of paths of the author's machine the last part only, and not where it goes."""
-        config = yaml.safe_load((self.run / CONFIG).read_text())
-        del config["publish"]
+        config = {name: part for name, part in self._config.items() if name != "publish"}
+        config["output_dir"] = self.run.name
+        config["model"] = config["model"] | {"path": self.base}
+        for group in ("data", "evaluation"):
+            config[group] = config[group] | {"recipes": [_public_recipe(name) for name in config[group]["recipes"]]}
+        templates = [Path(name).name for name in config["prompts"]["templates"]]
+        config["prompts"] = config["prompts"] | {"templates": templates}
         return _without_folders(config)
 
     @cached_property
@@ -56,22 +72,23 @@ class TrainedModel:
 
     @cached_property
     def environments(self) -> list[dict[str, Any]]:
-        """What the run ran on, from each start; only changes are kept."""
+        """What the run ran on, from each start, and which settings were others from then on; only changes are kept."""
         kept: list[dict[str, Any]] = []
         for line in read_lines(self.run / ENVIRONMENT):
-            if line["step"] <= self.step and (not kept or line | {"step": 0} != kept[-1] | {"step": 0}):
+            line["changed"] = [_FOLDERS.sub("", change) for change in line["changed"]]
+            if line["step"] < self.step and (not kept or line | {"step": 0} != kept[-1] | {"step": 0}):
                 kept.append(line)
         return kept
 
     @cached_property
     def trained_on(self) -> list[dict[str, Any]]:
         """Facts of the recipes of `data.recipes` (see `provenance.write_recipes`)."""
-        return recipe_facts(self.run, "data")
+        return recipe_facts(self.run, self._config["data"]["recipes"])
 
     @cached_property
     def evaluated_on(self) -> list[dict[str, Any]]:
         """Facts of those of `evaluation.recipes`."""
-        return recipe_facts(self.run, "evaluation")
+        return recipe_facts(self.run, self._config["evaluation"]["recipes"])
 
     @cached_property
     def templater(self) -> Templater:
@@ -97,14 +114,16 @@ def find_model(checkpoint: Path) -> TrainedModel:
             f"{checkpoint}: holds no trained model; allowed: the folder of a finished run, its model/, one of its "
             "checkpoints/step-*/, or its checkpoints/best"
         )
-    facts = json.loads((folder / TRAINING_FILE).read_text())
-    return TrainedModel(folder, find_run(folder), facts["step"], facts["base"], facts["base_commit"])
+    facts, run = json.loads((folder / TRAINING_FILE).read_text()), find_run(folder)
+    if missing := [name for name in _OF_A_MODEL if not (run / name).is_file()]:
+        raise ReleaseError(f"{run}: {' and '.join(missing)}: is missing, and the card says nothing that is not there")
+    return TrainedModel(folder, run, facts["step"], facts["base"], facts["base_commit"])
 
 
-def recipe_facts(run: Path, group: str) -> list[dict[str, Any]]:
-    """What `provenance.write_recipes` noted of the recipes of `data` or `evaluation`."""
+def recipe_facts(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What `provenance.write_recipes` noted of recipes, by their names in the configuration."""
     facts = json.loads((run / RECIPES).read_text())
-    return [facts[name] for name in yaml.safe_load((run / CONFIG).read_text())[group]["recipes"]]
+    return [facts[name] for name in names]
 
 
 def find_run(path: Path) -> Path:
@@ -113,10 +132,23 @@ def find_run(path: Path) -> Path:
     Raises:
         ReleaseError: it is in none.
     """
-    for folder in (path, *path.absolute().parents):
+    path = path.resolve()
+    for folder in (path, *path.parents):
         if all((folder / name).is_file() for name in _OF_A_RUN):
             return folder
     raise ReleaseError(f"{path}: is in no run's folder (one that has {' and '.join(_OF_A_RUN)}), which its card needs")
+
+
+def _public_recipe(written: str) -> str:
+    """The name of a recipe and its parameters, without folders of the author's machine."""
+    name, mark, query = written.partition("?")
+    parameters = {key: _public(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    return f"{Path(name).name}{mark}{urlencode(parameters, safe='/')}"
+
+
+def _public(value: str) -> str:
+    """As `public_name`, also of a folder that is no more, or not from here."""
+    return public_name(value) if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", value) else Path(value).name
 
 
 def _without_folders(value: Any) -> Any:

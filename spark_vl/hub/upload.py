@@ -13,7 +13,7 @@ from rich.console import Console
 
 from spark_vl import __version__
 from spark_vl.hub.client import Hub, HubError, Info, check_repo_name, find_token
-from spark_vl.hub.release import Release, ReleaseFile, is_of_kind
+from spark_vl.hub.release import Release, ReleaseFile
 
 _RACES = 3
 """How often a commit is tried, when another one comes before it."""
@@ -31,6 +31,8 @@ class Published:
     """In which the release is whole."""
     changed: bool
     """Whether that commit is new."""
+    deleted: tuple[str, ...]
+    """Files of earlier releases that it does not hold any more."""
 
 
 def upload(
@@ -55,11 +57,12 @@ def upload(
     _open(hub, revision, public)
     for _ in range(_RACES):
         head = hub.info(revision)
-        commit = hub.call(f"uploading to {repo}", _commit, hub, release, revision, head)
+        stale = _stale(release, head)
+        commit = hub.call(f"uploading to {repo}", _commit, hub, release, revision, head.sha, stale)
         if commit is not None:
             _verify(hub, commit.oid, release.files)
             url = f"{hub.api.endpoint}/{'' if hub.repo_type == 'model' else f'{hub.repo_type}s/'}{repo}"
-            return Published(url, commit.oid, changed=commit.oid != head.sha)
+            return Published(url, commit.oid, commit.oid != head.sha, stale)
     raise HubError(f"{repo}: others commit to it so often that {_RACES} commits came too late; publish again")
 
 
@@ -108,11 +111,15 @@ def _open(hub: Hub, revision: str | None, public: bool) -> None:
         )
 
 
-def _commit(hub: Hub, release: Release, revision: str | None, head: Info) -> CommitInfo | None:
-    """Upload what is not there, and commit on top of `head`. None: somebody else's commit came first."""
+def _stale(release: Release, head: Info) -> tuple[str, ...]:
+    """The files of earlier releases at `head` that `release` does not hold."""
     paths = {file.path for file in release.files}
-    there = [sibling.rfilename for sibling in head.siblings]
-    stale = [path for path in there if path not in paths and is_of_kind(path, release.replaces)]
+    there = (sibling.rfilename for sibling in head.siblings)
+    return tuple(path for path in there if path not in paths and release.replaces.fullmatch(path))
+
+
+def _commit(hub: Hub, release: Release, revision: str | None, parent: str, stale: Sequence[str]) -> CommitInfo | None:
+    """Upload what is not there, and commit on top of `parent`. None: somebody else's commit came first."""
     try:
         # Not `upload_folder`, which may make several commits of one release.
         return hub.api.create_commit(
@@ -125,7 +132,7 @@ def _commit(hub: Hub, release: Release, revision: str | None, head: Info) -> Com
             revision=revision,
             commit_message=release.title,
             commit_description=f"Published by spark-vl {__version__}.",
-            parent_commit=head.sha,
+            parent_commit=parent,
         )
     except HfHubHTTPError as error:
         if error.response.status_code == 412:

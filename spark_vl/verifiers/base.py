@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from math import inf
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 from spark_vl.answers import last_boxed
 from spark_vl.records import BadRecordError, ImageSize, PromptRecord, Verdict
@@ -66,17 +66,28 @@ def get_verifier(name: str) -> Verifier:
 
 
 def run_verifier(completion: str, record: PromptRecord) -> Verdict:
-    """The verdict of the record's verifier, in this process and without a deadline.
+    """The verdict of the record's verifier, in this process and without a deadline; numbers and texts in it are plain.
 
     An exception (a bug in the verifier, a bad gold, a verdict that is none) becomes status `error`, score 0.
     """
     try:
         verdict = get_verifier(record.verifier)(completion, record)
-        if not (isinstance(verdict, Verdict) and 0 <= verdict.score <= 1):
-            raise TypeError(
-                f"verifier {record.verifier!r} returned {verdict!r:.200}, not a Verdict with score in [0, 1]"
-            )
-        return verdict
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"verifier {record.verifier!r} returned {verdict!r:.200}, not a Verdict")
+        score, parsed, status, detail = verdict.score, verdict.parsed, verdict.status, verdict.detail
+        statuses = ("ok", "unparsable", "timeout", "error")
+        for field, value, fits, allowed in (
+            # NumPy's numbers and a tensor's only one will do as a score; a text, which float would read, will not.
+            ("score", score, isinstance(score, SupportsFloat) and 0 <= float(score) <= 1, "a number in [0, 1]"),
+            ("parsed", parsed, parsed is None or isinstance(parsed, str), "a text or None"),
+            ("status", status, isinstance(status, str) and status in statuses, ", ".join(statuses)),
+            ("detail", detail, isinstance(detail, str), "a text"),
+        ):
+            if not fits:
+                raise TypeError(f"verifier {record.verifier!r}: {field}: found {value!r:.200}; allowed: {allowed}")
+        plain = str.__str__  # what a text is, also where its class is not str itself
+        parsed = None if parsed is None else plain(parsed)
+        return Verdict(float(score), parsed, plain(status), plain(detail), verdict.shaping)
     except Exception as error:
         return Verdict(0.0, None, "error", f"{type(error).__name__}: {error}"[:500])
 

@@ -9,9 +9,11 @@ moment which item runs and since when, and after a kill which items were not beg
 from __future__ import annotations
 
 import contextlib
-import faulthandler
+import fcntl
 import json
+import math
 import os
+import pickle
 import resource
 import signal
 import socket
@@ -20,8 +22,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -36,36 +39,52 @@ worker."""
 
 START_S = 120.0
 """Seconds that a worker may take to start and to import a batch's verifiers."""
+LONGEST_TIMEOUT_S = 86400.0
 BATCH = 32
 """Most items sent to a worker at a time."""
 READY = "ready"
 OUT_OF_MEMORY = 75
 """Exit code of a worker whose verifier has met the limit on memory."""
-PARENT_CHECK_S = 2.0
-"""Seconds between the looks of an idle worker at whether its parent is alive."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""A scheduler may send them to all processes: the parent, which ends its step and saves, still needs verdicts."""
+LONGEST_ANSWER = 2**26
+"""Bytes of a worker's message. What a verifier writes to its descriptors mostly reads as a greater length."""
 
 
 class VerifierPool:
     """Worker processes that verify completions; a context manager. Workers start on first need and are kept.
 
     Counted over the pool's life: `timeouts` and `errors` (verdicts with that status), `restarts` (workers that hung or
-    died). One call of `verify` runs at a time; others wait for it.
+    died). One call of `verify` or `close` runs at a time; others wait for it. A fork of the process has a pool without
+    workers, which starts its own.
+
+    When a worker ends, the processes that its verifiers have started are killed; so are they, with the workers, when
+    the pool's own process is killed (Linux; elsewhere a verifier that hangs then stays). One that has left the worker's
+    process group, with `setsid`, lives on.
 
     Args:
         workers: number of processes.
-        timeout_s: wall-clock seconds that one completion may take, imports not counted.
+        timeout_s: wall-clock seconds that one completion may take, imports not counted. At most a day.
         memory_mb: MiB that a worker may hold for itself, imports counted (math: 60, with torch: 800), and so may each
             process that a verifier starts. Linux; memory that processes share is not counted.
     """
 
     def __init__(self, workers: int = 2, timeout_s: float = 10.0, memory_mb: int = 2048) -> None:
-        if workers < 1 or timeout_s <= 0 or memory_mb < 1:
-            found = f"{workers}, {timeout_s} and {memory_mb}"
-            raise ValueError(f"workers and memory_mb must be at least 1 and timeout_s above 0, not {found}")
+        for name, value in (("workers", workers), ("memory_mb", memory_mb)):
+            if value < 1:
+                raise ValueError(f"{name}: found {value}; allowed: at least 1")
+        if not 0 < timeout_s <= LONGEST_TIMEOUT_S:  # nor is nan
+            raise ValueError(f"timeout_s: found {timeout_s:g}; allowed: above 0, at most {LONGEST_TIMEOUT_S:g} (a day)")
         self.workers, self.timeout_s, self.memory_mb = workers, timeout_s, memory_mb
         self.timeouts = self.errors = self.restarts = 0
+        self._without_workers()
+        _POOLS.add(self)
+
+    def _without_workers(self) -> None:
         self._started: list[_Worker] = []
         self._lock = threading.Lock()
+        self._user: int | None = None
+        """The thread that holds the lock."""
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -74,9 +93,25 @@ class VerifierPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers. A later `verify` starts new ones."""
+        """Ends the workers, once a call of `verify` in another thread is done. A later `verify` starts new ones."""
+        with self._alone():
+            self._end_workers()
+
+    def _end_workers(self) -> None:
         while self._started:
             self._started.pop().end()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other threads from using the workers."""
+        if self._user == threading.get_ident():
+            raise RuntimeError("a call of verify is running in this thread: `progress` must not use or close the pool")
+        with self._lock:
+            self._user = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._user = None
 
     def verify(
         self, items: Sequence[tuple[str, PromptRecord]], *, progress: Callable[[int], None] = lambda done: None
@@ -87,19 +122,22 @@ class VerifierPool:
         process, `error`; all score 0. Workers get neither messages nor images, and see `<image>` in the question.
 
         Args:
-            progress: called with how many more items are done, in this thread and whenever some are.
+            progress: called with how many more items are done, in this thread and whenever some are. Must not use the
+                pool.
 
         Raises:
-            ValueError: a record names an unknown verifier.
-            RuntimeError: a worker cannot start.
+            ValueError: a record names an unknown verifier, or one that no other process can import.
+            RuntimeError: a worker cannot start, or cannot import a verifier.
         """
         for name in {record.verifier for _, record in items} - VERIFIERS.keys():
+            if name.startswith("__main__:"):
+                raise ValueError(f"verifier {name!r}: workers cannot import what a script defines; put it in a module")
             get_verifier(name)
-        with self._lock:
+        with self._alone():
             try:
                 verdicts = self._verify(items, progress)
             except BaseException:
-                self.close()  # what the workers still have to say belongs to this call, not to the next
+                self._end_workers()  # what they still have to say belongs to this call, not to the next
                 raise
             self.timeouts += sum(verdict.status == "timeout" for verdict in verdicts)
             self.errors += sum(verdict.status == "error" for verdict in verdicts)
@@ -111,17 +149,24 @@ class VerifierPool:
             progress(len(verdicts))
         todo = deque(i for i in range(len(items)) if i not in verdicts)
         batch = min(BATCH, 1 + len(todo) // (4 * self.workers))  # small enough that all workers end at about one time
+        failed_starts = 0
 
-        def lose(worker: _Worker, status: Literal["timeout", "error"]) -> None:
-            """Ends a worker that hung or died. The item that it was at pays with a verdict, the others go back."""
-            code = worker.end(grace_s=0.0 if status == "timeout" else 1.0)
+        def lose(worker: _Worker, status: Literal["timeout", "error"], reason: str | None = None) -> None:
+            """Ends a worker that hung or died. The item that it was at pays with a verdict, the others go back.
+
+            Without a reason it is the exit code.
+            """
+            nonlocal failed_starts
+            code = worker.end(grace_s=1.0 if reason is None else 0.0)
             self._started.remove(worker)
             self.restarts += 1
             if worker.running:
-                reason = f"more than {self.timeout_s:g} s" if status == "timeout" else self._cause(code)
-                verdicts[worker.queue.popleft()] = Verdict(0.0, None, status, reason)
+                verdicts[worker.queue.popleft()] = Verdict(0.0, None, status, reason or self._cause(code))
             elif worker.fresh:
-                raise RuntimeError(f"a verifier worker did not start (exit code {code}); its own words are on stderr")
+                failed_starts += 1
+                if worker.complaint or failed_starts > self.workers:  # each may have been killed once from outside
+                    reason = worker.complaint or f"exit code {code}; its own words are on stderr"
+                    raise RuntimeError(f"a verifier worker did not start: {reason}")
             todo.extendleft(reversed(worker.queue))
 
         while (done := len(verdicts)) < len(items):
@@ -130,18 +175,20 @@ class VerifierPool:
                 worker.send(chunk, [_without_images(*items[i]) for i in chunk])
             busy = [worker for worker in self._started if worker.queue]
             patience_s = min(worker.deadline for worker in busy) - time.monotonic()
-            answered = wait([worker.pipe for worker in busy], max(0.0, patience_s))
+            answered = wait(busy, max(0.0, patience_s))
             for worker in busy:
-                if worker.pipe in answered:
-                    try:
-                        verdict = worker.receive(self.timeout_s)
-                    except (EOFError, OSError):
-                        lose(worker, "error")
-                    else:
-                        if verdict is not None:
+                try:
+                    if worker in answered:
+                        if verdict := worker.receive(self.timeout_s):
                             verdicts[worker.queue.popleft()] = verdict
-                elif time.monotonic() >= worker.deadline:
-                    lose(worker, "timeout")
+                    elif time.monotonic() >= worker.deadline and not worker.pipe.poll():
+                        raise TimeoutError
+                except (EOFError, ConnectionError):
+                    lose(worker, "error")
+                except (TimeoutError, BlockingIOError):
+                    lose(worker, "timeout", f"more than {self.timeout_s:g} s")
+                except Exception as error:
+                    lose(worker, "error", f"its process sent something that is no verdict ({error})")
             if len(verdicts) > done:
                 progress(len(verdicts) - done)
         return [verdicts[i] for i in range(len(items))]
@@ -163,14 +210,25 @@ class VerifierPool:
         return idle
 
 
+_POOLS: weakref.WeakSet[VerifierPool] = weakref.WeakSet()
+
+
+def _leave_workers_to_parent() -> None:
+    """In a fork: the workers go on for the parent, and end with it even if the fork lives on."""
+    for pool in _POOLS:
+        for worker in pool._started:
+            worker.pipe.close()
+            worker.lifeline.close()
+        pool._without_workers()
+
+
+os.register_at_fork(after_in_child=_leave_workers_to_parent)
+
+
 class _Worker:
     """The parent's side of one subprocess."""
 
     def __init__(self, timeout_s: float, memory_mb: int) -> None:
-        self.pipe, theirs = Pipe()
-        with socket.socket(fileno=os.dup(self.pipe.fileno())) as ours:
-            # A worker that does not read, held by a thread that a verifier left behind, must not hold the parent too.
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_S), 0))
         self.queue: deque[int] = deque()
         """Indices of the items that it still has to answer, the one that it is at first."""
         self.deadline = 0.0
@@ -178,20 +236,43 @@ class _Worker:
         self.running = False
         """Whether it has imported the verifiers of its batch, and so is at the first item of its queue."""
         self.fresh = True
-        """Whether it has yet to say a first word."""
+        """Whether it has yet to import its first verifiers."""
+        self.complaint = ""
+        """Why it could not import a verifier."""
+        self.pipe, theirs = Pipe()
+        self.lifeline, watched = Pipe()
+        with socket.socket(fileno=os.dup(self.pipe.fileno())) as ours:
+            # A worker that does not read, held by a thread that a verifier left behind, must not hold the parent too,
+            # nor one that falls silent in the middle of a message.
+            for option, seconds in ((socket.SO_SNDTIMEO, START_S), (socket.SO_RCVTIMEO, timeout_s)):
+                ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", math.ceil(seconds), 0))
+        # With -P a folder's own json.py does not stand in for Python's; afterwards modules are found as by the parent.
         code = (
             "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from spark_vl.verifiers import pool; pool.work()"
         )
-        arguments = [json.dumps([str(path) for path in sys.path])]
-        arguments += map(str, (theirs.fileno(), os.getpid(), timeout_s, memory_mb))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what a verifier prints does not belong among the parent's output
-            start_new_session=True,  # so that ending it ends what it started, and Ctrl-C reaches the parent only
-        )
+        arguments = [json.dumps([str(path) for path in sys.path]), str(theirs.fileno()), str(memory_mb)]
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited, until the worker has its handlers
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code, *arguments],
+                pass_fds=[theirs.fileno(), watched.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a verifier prints does not belong among the parent's output
+                start_new_session=True,  # so that ending it ends what it started, and Ctrl-C reaches the parent only
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if sys.platform == "linux":
+            # Should the parent be gone, nobody kills a hung worker and its children. The system does, as soon as the
+            # lifeline's other end is closed.
+            fcntl.fcntl(watched, fcntl.F_SETOWN, -self.process.pid)
+            fcntl.fcntl(watched, fcntl.F_SETSIG, signal.SIGKILL)
+            fcntl.fcntl(watched, fcntl.F_SETFL, os.O_ASYNC)
         theirs.close()
+        watched.close()
+
+    def fileno(self) -> int:
+        return self.pipe.fileno()
 
     def send(self, indices: list[int], items: list[tuple[str, PromptRecord]]) -> None:
         self.queue.extend(indices)
@@ -201,11 +282,26 @@ class _Worker:
             self.pipe.send(items)
 
     def receive(self, timeout_s: float) -> Verdict | None:
-        """The verdict on the first item of the queue; None for `READY`. Raises EOFError or OSError if it has died."""
-        said = self.pipe.recv()
+        """The verdict on the first item of the queue; None for what is said of the imports.
+
+        Raises EOFError or ConnectionError if it has died, BlockingIOError if it stops halfway, ValueError or OSError if
+        something else has come.
+        """
+        answer = self.pipe.recv_bytes(LONGEST_ANSWER)
+        try:
+            said = pickle.loads(answer)
+        except Exception as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         self.deadline = time.monotonic() + timeout_s
-        self.running, self.fresh = True, False
-        return None if said == READY else said
+        if isinstance(said, Verdict) and self.running:
+            return said
+        if not isinstance(said, str) or self.running:
+            raise ValueError(f"{said!r:.100}")
+        if said == READY:
+            self.running, self.fresh = True, False
+        else:
+            self.complaint = said
+        return None
 
     def end(self, grace_s: float = 0.0) -> int:
         """Kills the worker, and the processes that it started; its exit code, its own if it exits within the grace."""
@@ -214,6 +310,7 @@ class _Worker:
             self.process.wait(grace_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.lifeline.close()
         return self.process.wait()
 
 
@@ -225,36 +322,35 @@ def _without_images(completion: str, record: PromptRecord) -> tuple[str, PromptR
 def work() -> None:
     """The worker's side. It ends when the parent does, and what its verifiers have started with it.
 
-    Arguments: `sys.path`, the pipe's descriptor, the parent's process id, the timeout in seconds, the memory in MiB.
+    Arguments: `sys.path`, the pipe's descriptor, the memory in MiB.
     """
-    descriptor, parent, timeout_s, memory_mb = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
+    descriptor, memory_mb = int(sys.argv[2]), int(sys.argv[3])
     # Not RLIMIT_AS: libraries reserve far more addresses than they ever use.
     limits = (memory_mb * 2**20, *resource.getrlimit(resource.RLIMIT_DATA))
     resource.setrlimit(resource.RLIMIT_DATA, (min(x for x in limits if x != resource.RLIM_INFINITY),) * 2)
     os.set_inheritable(descriptor, False)
     pipe = Connection(descriptor)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        # A scheduler may send them to all processes: the parent, which ends its step and saves, still needs verdicts.
-        # Not SIG_IGN, which a verifier's own subprocesses would inherit.
-        signal.signal(number, lambda *_: None)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which a verifier's own subprocesses would inherit
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     own = os.getpid()
-    with open(os.devnull, "w") as nowhere, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            while not pipe.poll(PARENT_CHECK_S):
-                if os.getppid() != parent:  # and a fork of it holds the pipe, or this would be an EOFError
-                    raise EOFError
             items = pipe.recv()
-            for name in {record.verifier for _, record in items}:
-                get_verifier(name)
+            try:
+                for name in {record.verifier for _, record in items}:
+                    get_verifier(name)
+            except Exception as error:
+                pipe.send(f"{type(error).__name__}: {error}")
+                raise
             pipe.send(READY)
             for item in items:
-                # Should the parent be gone, nobody kills a hung worker. This does, even if the hang holds the GIL.
-                faulthandler.dump_traceback_later(2 * timeout_s + 1, file=nowhere, exit=True)
                 verdict = run_verifier(*item)
                 if os.getpid() != own:
                     os._exit(0)  # a fork that the verifier made; the item is the worker's
+                for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                    signal.setitimer(timer, 0)  # one that the verifier left behind would kill the next item
                 if verdict.status == "error" and "MemoryError" in verdict.detail:
                     os._exit(OUT_OF_MEMORY)  # the verifier may still hold it all: the next item gets a new process
                 pipe.send(verdict)
-            faulthandler.cancel_dump_traceback_later()
     os.killpg(own, signal.SIGKILL)

@@ -38,12 +38,8 @@ def hub(server, call) -> Iterator[HubServer]:
 
 
 def digests(folder: Path) -> dict[str, bytes]:
-    """All files of a run but what publishing itself generates."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "release" not in path.parts
-    }
+    """All files of a run."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def spark_vl(hub: HubServer, *arguments: object, **settings) -> subprocess.CompletedProcess[str]:
