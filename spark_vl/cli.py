@@ -21,6 +21,7 @@ from spark_vl.config import (
     EvalConfig,
     OfflineConfig,
     TrainConfig,
+    VerifierConfig,
     add_config_arguments,
     blamed_on,
     check_eval_config,
@@ -36,6 +37,7 @@ from spark_vl.estimate.weights import Setup
 from spark_vl.layout import CONFIG
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, plain_text
+from spark_vl.verifiers import VerifierPool
 
 TRAIN_HELP = "train a policy that is its own generative reward"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
@@ -328,12 +330,14 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
         raise ConfigError(str(error)) from error
     bad: list[BadRecordError] = []
     rows = 0
-    for found in check(problems):
-        rows += 1
-        if isinstance(found, BadRecordError):
-            bad.append(found)
-        elif rows - len(bad) <= show:
-            print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
+    pool = VerifierConfig()
+    with VerifierPool(pool.workers, pool.timeout_s, pool.memory_mb) as verifiers:
+        for found in check(problems, verifiers):
+            rows += 1
+            if isinstance(found, BadRecordError):
+                bad.append(found)
+            elif rows - len(bad) <= show:
+                print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
     for error in bad[:20]:
         print(f"cannot be used: {error}")
     print(f"{rows - len(bad)} of {rows} rows can be used")

@@ -94,7 +94,7 @@ class DataConfig:
     max_prompt_tokens: PositiveInt = 8192
     """Records whose prompt is longer are quarantined."""
     max_quarantined_fraction: ClosedUnitInterval = 0.05
-    """The run stops when more than this share of the rows seen cannot be used."""
+    """The run stops when more of the rows seen cannot be used than chance would give with this share."""
 
 
 @dataclass

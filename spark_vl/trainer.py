@@ -255,6 +255,7 @@ class Trainer:
                     self.waiting = self._recycle(sampled, means)
         self.processor.forget_images()
         means.count("data/quarantined", self.quarantine.rows_bad)
+        means.count("data/quarantined_prompts", self.quarantine.prompts_bad)
         metrics = means.over_processes().result()
         add_balanced_accuracy(metrics)
         return metrics | {"data/epoch": self.sampler.epoch} | self.timer.reset()
@@ -302,7 +303,7 @@ class Trainer:
                 try:
                     self.shards.add(self.step + 1, group)
                 except BadRecordError as error:  # its image, which could be read before, is gone or has changed
-                    self.quarantine.add(error)
+                    self.quarantine.add_prompt(error)
 
     def _update(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt], means: Means) -> None:
         self.updated = True
@@ -328,7 +329,12 @@ class Trainer:
             groups = self.engine.generate(prompts, settings.n, sampling, progress)
         with self.timer("verify"):
             self.log.phase("verifying")
-            return verify_groups(self.verifiers, groups, settings.max_new_tokens)
+            groups = verify_groups(self.verifiers, groups, settings.max_new_tokens)
+        for group in groups:
+            if group.record.kind == "problem" and all(verdict.status == "error" for verdict in group.verdicts):
+                reason = f"the {group.record.verifier} verifier fails on every completion: {group.verdicts[0].detail}"
+                self.quarantine.add(BadRecordError(group.record.id, reason))
+        return groups
 
     def _recycle(self, groups: Sequence[RolloutGroup], means: Means) -> list[PromptRecord]:
         """The prompts that `groups` are recycled into; what is over the caps is kept to refill from."""
@@ -345,6 +351,7 @@ class Trainer:
     def _draw(self, n: int) -> list[ProcessedPrompt]:
         """The next `n` problems that can be used; the others are quarantined. Collective: `n` may differ."""
         prompts: list[ProcessedPrompt] = []
+        bad_in_a_row = 0
         with self.timer("load"):
             self.log.phase("loading")
             while any(wanted := each_process(self.accelerator, n - len(prompts))):
@@ -352,8 +359,12 @@ class Trainer:
                     self.quarantine.seen(1)
                     try:
                         prompts.append(self.processor.process(self.sampler[row]))
+                        bad_in_a_row = 0
                     except BadRecordError as error:
                         self.quarantine.add(error)
+                        bad_in_a_row += 1
+                        if bad_in_a_row > len(self.sampler):  # any share may be allowed
+                            raise TooManyBadRowsError(f"none of {bad_in_a_row} rows can be used: {error}") from error
         return prompts
 
     def _process(self, records: Sequence[PromptRecord]) -> list[ProcessedPrompt]:
@@ -364,7 +375,7 @@ class Trainer:
                 try:
                     prompts.append(self.processor.process(record))
                 except BadRecordError as error:
-                    self.quarantine.add(error)
+                    self.quarantine.add_prompt(error)
         return prompts
 
     def _fresh(self, kind: Kind, n: int) -> list[ProcessedPrompt]:
@@ -421,7 +432,7 @@ class Trainer:
         """What a step changes, besides the weights and what goes with them."""
         return {
             "sampler": self.sampler.state_dict(),
-            "rows": [self.quarantine.rows_seen, self.quarantine.rows_bad],
+            "rows": [self.quarantine.rows_seen, self.quarantine.rows_bad, self.quarantine.prompts_bad],
             "waiting": list(self.waiting),
             "surplus": list(self.surplus),
             "skipped_in_a_row": self.updater.skipped_in_a_row,
@@ -430,7 +441,7 @@ class Trainer:
 
     def _set_state(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
-        self.quarantine.rows_seen, self.quarantine.rows_bad = state["rows"]
+        self.quarantine.rows_seen, self.quarantine.rows_bad, self.quarantine.prompts_bad = state["rows"]
         self.waiting, self.surplus = list(state["waiting"]), list(state["surplus"])
         self.updater.skipped_in_a_row = state["skipped_in_a_row"]
         self.best = state["best"]
@@ -476,7 +487,7 @@ class Trainer:
             for name in ("waiting", "surplus"):
                 state[name] = [record for other in states for record in other[name]][rank::processes]
             rows = [sum(counts) for counts in zip(*(other["rows"] for other in states), strict=True)]
-            state["rows"] = [0, 0] if rank else rows
+            state["rows"] = [0, 0, 0] if rank else rows
         for name in ("waiting", "surplus"):
             state[name] = [record_from_json(record) for record in state[name]]
         self._set_state(state)

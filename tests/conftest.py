@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: two processes of a test must not fight over the cores.
@@ -20,6 +21,7 @@ from spark_vl.demo.tiny import random_tiny
 from spark_vl.policy.policy import Policy
 from spark_vl.processors import QwenVLProcessor
 from spark_vl.records import ImageRef, Message, PromptRecord
+from spark_vl.verifiers import VerifierPool
 
 torch.set_num_threads(1)
 
@@ -69,6 +71,13 @@ def processor(tiny) -> QwenVLProcessor:
         max_pixels=224 * 224,
         max_prompt_tokens=4096,
     )
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[VerifierPool]:
+    """Verifiers in one process beside this one."""
+    with VerifierPool(workers=1) as verifiers:
+        yield verifiers
 
 
 @pytest.fixture

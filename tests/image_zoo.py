@@ -97,7 +97,7 @@ def bombs() -> Iterable[Specimen]:
     pixels = zlib.compress(bytes(1000))
     tiles = {0x0142: (4, [40_000]), 0x0143: (4, [40_000]), 0x0144: (4, [8]), 0x0145: (4, [len(pixels)])}
     yield bad("tiff-huge-tile", tiff(10, 10, (8,), 1, pixels, compression=8, more=tiles, strip=False), "tiles of 40000")
-    # Each of these is as large as an image may be, and a column of 40,000 pixels needs five of them, or hundreds.
+    # Each of these is as large as an image may be, and a narrow image of 40,000 rows needs five of them.
     tiles |= {0x0142: (4, [8000]), 0x0143: (4, [8000]), 0x0144: (4, 5 * [8]), 0x0145: (4, 5 * [len(pixels)])}
     data = tiff(200, 40_000, (8,), 1, pixels, compression=8, more=tiles, strip=False)
     yield bad("tiff-tiles-in-sum", data, "its 5 tiles of 8000×8000 are more than 128000000 pixels")
@@ -105,6 +105,12 @@ def bombs() -> Iterable[Specimen]:
     tiles = {0x0141: (4, [40_000]), 0x0142: (4, [16]), 0x0143: (4, [16]), 0x0144: (4, [8]), 0x0145: (4, [len(pixels)])}
     data = tiff(10, 10, (8,), 1, pixels, compression=8, more=tiles, strip=False)
     yield bad("tiff-tag-twice", data.replace(b"\x41\1\4\0", b"\x42\1\4\0"), "a tag twice")
+    # libtiff knows a type of signed 64-bit numbers, and Pillow would see no tile.
+    tiles = {0x0142: (4, [40_000]), 0x0143: (4, [40_000]), 0x0144: (4, [8]), 0x0145: (4, [len(pixels)])}
+    data = tiff(10, 10, (8,), 1, pixels, compression=8, more=tiles, strip=False)
+    for tag in (b"\x42\1", b"\x43\1"):
+        data = data.replace(tag + b"\4\0", tag + b"\x11\0")
+    yield bad("tiff-tile-of-unknown-type", data, "tiles have no size")
     # Two strips are the image of three rows; the others would be decoded over them, as often as the file says.
     for count, name in ((2, "two-strips"), (200, "strips-again")):
         strips = {0x0111: (4, (count - 1) * [8] + [12]), 0x0116: (4, [2]), 0x0117: (4, count * [4])}

@@ -104,7 +104,9 @@ def problems(tmp_path: Path):
     return make
 
 
-def test_a_bad_image_is_a_bad_record_and_nothing_else(specimen: Specimen, problems, processor, tmp_path: Path) -> None:
+def test_a_bad_image_is_a_bad_record_and_nothing_else(
+    specimen: Specimen, problems, processor, tmp_path: Path, pool
+) -> None:
     """In memory and in a file whose name says PNG; neither the processor nor `check` sees another exception."""
     (tmp_path / "picture.png").write_bytes(specimen.data)
     rows = problems([specimen.data, "picture.png"])
@@ -116,7 +118,7 @@ def test_a_bad_image_is_a_bad_record_and_nothing_else(specimen: Specimen, proble
             prompt = processor.process(rows[row])
             assert prompt.record.image_sizes[0].original == specimen.size
         processor.forget_images()
-    found = list(check(rows))
+    found = list(check(rows, pool))
     assert all(isinstance(each, BadRecordError) == (specimen.refused is not None) for each in found)
 
 

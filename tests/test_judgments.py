@@ -206,7 +206,7 @@ def test_datasets_loads_rows_with_decoded_images(config: str, published: Path):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_records_come_back_through_the_recipe(config: str, published: Path):
+def test_records_come_back_through_the_recipe(config: str, published: Path, pool):
     recipe = load_recipe(f"judgments?repo={published}&kind={config}")
     originals = {as_row(g, s)["id"]: (g.record, s) for s, of in RUN.items() for g in of}
     found = 0
@@ -214,7 +214,7 @@ def test_records_come_back_through_the_recipe(config: str, published: Path):
         if not list((published / config).glob(f"{split}-*")):
             continue
         opened = open_recipe(recipe, split, Templater.load())
-        for record in check(opened):
+        for record in check(opened, pool):
             found += 1
             assert isinstance(record, PromptRecord), record
             prefix = f"judgments-{config}/{split}/"
@@ -443,16 +443,19 @@ def test_special_tokens_in_a_row_have_no_effect():
     assert "<|" not in plain_text(message.content)
 
 
-def test_rows_that_name_code_are_bad_rows_unless_the_recipe_names_it(tmp_path: Path):
-    records = [problem("a", "One?", verifier="my.module:check"), problem("b", "Two?", verifier="os:system")]
+def test_rows_that_name_code_are_bad_rows_unless_the_recipe_names_it(tmp_path: Path, pool):
+    records = [
+        problem("a", "One?", verifier="spark_vl.verifiers.number:verify_number"),
+        problem("b", "Two?", verifier="os:system"),
+    ]
     folder = write(tmp_path, {1: [sampled(record, (1, 0)) for record in records]})
     (tmp_path / "own.yaml").write_text(
-        f"{{base: 'judgments?repo={folder}&kind=rollouts', verifier: 'my.module:check'}}"
+        f"{{base: 'judgments?repo={folder}&kind=rollouts', verifier: 'spark_vl.verifiers.number:verify_number'}}"
     )
     split = split_of(records[0])
     assert split_of(records[1]) == split
     for name, usable in ((f"judgments?repo={folder}&kind=rollouts", 0), (tmp_path / "own.yaml", 1)):
-        found = list(check(open_recipe(load_recipe(name), split, TEMPLATER)))
+        found = list(check(open_recipe(load_recipe(name), split, TEMPLATER), pool))
         assert [isinstance(record, PromptRecord) for record in found] == [usable == 1, False]
         assert found[1].record_id == f"judgments-rollouts/{split}/r/train/b@1"
         assert "'verifier' is 'os:system'; allowed: choice" in found[1].reason

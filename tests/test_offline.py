@@ -107,7 +107,7 @@ def test_it_is_deterministic_and_takes_any_folder_of_the_run(run: Path, tmp_path
 
 
 def test_what_it_writes_can_be_published_and_trained_on(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     counts = again(run, tmp_path / "out")
@@ -122,7 +122,7 @@ def test_what_it_writes_can_be_published_and_trained_on(
                 source={"parquet": str(tmp_path / "out" / config)},
                 splits={split: f"{split}-*.parquet"},
             )
-            records = list(check(open_recipe(recipe, split, TEMPLATER)))
+            records = list(check(open_recipe(recipe, split, TEMPLATER), pool))
             assert all(isinstance(record, PromptRecord) for record in records)
             found += len(records)
     assert found == sum(counts.values())

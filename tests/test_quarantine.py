@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.groups import TEMPLATER, recycled, sampled
 
 
 def listed(file: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text().splitlines() if line]
 
 
 def test_bad_rows_are_listed_once_each(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
     file.write_text('{"id": "a/0", "reason": "x"}\n')  # by a version that named no sources
     Quarantine(file, 0).add(BadRecordError("a/1", "x"))
     with file.open("a") as lines:
-        lines.write('{"id": "a/2", "rea')  # killed while writing
+        lines.write('\n{"id": "a/2", "rea')  # killed while writing
     resumed = Quarantine(file, 0)
     for n in (0, 1, 2, 3):
         resumed.add(BadRecordError(f"a/{n}", "x"))
@@ -75,19 +76,45 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
     assert resumed.rows_bad == 4
 
 
-@pytest.mark.parametrize(("fraction", "bad_allowed"), [(0.0, 0), (0.1, 2), (0.05, 1), (1.0, 20)])
+# Expectation and four standard deviations of a binomial distribution: 0.1 · 100 + 4 · √(100 · 0.1 · 0.9) = 22.
+@pytest.mark.parametrize(("fraction", "bad_allowed"), [(0.0, 0), (0.1, 22), (0.05, 13), (1.0, 100)])
 def test_too_many_bad_rows_stop_the_run(tmp_path: Path, fraction: float, bad_allowed: int) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", fraction)
-    quarantine.seen(20)
+    quarantine.seen(100)
     for n in range(bad_allowed):
         quarantine.add(BadRecordError(f"a/{n}", "empty"))
     if fraction == 1.0:
         return
     with pytest.raises(
-        TooManyBadRowsError, match=rf"{bad_allowed + 1} of 20 rows .* {fraction:g} .*q\.jsonl.*a/x: empty"
+        TooManyBadRowsError, match=rf"{bad_allowed + 1} of 100 rows .* {fraction:g} .*q\.jsonl.*a/x: empty"
     ):
         quarantine.add(BadRecordError("a/x", "empty"))
     assert listed(quarantine.path)[-1]["id"] == "a/x"
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.02, False), (0.04, False), (0.1, True), (0.5, True)])
+def test_chance_stops_no_run_that_has_fewer_bad_rows_than_are_allowed(tmp_path: Path, share: float, stops: bool):
+    """As it is used: judged after each row of thousands."""
+    stopped = 0
+    for seed in range(50):
+        rng = random.Random(seed)
+        quarantine = Quarantine(tmp_path / f"{seed}.jsonl", 0.05)
+        try:
+            for _ in range(2000):
+                quarantine.seen(1)
+                if rng.random() < share:
+                    quarantine.add(BadRecordError("a/train/1", "empty"))
+        except TooManyBadRowsError:
+            stopped += 1
+    assert stopped >= 49 if stops else stopped <= 1
+
+
+def test_prompts_that_a_run_made_itself_are_listed_and_stop_nothing(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.0)
+    quarantine.seen(30)
+    quarantine.add_prompt(BadRecordError("a/train/1@3#pairwise", "too long"))
+    assert (quarantine.rows_bad, quarantine.prompts_bad) == (0, 1)
+    assert [line["id"] for line in listed(quarantine.path)] == ["a/train/1@3#pairwise"]
 
 
 def test_the_first_rows_are_not_judged(tmp_path: Path) -> None:

@@ -250,8 +250,45 @@ def test_a_base_gets_its_parameters_from_the_file_that_starts_from_it(recipe_fil
     (tmp_path / "b.yaml").write_text("{base: 'mine.yaml?repo=${to}&kind=c', parameters: {to: null}, name: b}")
     recipe = load_recipe(f"{tmp_path / 'b.yaml'}?to=org/name")
     assert (recipe.name, recipe.license, recipe.source.location) == ("b", "c-org/name", str(tmp_path / "data"))
-    (tmp_path / "c.yaml").write_text("{base: 'judgments?repo=org/name&kind=rollouts', verifier: 'my.module:check'}")
+    (tmp_path / "c.yaml").write_text(
+        "{base: 'judgments?repo=org/name&kind=rollouts', verifier: 'spark_vl.verifiers.number:verify_number'}"
+    )
     assert load_recipe(tmp_path / "c.yaml").columns.judgments == "rollouts"
+
+
+@pytest.mark.parametrize(
+    ("verifier", "why"),
+    [
+        ("numbr", "it is none"),
+        ("no.such.module:check", "there is no module 'no.such.module' on sys.path"),
+        ("nothing:", "it is none"),
+        ({"train": "math", "test": "numbr"}, "it is none"),
+    ],
+)
+def test_a_verifier_that_is_none_is_found_when_the_recipe_is_read(recipe_file, verifier, why: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"verifier: found '.*'; allowed: math, choice, .*, or module:function \({why}"
+    ):
+        load_recipe(recipe_file(verifier=verifier))
+
+
+def test_a_gold_that_means_nothing_to_its_verifier_is_a_bad_row(problems, pool) -> None:
+    opened = problems({"a": "5"}, {"a": "blue"}, {"a": "six"}, verifier="number")
+    good, bad, word = check(opened, pool)
+    assert isinstance(good, PromptRecord)
+    assert isinstance(word, PromptRecord)
+    assert bad.record_id == "mine/train/#1"
+    assert "the number verifier gives its own gold 'blue' 0 of 1" in bad.reason
+
+
+def test_a_gold_outside_of_its_image_is_a_bad_row(problems, tmp_path: Path, pool) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    rows = [{"images": ["a.png"], "a": [0, 0, 5, 5]}, {"images": ["a.png"], "a": [0, 0, 500, 5]}, {"a": [0, 0, 5, 5]}]
+    good, outside, nowhere = check(problems(*rows, verifier="iou"), pool)
+    assert isinstance(good, PromptRecord)
+    assert "outside the image" in outside.reason
+    assert "the size of image 0 is missing" in nowhere.reason
 
 
 def test_recipes_that_are_used_together_have_different_names() -> None:
@@ -384,10 +421,10 @@ def test_a_row_may_name_its_verifier(problems) -> None:
 
 
 def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
-    rows = [{"v": "my.module:check"}, {"v": "os:system"}, {"v": "number"}]
-    opened = problems(*rows, verifier="my.module:check")
-    assert [opened[0].verifier, opened[2].verifier] == ["my.module:check", "number"]
-    allowed = ", ".join(sorted({*VERIFIERS, "my.module:check"}))
+    rows = [{"v": "spark_vl.verifiers.number:verify_number"}, {"v": "os:system"}, {"v": "number"}]
+    opened = problems(*rows, verifier="spark_vl.verifiers.number:verify_number")
+    assert [opened[0].verifier, opened[2].verifier] == ["spark_vl.verifiers.number:verify_number", "number"]
+    allowed = ", ".join(sorted({*VERIFIERS, "spark_vl.verifiers.number:verify_number"}))
     assert reason(opened, 1).startswith(f"'v' is 'os:system'; allowed: null, {allowed}")
     assert reason(problems(*rows)).endswith(f"allowed: null, {', '.join(sorted(VERIFIERS))}")
 
@@ -458,7 +495,7 @@ def test_a_bad_row_is_refused_with_its_reason(problems, tmp_path: Path, row: Any
     assert [opened[0].gold, opened[2].gold] == ["5", "5"]  # its neighbours are well
 
 
-def test_broken_lines_are_bad_rows(tmp_path: Path, recipe_file) -> None:
+def test_broken_lines_are_bad_rows(tmp_path: Path, recipe_file, pool) -> None:
     (tmp_path / "data").mkdir()
     good = json.dumps(ROW).encode()
     (tmp_path / "data" / "train.jsonl").write_bytes(
@@ -468,7 +505,7 @@ def test_broken_lines_are_bad_rows(tmp_path: Path, recipe_file) -> None:
     )
     opened = open_recipe(load_recipe(recipe_file()), "train", TEMPLATER)
     assert len(opened) == 5
-    assert [isinstance(row, PromptRecord) for row in check(opened)] == [True, False, False, False, True]
+    assert [isinstance(row, PromptRecord) for row in check(opened, pool)] == [True, False, False, False, True]
     assert all("not JSON" in reason(opened, index) for index in (1, 2, 3))
 
 
@@ -480,13 +517,13 @@ def test_a_missing_key_is_a_bad_row_not_a_missing_image(problems) -> None:
     assert reason(opened) == "no column 'images'; the row has 'q', 'a', 'choices', 'v'"
 
 
-def test_ids_are_checked(problems) -> None:
+def test_ids_are_checked(problems, pool) -> None:
     columns = {"question": "q", "answer": "a", "id": "n"}
     opened = problems(*({"n": n} for n in ("x-1", 7, "x-1", "", None, True, "a\nb", 1.5)), columns=columns)
     assert [opened[0].id, opened[1].id] == ["mine/train/x-1", "mine/train/7"]
     for index, expected in ((3, "is empty"), (4, "is null"), (5, "is bool"), (6, "printable"), (7, "is float")):
         assert expected in reason(opened, index)
-    checked = list(check(opened))
+    checked = list(check(opened, pool))
     assert isinstance(checked[2], BadRecordError)
     assert checked[2].reason == "row 2 has the id of an earlier row"
     assert checked[3].record_id == "mine/train/#3"
@@ -499,12 +536,12 @@ def test_rows_out_of_range_are_index_errors(problems) -> None:
             opened[index]
 
 
-def test_check_opens_the_images(problems, tmp_path: Path) -> None:
+def test_check_opens_the_images(problems, tmp_path: Path, pool) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "good.png").write_bytes(png())
     (tmp_path / "data" / "cut.png").write_bytes(png(size=(64, 64))[:60])
     (tmp_path / "data" / "text.png").write_text("hello")
-    checked = list(check(problems(*({"images": [f"{name}.png"]} for name in ("good", "cut", "text")))))
+    checked = list(check(problems(*({"images": [f"{name}.png"]} for name in ("good", "cut", "text"))), pool))
     assert isinstance(checked[0], PromptRecord)
     assert "broken image" in checked[1].reason
     assert "not an image in one of the formats" in checked[2].reason
@@ -535,7 +572,7 @@ def test_parquet_shards_are_read_without_decoding(tmp_path: Path, recipe_file) -
     ]
 
 
-def test_a_parquet_row_that_names_a_readable_file_is_refused(tmp_path: Path, recipe_file) -> None:
+def test_a_parquet_row_that_names_a_readable_file_is_refused(tmp_path: Path, recipe_file, pool) -> None:
     paths = ["/etc/hostname", "../secret.png", "good.png", "link.png"]
     rows = [{"q": "?", "a": "1", "image": {"bytes": None, "path": path}} for path in paths]
     features = Features({"q": Value("string"), "a": Value("string"), "image": IMAGE})
@@ -545,7 +582,7 @@ def test_a_parquet_row_that_names_a_readable_file_is_refused(tmp_path: Path, rec
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
     pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), tmp_path / "data" / "t.parquet")
     recipe = load_recipe(recipe_file(source={"parquet": "data"}, splits={"train": "t.parquet"}, columns=PLAIN))
-    checked = list(check(open_recipe(recipe, "train", TEMPLATER)))
+    checked = list(check(open_recipe(recipe, "train", TEMPLATER), pool))
     assert isinstance(checked[2], PromptRecord)
     assert [error.reason.split("' ")[1].split(" ")[0] for i, error in enumerate(checked) if i != 2] == [
         "must",
@@ -738,13 +775,13 @@ def repository(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", sorted(FIXTURES))
-def test_shipped_recipe_reads_its_schema(name: str, repository) -> None:
+def test_shipped_recipe_reads_its_schema(name: str, repository, pool) -> None:
     recipe = repository(name)
     assert sorted(recipe.splits.values()) == sorted(FIXTURES[name][1])
     for split, source_split in recipe.splits.items():
         opened = open_recipe(recipe, split, TEMPLATER)
         assert len(opened) == len(FIXTURES[name][1][source_split])
-        for row in check(opened):
+        for row in check(opened, pool):
             assert isinstance(row, PromptRecord), row
             check_gold(row)  # its verifier gives its own gold full marks,
             assert run_verifier(r"\boxed{no such answer}", row).score == 0  # and nothing to another
@@ -791,8 +828,8 @@ def test_shipped_recipe_reads_its_schema(name: str, repository) -> None:
         ),
     ],
 )
-def test_rows_of_shipped_recipes(name: str, split: str, expected: list[tuple[str, str, str]], repository) -> None:
-    checked = check(open_recipe(repository(name), split, TEMPLATER))
+def test_rows_of_shipped_recipes(name: str, split: str, expected: list[tuple[str, str, str]], repository, pool) -> None:
+    checked = check(open_recipe(repository(name), split, TEMPLATER), pool)
     found = [(r.gold, r.verifier, plain_text(r.question)) for r in checked if isinstance(r, PromptRecord)]
     assert found == expected
 

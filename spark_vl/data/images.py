@@ -227,7 +227,7 @@ def _check_header(image: Image.Image) -> None:
         raise ImageError(f"pixel mode {image.mode!r} does not convert to RGB; allowed are {', '.join(_MODES)}")
     if image.format == "TIFF":
         _check_tiff(image)
-    if image.format == "MPO":
+    if image.format == "MPO":  # the first frame is the photograph, and nothing else is read
         return
     try:
         image.seek(1)

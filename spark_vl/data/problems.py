@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -18,8 +19,10 @@ from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe
 from spark_vl.data.sources import Row, open_rows
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, Content, ImageRef, PromptRecord
-from spark_vl.verifiers.base import VERIFIERS
+from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
+from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
+
+_ROWS_AT_ONCE = 64
 
 
 def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
@@ -162,22 +165,29 @@ class ProblemSet:
         return tuple(part for part in content if part != "")
 
 
-def check(problems: ProblemSet) -> Iterator[PromptRecord | BadRecordError]:
-    """Every row in order, as its record or as what is wrong with it; images are decoded and ids compared too."""
+def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecord | BadRecordError]:
+    """Every row in order, as its record or as what is wrong with it; images are decoded, ids compared, and golds given
+    to their verifiers too."""
     seen: set[str] = set()
-    for index in range(len(problems)):
-        try:
-            record = problems[index]
-            for ref in record.images:
-                load_image(ref)
-            if record.id in seen:
-                raise BadRecordError(record.id, f"row {index} has the id of an earlier row")
-            seen.add(record.id)
-            yield record
-        except ImageError as error:
-            yield BadRecordError(record.id, str(error))
-        except BadRecordError as error:
-            yield error
+    for start in range(0, len(problems), _ROWS_AT_ONCE):
+        rows: list[PromptRecord | BadRecordError] = []
+        sized: list[PromptRecord] = []
+        for index in range(start, min(start + _ROWS_AT_ONCE, len(problems))):
+            try:
+                record = problems[index]
+                if record.id in seen:
+                    raise BadRecordError(record.id, f"row {index} has the id of an earlier row")
+                seen.add(record.id)
+                sizes = [load_image(ref).size for ref in record.images]
+                sized.append(replace(record, image_sizes=tuple(ImageSize(size, size) for size in sizes)))
+                rows.append(record)
+            except ImageError as error:
+                rows.append(BadRecordError(record.id, str(error)))
+            except BadRecordError as error:
+                rows.append(error)
+        faults = iter(check_golds(verifiers, sized))
+        for row in rows:
+            yield row if isinstance(row, BadRecordError) else next(faults) or row
 
 
 def _shows(question: str, options: tuple[str, ...]) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from spark_vl.records import BadRecordError
 
 _FEWEST_SEEN = 20
 """Rows before whose end no share is judged."""
+
+_DEVIATIONS = 4
+"""Standard deviations by which bad rows must be more than the share that is allowed: it is judged after every row, and
+by chance a run of rows often has more of them."""
 
 
 class TooManyBadRowsError(RuntimeError):
@@ -20,7 +25,8 @@ class Quarantine:
 
     Args:
         path: JSONL file of `{"id", "source", "reason"}`, written by one process; a resumed run goes on with it.
-        max_fraction: the largest share of bad rows among those seen, in [0, 1], that is put up with.
+        max_fraction: the largest share of bad rows, in [0, 1], that is put up with. The run stops when there are more
+            than chance would give with that share.
     """
 
     def __init__(self, path: Path | str, max_fraction: float) -> None:
@@ -31,6 +37,8 @@ class Quarantine:
         """Rows drawn by this process since it started, good and bad."""
         self.rows_bad = 0
         """Those of them that were bad; a row that is drawn again counts again."""
+        self.prompts_bad = 0
+        """Recycled prompts, and what is written of them, that could not be used: no fault of the data."""
         self._listed = _ids(self.path)
 
     def seen(self, n: int) -> None:
@@ -52,6 +60,15 @@ class Quarantine:
             TooManyBadRowsError: see `max_fraction`.
         """
         self.rows_bad += 1
+        self._list(error)
+        self._check(f"; the last one: {error}")
+
+    def add_prompt(self, error: BadRecordError) -> None:
+        """Something that is no row was bad. It is listed as rows are, counted apart, and stops no run."""
+        self.prompts_bad += 1
+        self._list(error)
+
+    def _list(self, error: BadRecordError) -> None:
         if error.record_id not in self._listed:
             self._listed.add(error.record_id)
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +76,10 @@ class Quarantine:
                 source = "/".join(error.record_id.split("/", 2)[:2])
                 line = {"id": error.record_id, "source": source, "reason": error.reason}
                 lines.write(json.dumps(line) + "\n")
-        self._check(f"; the last one: {error}")
 
     def _check(self, example: str) -> None:
-        if self.rows_seen >= _FEWEST_SEEN and self.rows_bad > self.max_fraction * self.rows_seen:
+        share, n = self.max_fraction, self.rows_seen
+        if n >= _FEWEST_SEEN and self.rows_bad > share * n + _DEVIATIONS * math.sqrt(share * (1 - share) * n):
             raise TooManyBadRowsError(
                 f"{self.rows_bad} of {self.rows_seen} rows cannot be used, more than the share of "
                 f"{self.max_fraction:g} that is allowed; {self.path} lists them with reasons{example}"
@@ -77,4 +94,4 @@ def _ids(path: Path) -> set[str]:
     whole = text[: text.rfind(b"\n") + 1]
     if whole != text:
         path.write_bytes(whole)
-    return {json.loads(line)["id"] for line in whole.splitlines()}
+    return {json.loads(line)["id"] for line in whole.splitlines() if line.strip()}

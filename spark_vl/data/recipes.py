@@ -18,6 +18,7 @@ the query of a URL is).
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,7 @@ import yaml
 
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
 from spark_vl.data.sources import Source, SourceKind
-from spark_vl.verifiers.base import check_settings
+from spark_vl.verifiers.base import VERIFIERS, check_settings
 from spark_vl.verifiers.shaping import SHAPING
 
 SPLITS = ("train", "validation", "test")
@@ -263,6 +264,8 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     settings = raw.get("settings", {})
     if not isinstance(settings, dict) or (settings and not isinstance(verifier, str)):
         raise ValueError(f"{where}: settings: found {_shown(settings)}; allowed: a mapping, beside one verifier")
+    for name_of_one in verifier.values() if isinstance(verifier, dict) else [verifier] if verifier else []:
+        _check_verifier(where, name_of_one)
     if settings:
         try:
             check_settings(verifier, settings)
@@ -288,6 +291,22 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
         weights=weights,
         **optional,
     )
+
+
+def _check_verifier(where: str, name: Any) -> None:
+    """A name of `VERIFIERS`, or `module:function` of a module that is there. It is not imported."""
+    name = _text(where, "verifier", name)
+    if name in VERIFIERS:
+        return
+    module, _, function = name.partition(":")
+    try:
+        found = bool(module and function and importlib.util.find_spec(module))
+    except ImportError:  # of a package that it lies in
+        found = False
+    if not found:
+        why = f"there is no module {module!r} on sys.path" if function else "it is none"
+        allowed = f"{', '.join(VERIFIERS)}, or module:function"
+        raise ValueError(f"{where}: verifier: found {name!r}; allowed: {allowed} ({why})")
 
 
 def _verifier(where: str, raw: Any, splits: Mapping[str, str]) -> tuple[Any, dict[str, float]]:

@@ -18,7 +18,7 @@ from spark_vl.data.problems import ProblemSet
 from spark_vl.processors import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, plain_text
-from spark_vl.verifiers import VerifierPool, boxed_gold
+from spark_vl.verifiers import VerifierPool, boxed_gold, check_golds
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +53,12 @@ def draw_problems(
                 prompts.append(processor.process(record))
             except BadRecordError as error:
                 logger.warning("left out of the evaluation: %s", error)
-        verdicts = verifiers.verify([(boxed_gold(prompt.record), prompt.record) for prompt in prompts])
-        for prompt, verdict in zip(prompts, verdicts, strict=True):
-            if verdict.score == 1:
+        faults = check_golds(verifiers, [prompt.record for prompt in prompts])
+        for prompt, fault in zip(prompts, faults, strict=True):
+            if fault is None:
                 usable.append(prompt)
             else:
-                record = prompt.record
-                logger.warning(
-                    "left out of the evaluation: %s: the %s verifier gives its own gold %.200r %g of 1 (%s)",
-                    *(record.id, record.verifier, record.gold, verdict.score, verdict.detail or verdict.status),
-                )
+                logger.warning("left out of the evaluation: %s", fault)
     if not usable:
         raise ValueError(f"recipe {name}: none of its {drawn} rows can be evaluated on; the warnings say why")
     return usable, drawn
