@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spark_vl.checkpoint import CheckpointError, find_checkpoint
 from spark_vl.config import ConfigError, parse_train_config
+from spark_vl.data.quarantine import TooManyBadRowsError
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.trainer import Trainer
 
@@ -256,7 +258,36 @@ def test_bad_rows_are_quarantined_and_too_many_stop_the_run(tmp_path):
     bad = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert len(bad) == 2
     assert metrics(tmp_path / "run")[-1]["data/quarantined"] == 2
-    from spark_vl.data.quarantine import TooManyBadRowsError
-
     with pytest.raises(TooManyBadRowsError, match=r"quarantine\.jsonl"):
-        Trainer(make_config(tmp_path / "strict", *run, "--data.max_quarantined_fraction=0.01")).train()
+        Trainer(make_config(tmp_path / "strict", *run, "--data.max_quarantined_fraction=0")).train()
+
+
+def write_rows(folder: Path, rows: list[dict], **fields) -> Path:
+    """A recipe with those rows."""
+    (folder / "rows").mkdir()
+    (folder / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "name": "mine", "description": "test rows", "license": "none", "source": {"jsonl": str(folder / "rows")},
+        "splits": {"train": "train.jsonl"}, "columns": {"question": "question", "answer": "answer"},
+    }  # fmt: skip
+    (folder / "mine.yaml").write_text(yaml.safe_dump(recipe | fields))
+    return folder / "mine.yaml"
+
+
+def test_a_run_without_any_row_that_can_be_used_ends(tmp_path):
+    recipe = write_rows(tmp_path, [{"question": "", "answer": "5"}] * 5, verifier="number")
+    settings = (f"--data.recipes=[{recipe}]", "--data.max_quarantined_fraction=1", "--steps=1")
+    with pytest.raises(TooManyBadRowsError, match=r"none of 6 rows can be used: .*'question' is empty"):
+        Trainer(make_config(tmp_path / "run", *settings)).train()
+
+
+def test_rows_whose_verifier_fails_on_every_completion_are_bad(tmp_path):
+    rows = [{"question": "Which is larger, 3 or 5?", "answer": "blue" if i % 2 else "5"} for i in range(8)]
+    recipe = write_rows(tmp_path, rows, verifier="number")
+    settings = (f"--data.recipes=[{recipe}]", "--data.max_quarantined_fraction=0.2", "--steps=20")
+    with pytest.raises(
+        TooManyBadRowsError, match=r"number verifier fails on every completion: .*gold 'blue' is not"
+    ):
+        Trainer(make_config(tmp_path / "run", *settings)).train()
+    listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in listed} <= {f"mine/train/#{i}" for i in (1, 3, 5, 7)}
