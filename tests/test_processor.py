@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoProcessor
 
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import load_image
@@ -291,6 +292,10 @@ def test_a_saved_processor_loads_and_does_the_same(tiny, processor, tmp_path):
     )
     with pytest.raises(BadRecordError, match="at most 300 are allowed"):
         loaded.process(make_record("r", "too long " * 50))
+    # Whoever loads it with transformers gets images of the sizes that were trained on.
+    large = smooth_image(1000, 700)
+    by_itself = AutoProcessor.from_pretrained(tmp_path).image_processor(images=[load_image(large)], return_tensors="pt")
+    assert torch.equal(by_itself["image_grid_thw"][0], processor.process(make_record("r", large)).images[0].grid_thw)
 
 
 @pytest.mark.parametrize(

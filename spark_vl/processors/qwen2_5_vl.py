@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,8 +145,10 @@ class QwenVLProcessor:
         return self.hf.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """See `Processor.save`."""
-        self.hf.save_pretrained(folder)
+        """See `Processor.save`. What is saved resizes as this does: the limits of the base model may be far from them."""
+        saved = copy.deepcopy(self.hf)
+        saved.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        saved.save_pretrained(folder)
 
     def _image(self, ref: ImageRef, record_id: str) -> ProcessedImage:
         if ref not in self._images:
