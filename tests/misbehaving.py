@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -71,6 +73,19 @@ held: list[bytes] = []
 """Never let go of."""
 
 
+class Picky(Exception):
+    """Can be pickled, but not read back."""
+
+    def __init__(self, found: str, allowed: str) -> None:
+        super().__init__(f"{found}, not {allowed}")
+
+
+def write_to_all_descriptors(message: bytes) -> None:
+    for descriptor in range(30):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, message)
+
+
 def obey(completion: str, record: PromptRecord) -> Verdict:
     """Does what the completion says."""
     command, _, argument = completion.partition(" ")
@@ -122,7 +137,16 @@ def obey(completion: str, record: PromptRecord) -> Verdict:
     elif command == "keyboard_interrupt":
         raise KeyboardInterrupt
     elif command == "not_picklable":
-        return Verdict(1.0, lambda: completion)
+        return Verdict(1.0, completion, shaping=(("length", lambda: 1.0),))
+    elif command == "not_to_be_read_back":
+        return Verdict(1.0, completion, shaping=(("length", Picky("1", "2")),))
+    elif command == "write_garbage":
+        write_to_all_descriptors(b"garbage\n")
+    elif command == "stop_in_the_middle":
+        write_to_all_descriptors(struct.pack("!i", 10**6) + b"the beginning of a verdict")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif command == "leave_a_timer":
+        signal.setitimer(signal.ITIMER_REAL, float(argument))
     elif command == "print_megabytes":
         for descriptor in (1, 2):
             for _ in range(int(argument)):

@@ -358,6 +358,7 @@ def make_published(tmp_path, make_evaluator):
                     "choices": ["A", "B"],
                     "verifier": "judgment",
                     "settings": "{}",
+                    "license": "MIT",
                     "parent_id": f"p{i}",
                     "step": 3,
                     "template": "t",

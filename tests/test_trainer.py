@@ -285,9 +285,7 @@ def test_rows_whose_verifier_fails_on_every_completion_are_bad(tmp_path):
     rows = [{"question": "Which is larger, 3 or 5?", "answer": "blue" if i % 2 else "5"} for i in range(8)]
     recipe = write_rows(tmp_path, rows, verifier="number")
     settings = (f"--data.recipes=[{recipe}]", "--data.max_quarantined_fraction=0.2", "--steps=20")
-    with pytest.raises(
-        TooManyBadRowsError, match=r"number verifier fails on every completion: .*gold 'blue' is not"
-    ):
+    with pytest.raises(TooManyBadRowsError, match=r"number verifier fails on every completion: .*gold 'blue' is not"):
         Trainer(make_config(tmp_path / "run", *settings)).train()
     listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {line["id"] for line in listed} <= {f"mine/train/#{i}" for i in (1, 3, 5, 7)}

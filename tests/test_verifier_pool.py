@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,12 +10,16 @@ import textwrap
 import threading
 import time
 import types
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from spark_vl.records import ImageRef, Message, PromptRecord, Verdict
+from spark_vl.verifiers.base import run_verifier
 from spark_vl.verifiers.pool import VerifierPool
 
 YES_NO = ("Yes", "No")
@@ -92,6 +97,41 @@ def test_exceptions_are_verdicts_and_are_counted(pool: VerifierPool) -> None:
     assert pool.restarts == 0
 
 
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Verdict(np.float32(0.5), np.str_("x"), np.str_("ok"), np.str_("")),
+        Verdict(torch.tensor(0.5), "x"),
+        Verdict(Fraction(1, 2), "x"),
+    ],
+)
+def test_verdicts_are_made_of_plain_numbers_and_texts(verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spark_vl.verifiers.base.get_verifier", lambda name: lambda *_: verdict)
+    plain = run_verifier("x", record("any"))
+    assert plain == Verdict(0.5, "x")
+    assert [type(value) for value in (plain.score, plain.parsed, plain.status, plain.detail)] == [float, str, str, str]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "detail"),
+    [
+        (Verdict("1", "x"), "score: found '1'; allowed: a number in [0, 1]"),
+        (Verdict(None, "x"), "score: found None"),
+        (Verdict(math.nan, "x"), "score: found nan"),
+        (Verdict(torch.ones(2), "x"), "element"),
+        (Verdict(1.0, 5), "parsed: found 5; allowed: a text or None"),
+        (Verdict(1.0, "x", "fine"), "status: found 'fine'; allowed: ok, unparsable, timeout, error"),
+        (Verdict(1.0, "x", ["ok"]), "status: found ['ok']"),
+        (Verdict(0.0, None, "error", KeyError("x")), "detail: found KeyError('x'); allowed: a text"),
+    ],
+)
+def test_a_verdict_of_other_types_is_an_error(verdict: Verdict, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spark_vl.verifiers.base.get_verifier", lambda name: lambda *_: verdict)
+    said = run_verifier("x", record("any"))
+    assert (said.score, said.parsed, said.status) == (0.0, None, "error")
+    assert detail in said.detail
+
+
 def test_a_bad_gold_is_an_error_of_its_own_item(pool: VerifierPool) -> None:
     bad, good, inline = pool.verify(
         [(r"\boxed{5}", record("math", "5?")), (r"\boxed{5}", record("math")), (r"\boxed{5}", record("number", "many"))]
@@ -165,6 +205,36 @@ def test_progress_hears_of_every_item_once() -> None:
         assert [verdict.parsed for verdict in own.verify(obey("three", "four"))] == ["three", "four"]
 
 
+@pytest.mark.parametrize("use", ["verify", "close"])
+def test_progress_must_not_use_the_pool(use: str) -> None:
+    with VerifierPool(workers=1) as own:
+        again = {"verify": lambda done: own.verify(obey("two")), "close": lambda done: own.close()}
+        with pytest.raises(RuntimeError, match="`progress` must not use or close the pool"):
+            own.verify(obey("one"), progress=again[use])
+        assert [verdict.parsed for verdict in own.verify(obey("three"))] == ["three"]
+
+
+def test_close_waits_for_a_call_in_another_thread() -> None:
+    own = VerifierPool(workers=2)
+    verdicts: list[Verdict] = []
+    thread = threading.Thread(target=lambda: verdicts.extend(own.verify(obey(*["sleep 0.3"] * 4))))
+    thread.start()
+    time.sleep(0.4)
+    own.close()
+    thread.join(60)
+    assert [verdict.status for verdict in verdicts] == ["ok"] * 4
+    assert own.restarts == 0
+
+
+def test_a_slow_parent_costs_no_verdict() -> None:
+    big = "x" * 5_000_000  # more than a pipe holds
+    pauses = iter([2.5])  # after the first answer, so during the second
+    with VerifierPool(workers=1, timeout_s=0.3) as own:
+        verdicts = own.verify(obey("one", big, "three", "four"), progress=lambda done: time.sleep(next(pauses, 0)))
+        assert [verdict.parsed for verdict in verdicts] == ["one", big, "three", "four"]
+        assert own.restarts == 0
+
+
 def test_cheap_kinds_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     with VerifierPool() as own:
@@ -203,6 +273,9 @@ def test_a_tower_of_powers_is_killed_at_the_deadline() -> None:
         ("kill", "error", f"died, exit code {-signal.SIGKILL}, perhaps for want of memory"),
         ("close_descriptors", "error", "died, exit code"),
         ("not_picklable", "error", "died, exit code 1"),
+        ("not_to_be_read_back", "error", "no verdict (TypeError: "),
+        ("write_garbage", "error", "no verdict (bad message length)"),
+        ("stop_in_the_middle", "timeout", "more than 0.4 s"),
         ("eat_memory", "error", "MemoryError: more than 200 MiB"),
         ("hide_that_memory_is_eaten", "error", "MemoryError: more than 200 MiB"),
     ],
@@ -263,6 +336,13 @@ def test_a_fork_does_not_answer_in_its_parents_place() -> None:
         assert own.restarts == 0
 
 
+def test_a_timer_that_is_left_behind_does_not_go_off_in_the_next_item() -> None:
+    with VerifierPool(workers=1) as own:
+        commands = ["leave_a_timer 0.3", "sleep 0.6", "fine", "fine"]
+        assert {verdict.status for verdict in own.verify(obey(*commands))} == {"ok"}
+        assert own.restarts == 0
+
+
 def test_children_are_killed_with_a_worker_that_dies(tmp_path: Path) -> None:
     with VerifierPool(workers=1) as own:
         died, fine = own.verify(obey(f"start_children_and_die {tmp_path / 'pids'}", "fine"))
@@ -318,31 +398,117 @@ PARENT = """
     from spark_vl.records import PromptRecord
     from spark_vl.verifiers.pool import VerifierPool
     def record(name): return PromptRecord("r", "problem", (), (), "5", "tests.misbehaving:" + name, "toy")
-    pool = VerifierPool(workers=1, timeout_s=0.5 if "busy" in sys.argv else 60)
+    pool = VerifierPool(workers=1, timeout_s=60)
     print(pool.verify([("x", record("pid"))])[0].parsed, flush=True)
-    if "busy" in sys.argv:
-        pool.timeout_s = 60  # so that the parent is killed before it kills
-        pool.verify([("hang_in_c", record("obey"))])
-    if "forked" in sys.argv and os.fork() == 0:
-        print(os.getpid(), flush=True)  # it holds the pipe, and lives on
+    if sys.argv[1] == "forked" and os.fork() == 0:
+        print(os.getpid(), flush=True)
+    elif sys.argv[1] not in ("idle", "forked"):
+        pool.verify([(sys.argv[1], record("obey"))])
     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("state", ["idle", "busy", "forked"])
-def test_workers_end_when_the_parent_is_killed(state: str) -> None:
-    """An idle worker at once, also where a fork of the parent is left; one stuck in a verifier after the deadline."""
+@pytest.mark.parametrize("state", ["idle", "forked", "hang_in_c", "start_child"])
+def test_workers_end_when_the_parent_is_killed(state: str, tmp_path: Path) -> None:
+    """Also where a fork of the parent lives on, and one stuck in a verifier, with what that has started."""
+    pids = tmp_path / "pids"
+    command = f"start_child {pids}" if state == "start_child" else state
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PARENT), state], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(PARENT), command], stdout=subprocess.PIPE, text=True
     ) as parent:
         worker = int(parent.stdout.readline())
         fork = int(parent.stdout.readline()) if state == "forked" else None
-        time.sleep(0.3)
+        time.sleep(0.5)
         assert alive(worker)
         parent.kill()
     wait_until_gone(worker)
+    if state == "start_child":
+        wait_until_gone(*map(int, pids.read_text().split()))
     if fork:
         os.kill(fork, signal.SIGKILL)
+
+
+FORKS = """
+    import os, threading, time
+    from spark_vl.records import PromptRecord
+    from spark_vl.verifiers.pool import VerifierPool
+    def record(name): return PromptRecord("r", "problem", (), (), "5", "tests.misbehaving:" + name, "toy")
+    def said(*texts, by="half"): return [verdict.parsed for verdict in pool.verify([(t, record(by)) for t in texts])]
+    pool = VerifierPool(workers=1)
+    worker = said("x", by="pid")
+    thread = threading.Thread(target=said, args=("sleep 0.6",), kwargs={"by": "obey"})
+    thread.start()  # it has the lock at the moment of the fork
+    time.sleep(0.2)
+    fork = os.fork()
+    texts = [f"{os.getpid()} {i}" for i in range(300)]
+    assert said(*texts) == texts
+    assert (said("x", by="pid") == worker) == (fork != 0)
+    if fork:
+        thread.join()
+        assert os.waitpid(fork, 0)[1] == 0
+        assert said("x", by="pid") == worker
+        assert pool.restarts == 0
+    pool.close()
+"""
+
+
+def test_a_fork_of_the_parent_has_workers_of_its_own() -> None:
+    subprocess.run([sys.executable, "-c", textwrap.dedent(FORKS)], timeout=60, check=True)
+
+
+def when_started(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
+    """Sends the first so many workers a signal as soon as they are started."""
+    left = iter(range(times))
+
+    class Signalled(subprocess.Popen):
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, **options)
+            if next(left, None) is not None:
+                self.send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_that_ask_a_run_to_stop_do_not_stop_a_worker_from_starting(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    when_started(monkeypatch, number, times=9)
+    with VerifierPool(workers=2) as own:
+        assert {verdict.status for verdict in own.verify(obey("exit", *["fine"] * 9))} == {"ok", "error"}
+        assert own.restarts == 1
+
+
+def test_a_worker_that_is_killed_before_it_has_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    when_started(monkeypatch, signal.SIGKILL, times=2)
+    with VerifierPool(workers=2) as own:
+        assert {verdict.status for verdict in own.verify(obey(*["fine"] * 9))} == {"ok"}
+        assert (own.errors, own.restarts) == (0, 2)
+        own.close()
+        when_started(monkeypatch, signal.SIGKILL, times=9)
+        with pytest.raises(RuntimeError, match="did not start: exit code -9; its own words are on stderr"):
+            own.verify(obey("fine"))
+
+
+def test_workers_start_in_a_folder_whose_files_are_named_as_pythons_modules_are(tmp_path: Path) -> None:
+    scripts, folder = tmp_path / "scripts", tmp_path / "folder"
+    scripts.mkdir()
+    folder.mkdir()
+    for name in ("json", "types", "socket"):
+        (folder / f"{name}.py").write_text("raise SystemExit('not this one')")
+    (folder / "mine.py").write_text(
+        "from spark_vl.records import Verdict\ndef f(completion, record): return Verdict(1.0, completion)\n"
+    )
+    (scripts / "script.py").write_text(
+        "import sys\n"
+        "from spark_vl.records import PromptRecord\n"
+        "from spark_vl.verifiers.pool import VerifierPool\n"
+        "sys.path.append('')\n"
+        "with VerifierPool(workers=1) as pool:\n"
+        "    print(pool.verify([('x', PromptRecord('r', 'problem', (), (), '5', 'mine:f', 'toy'))])[0].parsed)\n"
+    )
+    command = [sys.executable, str(scripts / "script.py")]
+    assert subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout == "x\n"
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
@@ -372,13 +538,25 @@ def test_a_verifier_that_workers_cannot_import_is_an_error_not_a_score(monkeypat
     module.f = lambda completion, record: Verdict(1.0, "x")
     monkeypatch.setitem(sys.modules, "only_in_the_parent", module)
     with VerifierPool(workers=2) as own:
-        with pytest.raises(RuntimeError, match="did not start"):
+        with pytest.raises(RuntimeError, match=r"did not start: ValueError: .*there is no module 'only_in_the_parent'"):
             own.verify([*obey("sleep 0.2", "sleep 0.2", "sleep 0.2"), ("x", record("only_in_the_parent:f"))])
         # Answers to the call that failed are not taken for answers to the next.
         assert [verdict.parsed for verdict in own.verify(obey("one", "two"))] == ["one", "two"]
 
 
-@pytest.mark.parametrize(("workers", "timeout_s", "memory_mb"), [(0, 1.0, 100), (1, 0.0, 100), (1, 1.0, 0)])
-def test_bad_sizes(workers: int, timeout_s: float, memory_mb: int) -> None:
-    with pytest.raises(ValueError, match="workers and memory_mb must be at least 1 and timeout_s above 0"):
-        VerifierPool(workers, timeout_s, memory_mb)
+def test_a_verifier_of_the_main_script_is_refused(pool: VerifierPool) -> None:
+    with pytest.raises(ValueError, match=r"'__main__:mine': workers cannot import .* put it in a module"):
+        pool.verify([("x", record("__main__:mine"))])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("workers", 0, "at least 1"),
+        ("memory_mb", 0, "at least 1"),
+        *[("timeout_s", value, r"above 0, at most 86400 \(a day\)") for value in (0.0, math.nan, math.inf, 1e10)],
+    ],
+)
+def test_bad_sizes(setting: str, value: float, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"{setting}: found .*; allowed: {allowed}"):
+        VerifierPool(**{setting: value})

@@ -145,7 +145,7 @@ class QwenVLProcessor:
         return self.hf.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """See `Processor.save`. What is saved resizes as this does: the limits of the base model may be far from them."""
+        """See `Processor.save`. What is saved resizes as this does: the limits of the base model may be far away."""
         saved = copy.deepcopy(self.hf)
         saved.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         saved.save_pretrained(folder)

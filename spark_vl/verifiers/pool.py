@@ -97,21 +97,24 @@ class VerifierPool:
         with self._alone():
             self._end_workers()
 
-    def _end_workers(self) -> None:
-        while self._started:
-            self._started.pop().end()
-
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keeps other threads from using the workers."""
+        """Keeps other threads from using the workers; ends them on an exception."""
         if self._user == threading.get_ident():
             raise RuntimeError("a call of verify is running in this thread: `progress` must not use or close the pool")
         with self._lock:
             self._user = threading.get_ident()
             try:
                 yield
+            except BaseException:
+                self._end_workers()  # what they still have to say belongs to this call, not to the next
+                raise
             finally:
                 self._user = None
+
+    def _end_workers(self) -> None:
+        while self._started:
+            self._started.pop().end()
 
     def verify(
         self, items: Sequence[tuple[str, PromptRecord]], *, progress: Callable[[int], None] = lambda done: None
@@ -134,11 +137,7 @@ class VerifierPool:
                 raise ValueError(f"verifier {name!r}: workers cannot import what a script defines; put it in a module")
             get_verifier(name)
         with self._alone():
-            try:
-                verdicts = self._verify(items, progress)
-            except BaseException:
-                self._end_workers()  # what they still have to say belongs to this call, not to the next
-                raise
+            verdicts = self._verify(items, progress)
             self.timeouts += sum(verdict.status == "timeout" for verdict in verdicts)
             self.errors += sum(verdict.status == "error" for verdict in verdicts)
         return verdicts
@@ -151,22 +150,19 @@ class VerifierPool:
         batch = min(BATCH, 1 + len(todo) // (4 * self.workers))  # small enough that all workers end at about one time
         failed_starts = 0
 
-        def lose(worker: _Worker, status: Literal["timeout", "error"], reason: str | None = None) -> None:
-            """Ends a worker that hung or died. The item that it was at pays with a verdict, the others go back.
-
-            Without a reason it is the exit code.
-            """
+        def lose(worker: _Worker, status: Literal["timeout", "error"], reason: str = "") -> None:
+            """Ends a worker that hung or died. The item that it was at pays with a verdict, the others go back."""
             nonlocal failed_starts
-            code = worker.end(grace_s=1.0 if reason is None else 0.0)
+            code = worker.end(grace_s=0.0 if reason else 1.0)
             self._started.remove(worker)
             self.restarts += 1
             if worker.running:
                 verdicts[worker.queue.popleft()] = Verdict(0.0, None, status, reason or self._cause(code))
             elif worker.fresh:
-                failed_starts += 1
-                if worker.complaint or failed_starts > self.workers:  # each may have been killed once from outside
-                    reason = worker.complaint or f"exit code {code}; its own words are on stderr"
-                    raise RuntimeError(f"a verifier worker did not start: {reason}")
+                failed_starts += 1  # which each may once: something from outside may have killed it
+                if failed_starts > self.workers or worker.complaint or status == "timeout":
+                    said = worker.complaint or f"exit code {code}; its own words are on stderr"
+                    raise RuntimeError(f"a verifier worker did not start: {said}")
             todo.extendleft(reversed(worker.queue))
 
         while (done := len(verdicts)) < len(items):
@@ -175,11 +171,11 @@ class VerifierPool:
                 worker.send(chunk, [_without_images(*items[i]) for i in chunk])
             busy = [worker for worker in self._started if worker.queue]
             patience_s = min(worker.deadline for worker in busy) - time.monotonic()
-            answered = wait(busy, max(0.0, patience_s))
+            answered = wait([worker.pipe for worker in busy], max(0.0, patience_s))
             for worker in busy:
                 try:
-                    if worker in answered:
-                        if verdict := worker.receive(self.timeout_s):
+                    if worker.pipe in answered:
+                        if (verdict := worker.receive(self.timeout_s)) is not None:
                             verdicts[worker.queue.popleft()] = verdict
                     elif time.monotonic() >= worker.deadline and not worker.pipe.poll():
                         raise TimeoutError
@@ -247,9 +243,7 @@ class _Worker:
             for option, seconds in ((socket.SO_SNDTIMEO, START_S), (socket.SO_RCVTIMEO, timeout_s)):
                 ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", math.ceil(seconds), 0))
         # With -P a folder's own json.py does not stand in for Python's; afterwards modules are found as by the parent.
-        code = (
-            "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from spark_vl.verifiers import pool; pool.work()"
-        )
+        code = "import json, sys; sys.path = json.loads(sys.argv[1]); from spark_vl.verifiers.pool import work; work()"
         arguments = [json.dumps([str(path) for path in sys.path]), str(theirs.fileno()), str(memory_mb)]
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited, until the worker has its handlers
         try:
@@ -271,9 +265,6 @@ class _Worker:
         theirs.close()
         watched.close()
 
-    def fileno(self) -> int:
-        return self.pipe.fileno()
-
     def send(self, indices: list[int], items: list[tuple[str, PromptRecord]]) -> None:
         self.queue.extend(indices)
         self.running = False
@@ -292,11 +283,11 @@ class _Worker:
             said = pickle.loads(answer)
         except Exception as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
-        self.deadline = time.monotonic() + timeout_s
-        if isinstance(said, Verdict) and self.running:
-            return said
-        if not isinstance(said, str) or self.running:
+        if not isinstance(said, Verdict if self.running else str):
             raise ValueError(f"{said!r:.100}")
+        self.deadline = time.monotonic() + timeout_s
+        if self.running:
+            return said
         if said == READY:
             self.running, self.fresh = True, False
         else:
