@@ -208,7 +208,7 @@ def test_long_and_costly_replies_end_in_time() -> None:
 
 def test_the_cleaning_takes_time_linear_in_the_box() -> None:
     """No box of the allowed length costs what a regular expression that backtracks would."""
-    from spark_vl.verifiers.math import _MAX_CHARS, _clean
+    from spark_vl.verifiers.math import _MAX_CHARS, _clean, _measured, _parts, _time, _words
 
     hostile: list[Any] = [
         "0",
@@ -222,9 +222,17 @@ def test_the_cleaning_takes_time_linear_in_the_box() -> None:
         "√(",
         "^ ",
         "2 1/",
+        "1 a",
+        "a ",
+        "\\text{a}",
+        "\\mathrm{",
+        "1:",
     ]
     for piece in hostile:
         box = (piece * _MAX_CHARS)[:_MAX_CHARS]
         start = time.perf_counter()
         _clean.__wrapped__(box)
+        _measured.__wrapped__(box)
+        for read in (_parts, _time, _words):
+            read(box)
         assert time.perf_counter() - start < 0.5, piece

@@ -2,7 +2,9 @@
 
 math-verify can run for ever (`9^{9^9}`), and its own timeouts need the main thread, so they are off here: run it in a
 `VerifierPool`. It also merges several boxes into a set, picks numbers out of prose, reads "1 2" as 3 and fails on
-`30°`; hence it is given exactly one box, cleaned, and no leave to search anything else.
+`30°`; hence it is given exactly one box, cleaned, and no leave to search anything else. What it drops as a unit may be
+a variable or half of the answer; to it a colon divides, and words are products. Hence units, numbers between words,
+times, ratios and words are read here.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
+from math import gcd
+from string import ascii_lowercase
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, FiniteSet, Interval, MatrixBase, Set, Tuple, floor, log
+from sympy import Basic, Eq, FiniteSet, Integer, Interval, MatrixBase, Mul, Set, Symbol, Tuple, floor, log
 from sympy.logic.boolalg import Boolean
 
-from spark_vl.answers import last_boxed, normalised
+from spark_vl.answers import last_boxed, normalised, parse_quantity, plain
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
@@ -27,6 +32,10 @@ _MAX_CHARS = 1000
 """Longer boxes are no answers, and would each cost a worker its whole deadline."""
 
 _STYLE = r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mbox)"
+_DEFAULT = LatexExtractionConfig()
+_CONFIG = replace(_DEFAULT, normalization_config=replace(_DEFAULT.normalization_config, units=False))
+
+# ── spelling ──
 
 
 def _fraction(match: re.Match[str]) -> str:
@@ -47,7 +56,7 @@ def _script(sign: str) -> Callable[[re.Match[str]], str]:
 
 _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}"), ""),  # it is not shown
-    (re.compile(rf"^\s*{_STYLE}\s*\{{\s*(-?[\d.,/]+)\s*\}}\s*$"), r"\1"),
+    (re.compile(rf"^\s*{_STYLE}\s*\{{\s*((?:-|\\?\$)?\.?\d[^{{}}]*)\}}\s*$"), r"\1"),  # \text{5 cm}
     (re.compile(r"(?<!\\)\\$"), ""),  # what white space at the end left of `\ `
     (re.compile(r"(?<!\\)\\!"), ""),  # 1,\!000
     (re.compile(r"\\underline(?![A-Za-z])|\\[bB]igg?[lrm]?(?![A-Za-z])"), ""),
@@ -77,13 +86,13 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
     (re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\\frac{\2}{\3}"),  # 2 1/2, which would be (2 + 1)/2
     (re.compile(r"\\frac\s*(\d)\s+(\d)(?!\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"(\d)[eE]([-+]?\d+)(?![A-Za-z\d])"), r"\1\\times 10^{\2}"),
+    (re.compile(r"[£€¥₹]"), ""),
+    (re.compile(r"(?<=\d)(?:st|nd|rd|th)$"), ""),
+    (re.compile(rf"(?<=\d)(\s*(?:{_STYLE}\s*\{{\s*)?(?:[ckdm]?m|ft|in))([23])(?=\s*\}}?$)"), r"\1^\2"),  # 5 cm2
 ]
 _TWO_NUMBERS = re.compile(r"\d\s+\d")
 _INTERVAL = re.compile(r"\\infty|\\cup|[\[\]]")
 _BRACES = re.compile(r"(?:\\left\s*)?\\\{")
-_STYLED = re.compile(rf"(?:{_STYLE}\s*\{{[^{{}}]*\}}[\s.$*]*)+")
-_LETTERS = re.compile(r"[^\W\d_]{2,}(?:[\s',-]+[^\W\d_]+)*")
-_WORD = re.compile(r"[^\W\d_]{4,}|\b(?:yes|no|not|odd|all|dne)\b")
 
 
 @lru_cache(maxsize=1024)  # a group shares its gold, and often its answers
@@ -93,14 +102,221 @@ def _clean(answer: str) -> str:
     return re.sub(r"(?<!\\right)\.$", "", answer.strip("*` ").rstrip(",;"))
 
 
+# ── units ──
+
+_POWER = r"(?:\s?\^\s?(?:-?\d|\{\s?-?\d\s?\}))"
+_STYLED_UNIT = rf"{_STYLE}\s?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}?"
+_STYLED_TAIL = re.compile(rf"(?P<tail>{_STYLED_UNIT}(?:\s?(?:/|\\cdot)?\s?{_STYLED_UNIT})*)[\s.]*$")
+_PLAIN_TAIL = re.compile(
+    r"(?:(?<=[\d})])(?P<space>\s?)|(?:(?<=\\pi)|(?<=\\circ))\s)"
+    rf"(?P<tail>[A-Za-z][A-Za-z. ]*{_POWER}?(?:/\s?[A-Za-z]+{_POWER}?)?)$"
+)
+_FACTORS = re.compile(r"(?:\\cdot|[\s/*·()-])+")
+_GLUED_UNITS, _PLAIN_UNITS, _STYLED_UNITS = (
+    frozenset(units.split())
+    for units in (
+        "m s g h l cm mm km kg ft lb hr min sec mph",
+        "L N J W V A K yd mi in lbs oz gal hrs mins secs ms day days dm cup men kN kJ kW kWh kV Hz kHz MHz Pa kPa mL ml"
+        " mol ohm rad sq cu per of am pm AM PM",
+        "C F T H M mg cc eV MeV dB gm au AU ly lm lx Bq Gy Sv Wb GB MB KB TB GW MW MJ MPa GHz kph kmh rpm bpm psi ppm"
+        " pts Rs USD AUD EUR",
+    )
+)
+"""Each also counts where those after it do: `5mg` or "5 ms" may be a product, and "5C" a product or a name."""
+_PLAIN_UNITS |= _GLUED_UNITS
+_STYLED_UNITS |= _PLAIN_UNITS
+_PREFIXED = re.compile(r"[kcdmunpμ](?:[mgsNJWVACFTHL]|Hz|Pa|eV|mol|Ω)")
+_NO_UNIT = re.compile(
+    r"\b(?:or|and|not|if|when|where|for|except|half|halves|thirds?|fifths?|tenths?|hundredths?|thousandths?"
+    r"|(?:arc)?(?:sin|cos|tan|cot|csc)h?|log|exp|mod|sqrt|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho"
+    r"|sigma|tau|phi|chi|psi|omega)\b",
+    re.IGNORECASE,
+)
+_EQUALS = re.compile(r"=|\\approx(?![A-Za-z])")
+_NUMERIC = re.compile(r"(?:[^A-Za-z\\]|\\(?:[dtc]?frac|sqrt|pi|left|right|times|cdot|pm|circ)(?![A-Za-z])|\\[%$!])*")
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?$")
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+
+
+def _is_unit(unit: str, value: str, styled: bool, glued: bool) -> bool:
+    r"""Whether `unit`, at the end of an answer, is one rather than a factor, a name or a condition.
+
+    Args:
+        value: what stands before it.
+        styled: whether it stands in `\text{...}` or the like.
+        glued: whether it stands in plain letters right behind a digit, as a variable would.
+    """
+    if _DEGREES.search(value):
+        return unit in ("C", "F") or unit.lower() in ("celsius", "fahrenheit")  # N and W are directions
+    unit = re.sub(r"^\^\\circ (?=[CF]$)", "", unit)
+    unit = unit.replace(".", "")
+    words = [word for word in _FACTORS.split(re.sub(_POWER, "", unit)) if word]
+    numeric = _NUMERIC.fullmatch(_EQUALS.split(value)[-1]) is not None
+    if not words or _NO_UNIT.search(unit) or not (numeric or (styled and max(map(len, words)) > 1)):
+        return False
+    if glued:
+        return unit in _GLUED_UNITS or (len(words) == 1 < len(words[0]) and words[0] in _GLUED_UNITS)
+    if styled:
+        return all(
+            w in _STYLED_UNITS or _PREFIXED.fullmatch(w) or (_is_word(w) and not w.isupper()) or not w.isascii()
+            for w in words
+        )
+    if len(words) == len(words[0]) == 1 and words[0] not in ("m", unit):  # x^2; but m^2
+        return False
+    return any(w in _PLAIN_UNITS or len(w) > 3 for w in words) and all(w in _PLAIN_UNITS or _is_word(w) for w in words)
+
+
+@lru_cache(maxsize=1024)
+def _measured(answer: str) -> tuple[str, str]:
+    """`answer`, cleaned, without the unit at its end, and that unit; words of scale become factors."""
+    answer = _clean(answer)
+    match = _STYLED_TAIL.search(answer) or _PLAIN_TAIL.search(answer)
+    if match is None or not (value := answer[: match.start()].rstrip()):
+        return answer, ""
+    words = plain(match["tail"]).split()
+    factor = 1
+    while words and (scale := _SCALES.get(words[0].lower().removesuffix("s"))):
+        factor, words = factor * scale, words[1:]
+    scaled = rf"{value}\times {factor}" if factor > 1 else value
+    if not (unit := " ".join(words)):
+        return scaled, ""
+    if unit.lower() in ("percent", "%"):
+        return rf"{scaled}\%", ""
+    styled = match.re is _STYLED_TAIL
+    return (scaled, unit) if _is_unit(unit, value, styled, not styled and match["space"] == "") else (answer, "")
+
+
+# ── numbers between words ──
+
+_NUMBER = re.compile(r"(-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+))")
+_LINKS = re.compile(r"\b(?:and|or)\b|[,;]")
+_LETTERS_ONLY = re.compile(r"[A-Za-z\s.'/-]*")
+_SMALL_WORDS = frozenset(("to", "by", "of", "in", "at", "per", "out"))
+
+
+def _parts(answer: str) -> list[tuple[str, float]] | None:
+    """The numbers of `answer` with the words behind each, sorted by these: of "5 ft 8 in", say. None if it is no such
+    sequence: of one number, of numbers between commas, or of more than numbers and words."""
+    first, *rest = _NUMBER.split(_EQUALS.split(_clean(answer))[-1])
+    if len(rest) < 4 or plain(first).strip("\\"):
+        return None
+    parts, between = [], False
+    for i in range(0, len(rest), 2):
+        behind = rest[i + 1]
+        words = _LINKS.sub(" ", plain(behind)).strip()
+        if words in (r"^\circ", "'", "''", '"'):  # degrees and minutes, feet and inches; but no list of angles
+            reads = _LINKS.search(behind) is None
+        else:
+            reads = _LETTERS_ONLY.fullmatch(words) and (re.search(_STYLE, behind) or _are_words(words))
+        if not reads:
+            return None
+        between = between or (bool(words) and i + 2 < len(rest))
+        quantity = parse_quantity(f"1 {words}")
+        parts.append((quantity.unit if quantity else words.casefold(), float(rest[i].replace(",", ""))))
+    return sorted(parts) if between else None
+
+
+def _are_words(text: str) -> bool:
+    return all(word in _PLAIN_UNITS or word in _SMALL_WORDS or _is_word(word) for word in text.split())
+
+
+# ── times and ratios ──
+
+_TIME = re.compile(r"(\d{1,2})((?::[0-5]\d){0,2})\s*(?:([ap])\.?\s?m)?", re.IGNORECASE)
+_NO_RATIO = re.compile(r"[<>,;|]|\\[{}]|\\(?:in|mid|to|le|ge)(?![A-Za-z])")
+
+
+def _time(answer: str) -> tuple[list[int], str] | None:
+    """The numbers, of hours first, and "a", "p" or "", where `answer` may be the time of a clock or a watch."""
+    match = _TIME.fullmatch(plain(_clean(answer)))
+    if match is None or not (match[2] or match[3]):
+        return None
+    return [int(match[1]), *map(int, (match[2] or ":0")[1:].split(":"))], (match[3] or "").lower()
+
+
+def _same_time(one: tuple[list[int], str], other: tuple[list[int], str]) -> bool:
+    """Half past seven in the evening is 7:30 PM, 19:30, and 7:30."""
+    (hour, *minutes), half = one
+    (other_hour, *other_minutes), other_half = other
+    if minutes != other_minutes:
+        return False
+    if bool(half) == bool(other_half):
+        return hour == other_hour and half == other_half
+    hour_of_day, unknown = (hour, other_hour) if half else (other_hour, hour)
+    return unknown in (hour_of_day, hour_of_day % 12 + 12 * ((half or other_half) == "p"))
+
+
+def _only_time(answer: str) -> bool:
+    """Whether it is a time and surely no ratio, which would be in lowest terms and without zeros in front."""
+    time = _time(answer)
+    return time is not None and ":" in answer and (time[1] != "" or ":0" in answer or gcd(*time[0]) > 1)
+
+
+def _ratio(answer: str) -> list[Any]:
+    """What stands between its colons, parsed; [] if it is no ratio."""
+    terms = _EQUALS.split(_measured(answer)[0])[-1].strip("$ ").split(":")
+    if len(terms) < 2 or _NO_RATIO.search(answer):
+        return []
+    parsed = [_parse(term) for term in terms]
+    return [term for (term,) in parsed] if all(parsed) else []
+
+
+# ── words ──
+
+_STYLED = re.compile(rf"(?:{_STYLE}\s*\{{[^{{}}]*\}}[\s.$*]*)+")
+_LETTERS = re.compile(r"[^\W\d_]{2,}(?:[\s',-]+[^\W\d_]+)*")
+_SHORT_WORDS = frozenset(("no", "dne"))
+_FIGURE = re.compile(r"[A-Z]{3,}")
+
+
+def _is_word(letters: str) -> bool:
+    """And no product: of four letters, or of three with a vowel that are no neighbours in the alphabet (abc)."""
+    low = letters.casefold()
+    if len(low) != 3 or low in _SHORT_WORDS:
+        return low in _SHORT_WORDS or (len(low) > 3 and low.isalpha())
+    return low.isalpha() and not set(low).isdisjoint("aeiouy") and "".join(sorted(low)) not in ascii_lowercase
+
+
+def _words(answer: str) -> str | None:
+    r"""`answer`, normalised, where it is words rather than a product of letters: `\text{...}`, a word, a figure."""
+    said = normalised(answer)
+    if _LETTERS.fullmatch(said) and (
+        _STYLED.fullmatch(answer) or any(map(_is_word, re.split(r"[\s',-]+", said))) or _FIGURE.fullmatch(plain(answer))
+    ):
+        return said
+    return None
+
+
+# ── expressions ──
+
+
+def _angle(match: re.Match[str]) -> str:
+    r"""`\angle CBA` as one name, that of ABC: its vertex stands in the middle."""
+    side, vertex, other = match.groups()
+    return rf" \text{{angle{min(side, other)}{vertex}{max(side, other)}}} "
+
+
+_LETTER_IN_STYLE = rf"{_STYLE}\s*\{{\s*(\\pi\s|[A-Za-z]|[A-Z]{{2,}})\s*\}}"
+_NAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(rf"(?<=[A-Za-z])(?={_STYLE})"), " "),  # what ends a command
+    (re.compile(rf"(?<=[\^_]){_LETTER_IN_STYLE}"), r"{\1}"),
+    (re.compile(_LETTER_IN_STYLE), r"\1"),
+    (re.compile(r"(?:\\angle(?![A-Za-z])|∠)\s*\{?\s*([A-Z])\s*([A-Z])\s*([A-Z])(?![A-Za-z])\s*\}?"), _angle),
+]
+_TWO_NUMBERS = re.compile(r"\d\s+\d")
+_INTERVAL = re.compile(r"\\infty|\\cup|[\[\]]")
+_BRACES = re.compile(r"(?:\\left\s*)?\\\{")
+
+
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> list[Any]:
     """[expression], or [] where `answer`, the content of a box, is no mathematics."""
-    answer = _clean(answer)
+    answer, _ = _measured(answer)
+    for name, standard in _NAMES:
+        answer = name.sub(standard, answer)
     if _TWO_NUMBERS.search(answer):  # would be read as their sum
         return []
-    config = [LatexExtractionConfig()]
-    return parse(rf"\boxed{{{answer}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
+    return parse(rf"\boxed{{{answer}}}", [_CONFIG], fallback_mode="no_fallback", parsing_timeout=None)
 
 
 def _decimals(*expressions: Any) -> int:
@@ -125,14 +341,6 @@ def _exponents(expression: Any) -> Iterator[int]:
             yield from _exponents(argument)
 
 
-def _words(answer: str) -> str | None:
-    r"""`answer`, normalised, where it is words rather than a product of letters: `\text{...}`, or a longer word."""
-    plain = normalised(answer)
-    if _LETTERS.fullmatch(plain) and (_STYLED.fullmatch(answer) or _WORD.search(plain)):
-        return plain
-    return None
-
-
 def _is_set(answer: str, parsed: list[Any]) -> bool:
     r"""Whether it is a set by its braces: math-verify gives `\{1, 2\}`, `1, 2` and `(1, 2)` full marks for one another,
     and those without braces are left at that, for people write solutions in each way."""
@@ -144,12 +352,74 @@ def _is_point(parsed: list[Any]) -> bool:
     return isinstance(parsed[0], Tuple | Interval)
 
 
+def _values(expressions: list[Any]) -> list[Any] | None:
+    """As a point, the values that several variables have, in the order of their names; None if it gives none."""
+    equations = expressions[0].args if isinstance(expressions[0], FiniteSet) else ()
+    if not all(isinstance(each, Eq) and isinstance(each.lhs, Symbol) for each in equations):
+        return None
+    values = {each.lhs.name: each.rhs for each in equations}
+    if len(values) < max(2, len(equations)):
+        return None
+    return [Tuple(*(values[name] for name in sorted(values)))]
+
+
+def _alike(answers: tuple[str, str]) -> list[list[Any]]:
+    """Both parsed; where only one of them names its variables, it is a point, and a bare list is one, too."""
+    parsed = [_parse(answer) for answer in answers]
+    values = [_values(each) for each in parsed]
+    if (values[0] is None) == (values[1] is None):
+        return parsed
+    for i in (0, 1):
+        if values[i] is None and isinstance(parsed[i][0], FiniteSet) and not _is_set(answers[i], parsed[i]):
+            values[i] = _parse(f"({_clean(answers[i]).strip('$ ')})")
+    return [value or each for value, each in zip(values, parsed, strict=True)]
+
+
+def _without_mathematics(boxed: str, gold: str) -> bool | None:
+    """What the rules of this module decide before math-verify is asked; None if they decide nothing."""
+    if (words := _words(gold)) and _LETTERS.fullmatch(said := normalised(boxed)):
+        return said == words
+    if (parts := _parts(gold)) or _parts(boxed):
+        return parts == _parts(boxed)
+    units = [_measured(answer)[1].casefold() for answer in (boxed, gold)]
+    if len(set(units)) == 2 and all(len(unit) == 1 for unit in units):  # they may be variables
+        return False
+    times = _time(boxed), _time(gold)
+    if times[0] and times[1]:
+        return _same_time(*times)
+    return False if _only_time(gold) else None
+
+
+def _equal(answer: list[Any], expected: list[Any], relations: bool = False) -> bool:
+    """As math-verify sees it; `relations`: whether an inequality may be an interval."""
+    return verify(
+        expected,
+        answer,
+        float_rounding=(decimals := _decimals(*expected, *answer)),
+        numeric_precision=decimals + 9,
+        allow_set_relation_comp=relations,
+        timeout_seconds=None,
+        raise_on_error=True,
+    )
+
+
+def _proportional(terms: list[Any], expected: list[Any]) -> bool:
+    """Up to one factor, as ratios are. The gold's quotients stand by themselves, so that 0:0:0 equals none."""
+    pairs = list(zip(terms, expected, strict=False))
+    unit = next(((a, b) for a, b in pairs if not _equal([b], [Integer(0)])), None)
+    if len(terms) != len(expected) or unit is None:
+        return False
+    return all(_equal([Mul(a, 1 / unit[0])], [Mul(b, 1 / unit[1])]) for a, b in pairs)
+
+
 def verify_math(completion: str, record: PromptRecord) -> Verdict:
     r"""1 if the last box is equivalent to `record.gold`; `parsed` is its content.
 
-    Degrees and other simple units do not count; 10% equals both 10 and 0.1; lists compare as sets; decimals agree in
-    six places, those of numbers smaller than 0.1 in six digits; words agree but for their case, and are no products of
-    their letters. Runs without a limit on time: `9^{9^9}` does not come back.
+    Degrees and other simple units do not count, unless they are single letters that differ; 10% equals both 10 and 0.1;
+    lists compare as sets; decimals agree in six places, those of numbers smaller than 0.1 in six digits; words agree
+    but for their case, and are no products of their letters; several numbers between words agree one by one, as do
+    values of variables and a point, in the order of their names; ratios agree up to a factor, but what may be a time
+    does not. Runs without a limit on time: `9^{9^9}` does not come back.
     """
     gold = last_boxed(record.gold) or record.gold
     if not (expected := _parse(gold)):
@@ -165,20 +435,16 @@ def verify_math(completion: str, record: PromptRecord) -> Verdict:
         return Verdict(0.0, None, "unparsable", "the last box holds no mathematical expression")
     if _clean(boxed) == _clean(gold):
         return Verdict(1.0, boxed)
+    if (verdict := _without_mathematics(boxed, gold)) is not None:
+        return Verdict(float(verdict), boxed)
+    answer, expected = _alike((boxed, gold))
     if (_is_set(gold, expected) and _is_point(answer)) or (_is_set(boxed, answer) and _is_point(expected)):
         return Verdict(0.0, boxed)
-    if (words := _words(gold)) and _LETTERS.fullmatch(said := normalised(boxed)):
-        return Verdict(float(said == words), boxed)
     try:
-        equal = verify(
-            expected,
-            answer,
-            float_rounding=(decimals := _decimals(*expected, *answer)),
-            numeric_precision=decimals + 9,
-            allow_set_relation_comp=_INTERVAL.search(_clean(gold)) is not None,  # (1, 2) may be a point
-            timeout_seconds=None,
-            raise_on_error=True,
-        )
+        if max(len(terms := _ratio(boxed)), len(others := _ratio(gold))) > 2:
+            return Verdict(float(_proportional(terms, others)), boxed)
+        relations = _INTERVAL.search(_clean(gold)) is not None  # (1, 2) may be a point
+        equal = _equal(answer, expected, relations)
     except Exception as error:  # sympy knows no way to compare them: an inequation with an inequality, say
         return Verdict(0.0, boxed, "error", f"cannot compare with the gold: {type(error).__name__}: {error}"[:500])
     return Verdict(float(equal), boxed)
