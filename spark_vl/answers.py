@@ -85,16 +85,17 @@ def _bare(text: str, marks: str) -> str:
             closes[opened.pop()] = i
     start, end = 0, len(text)
     while True:
-        while start < end and text[end - 1] in " .":
+        while start < end and text[end - 1] in " \n.":
             end -= 1
-        while start < end and text[start] == " ":
+        while start < end and text[start] in " \n":
             start += 1
         if end - start < 2 or (first := text[start]) not in marks:
             return text[start:end]
         if first == "(":
             paired = closes.get(start) == end - 1
-        else:  # of several, "**A**", the outer ones first
-            several = end - start > 3 and text[start + 1] == first == text[end - 2]
+        else:  # of several, "**A**" or "$ $A$ $", the outer ones first
+            within = text[start + 1 : start + 3].lstrip()[:1] + text[end - 3 : end - 1].rstrip()[-1:]
+            several = end - start > 3 and within == first * 2
             paired = first == text[end - 1] and (several or text.find(first, start + 1, end - 1) < 0)
         if not paired:
             return text[start:end]
@@ -102,7 +103,7 @@ def _bare(text: str, marks: str) -> str:
 
 
 def plain(text: str) -> str:
-    r"""`text` as it reads: `\text{...}` and `\%` without LaTeX, white space collapsed, quotes straight, accents composed.
+    r"""`text` as it reads: `\text{...}` and `\%` undone, white space collapsed, quotes straight, accents composed.
 
     Quotes, parentheses, asterisks, underscores, backticks and dollar signs are left out where they stand in pairs
     around all of it, periods at its end.
@@ -133,7 +134,7 @@ def compact(text: str) -> str:
     text = normalised(text)
     for spelling, standard in _TYPESET:
         text = spelling.sub(standard, text)
-    return text
+    return _bare(text, _MARKS)  # also those that stood within `\left(...\right)`
 
 
 def match_label(reply: str, labels: tuple[str, ...]) -> str | None:
@@ -148,12 +149,16 @@ def match_label(reply: str, labels: tuple[str, ...]) -> str | None:
     return {plain(label).lower(): label for label in labels}.get(plain(boxed).lower())  # casefolded, `yeſ` is "yes"
 
 
+_MAX_CHARS = 10_000
+"""Longer contents of a box name no choices, items or intervals."""
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer)\b\s*:?\s*\(?)?([a-z])\s*(?:$|\)?\s*(?:\.|:(?=\s|$))|\))(.*)",
+    r"(?:(?:option|choice|answer)\b\s*:?\s*)?\(?([a-z])\s*(?:$|\)?\s*(?:\.|:(?=\s|$))|\))(.*)",
     re.DOTALL | re.IGNORECASE,
 )
+_EMPHASIS = re.compile(r"(\*\*?|__?)([^*_]{1,20})\1(?!\w)")
 _CHOICE_AND_TEXT = re.compile(r"([a-z])(?=\W)\s*([-–—,，、:：．]?\s*(.+))", re.DOTALL | re.IGNORECASE)
 _SECOND_CHOICE = re.compile(r"(?<![A-Za-z])[A-Z](?=[.):])|(?:\band\b|\bor\b|[,;/&])\s*\(?[A-Z](?![A-Za-z])|^[A-Z]$")
+_LETTER = re.compile(r"\b[A-Z]\b")
 _COMBINATION = re.compile(r"(?:(?i:both|all of) )?[A-Z](?:(?:, | & |(?:,)? and )[A-Z]){1,9}")
 
 
@@ -180,9 +185,13 @@ def match_choice(text: str, choices: tuple[str, ...] = (), *, letter_first: bool
         numbers = zip(letters, map(parse_quantity, choices), strict=False)
         return {letter for letter, value in numbers if value is not None and agrees(number, value)}
 
+    if len(text) > _MAX_CHARS:
+        return None
     words = plain(text)
-    if letter_first and words and words in letters:
+    if letter_first and words in tuple(letters):
         return words
+    if match := _EMPHASIS.match(words):  # "**B.** 5 cm"
+        words = match[2] + words[match.end() :]
     named = saying(text)
     if (match := _CHOICE.fullmatch(words)) and (letter := match[1].upper()) in letters:
         words = plain(match[2])
@@ -190,12 +199,12 @@ def match_choice(text: str, choices: tuple[str, ...] = (), *, letter_first: bool
             named.add(letter)
         elif not named:
             second = {found[-1] for found in _SECOND_CHOICE.findall(words)} & set(letters) - {letter}
-            if _COMBINATION.fullmatch(words) and letter not in words.removeprefix("Both").removeprefix("All"):
+            if _COMBINATION.fullmatch(words) and letter not in _LETTER.findall(words):
                 second = set()
             named = saying(words) or ({letter} if not second else set())
             return letter if letter in named else None
     elif not named and (match := _CHOICE_AND_TEXT.fullmatch(words)) and (letter := match[1].upper()) in letters:
-        return letter if {letter} in (saying(match[3]), saying(match[2])) else None
+        return letter if saying(match[2]) | saying(match[3]) == {letter} else None  # a dash may be a minus sign
     return named.pop() if len(named) == 1 else None
 
 
@@ -219,6 +228,8 @@ def match_choices(text: str, choices: tuple[str, ...] = (), *, letter_first: boo
     def named(part: str) -> str | None:
         return match_choice(part, choices, letter_first=letter_first)
 
+    if len(text) > _MAX_CHARS:
+        return ()
     if (letter := named(text)) is not None:
         return (letter,)
     words = plain(text)
@@ -302,13 +313,16 @@ _UNIT = rf"(?:(?:square|cubic|sq|cu)\.? )?{_NAME}(?:(?:\s?\^\s?)?[23]|²|³)?"
 _UNIT_PARTS = re.compile(
     rf"(?:(?P<square>square|sq)|(?P<cubic>cubic|cu))?\.? ?(?P<name>{_NAME})(?:(?:\s?\^\s?)?(?P<power>[23²³]))?"
 )
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_WORDS = [*_ONES, *(f"{stem}teen" for stem in "thir four fif six seven eigh nine".split()), "twenty"]
+_WORDS = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+]
 _NO_NOUN = (  # after a number: another one, a multiple or a part of it, or more than one answer
     rf"(?:{'|'.join(_WORDS)}|(?:thir|for|fif|six|seven|eigh|nine)ty|halves|half|quarters?|dozens?|pi|infinity"
     r"|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?|lakhs?|crores?|mil|mn|bn"
-    r"|(?:thir|four|fif|six|seven|eigh|nin|ten|eleven|twelf)(?:d|th)s?|or|and|nor|to|not|no|but|than|least|most|versus"
-    r"|vs|plus|minus|negative|below|above|times|over|by|divided|multiplied|squared|cubed|factorial|mod(?:ulo)?|root)\b"
+    r"|(?:thir|four|fif|six|seven|eigh|nin|ten|eleven|twelf)(?:d|th)s?|or|and|nor|to|not|no|none|but|than|least|most"
+    r"|versus|vs|maybe|perhaps|possibly|if|unless|plus|minus|negative|below|above|times|over|by|divided|multiplied"
+    r"|squared|cubed|factorial|mod(?:ulo)?|root|sqrt|sin|cos|tan|log|ln|tens|thou|mill|gross|scores?|couples?)\b"
 )
 _NOUN = rf"(?:a|(?!{_NO_NOUN})[A-Za-z]{{2,}}(?:[-'](?!{_NO_NOUN})[A-Za-z]+)*+)(?![A-Za-z])"
 _UNSIGNED = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]++)(?:\.[0-9]*)?|\.[0-9]+"
@@ -332,13 +346,13 @@ _FORMULA = [  # before `\text{...}` is undone, which may end a command: `^\circ\
 ]
 _SPELLINGS = [  # after it
     (re.compile(rf"\\[dt]?frac(?![A-Za-z]){_ARGUMENT}{_ARGUMENT}"), r" \1\2/\3\4 "),
-    (re.compile(r"\^\{\s*([23])\s*\}"), r"^\1"),
     (re.compile(rf"(?<=[0-9.])\s?\*\s?{_TEN}"), r"e\2"),
     (re.compile(rf"(?<![0-9.,/^*] )(?<![0-9.,/^*]){_TEN}"), r"1e\2"),
+    (re.compile(r"\^\{\s*([23])\s*\}"), r"^\1"),
     (re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?: [0-9]{3})+(?! ?/|[0-9])"), lambda match: match[0].replace(" ", "")),
     (re.compile(r"(?i:\bdegrees? celsius|\bcelsius)\b|(?:\bdegrees?|°) C\b"), "°C"),
     (re.compile(r"(?i:\bdegrees? fahrenheit|\bfahrenheit)\b|(?:\bdegrees?|°) F\b"), "°F"),
-    (re.compile(r"\bUS ?(?=\\?\$)"), ""),
+    (re.compile(r"\bUS ?(?=\\?\$|[dD]ollar)"), ""),
     (re.compile(r"(?i:\bper cent)\b|\\%"), "%"),
 ]
 _EQUALS = re.compile(
@@ -366,13 +380,16 @@ class Quantity:
     """In one spelling ("cm", "m/s^2", "%", "°", "$"), or the words after the number in lower case ("people")."""
 
 
-def parse_quantity(text: str) -> Quantity | None:
+def parse_quantity(text: str, *, nouns: bool = False) -> Quantity | None:
     r"""The finite number, with its unit, that `text`, the content of a box, is; None if it is none, or holds a second.
 
     Accepted: a sign, thousands separators ("1,234.5", "1 234"), currency signs, a percent sign ("50%" is 50), degrees,
     a unit ("3 cm", `3\ \text{m/s}^2`), fractions ("1/2", `\frac{1}{2}`, "1 1/2", "½"), "1.5e3" and
-    `1.5 \times 10^{3}`, "=" or a variable with it before ("x = 5"), words after it ("5 people"), and the words of
-    `parse_word`. Words that change the number ("3 million", "5 or more", "5 and a half") make it none.
+    `1.5 \times 10^{3}`, "=" or a variable with it before ("x = 5"), and the words of `parse_word`.
+
+    Args:
+        nouns: whether other words may follow the number and its unit ("5 people", "12 years old"). Those that change
+            the number ("3 million", "5 or more", "5 and a half") may not.
     """
     if len(text) > 200:  # no number is that long
         return None
@@ -387,7 +404,8 @@ def parse_quantity(text: str) -> Quantity | None:
         text = spelling.sub(standard, text)
     text = _bare(" ".join(text.replace(r"\$", "$").split()), "*`(").strip()
     text = _bare(text[match.end() :], "*`(") if (match := _EQUALS.match(text)) else text
-    return _quantity(match) if (match := _NUMBER.fullmatch(text)) else None
+    match = _NUMBER.fullmatch(text)
+    return None if match is None or (match["nouns"] and not nouns) else _quantity(match)
 
 
 def _quantity(match: re.Match[str]) -> Quantity | None:
@@ -468,7 +486,6 @@ def parse_count(text: str) -> int | None:
 
 MAX_ITEMS = 256
 """More are no answer."""
-_MAX_CHARS = 10_000
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")
 _NOTHING = re.compile(r"\\(?:emptyset|varnothing)|∅")

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_vl.answers import last_boxed, match_choice, match_label, normalised, parse_number
+from spark_vl.answers import (
+    compact,
+    last_boxed,
+    match_choice,
+    match_choices,
+    match_label,
+    normalised,
+    parse_number,
+    parse_quantity,
+    plain,
+)
 
 YES_NO = ("Yes", "No")
 AB = ("A", "B")
@@ -160,6 +170,14 @@ LENGTHS = ("4 cm", "5 cm", "6 cm")
         ("4 cm or 5 cm", LENGTHS, None),
         ("x", ("x", "X"), None),  # two options with one text
         ("B", ("x", "X"), "B"),
+        ("**B.** 5 cm", LENGTHS, "B"),
+        ("**(B)** 5 cm", LENGTHS, "B"),
+        ("**B** 5 cm", LENGTHS, "B"),
+        ("**B.** 4 cm", LENGTHS, None),
+        ("D. Both A and B", (), "D"),
+        ("D. A, B and C", (), "D"),
+        ("D. Both A or B", (), None),
+        ("B. red and C", (), None),
         ("A", ("B", "A"), None),  # the letter of one and the text of the other
         ("A. B", ("B", "A"), "A"),
         ("A", ("A", "B"), "A"),
@@ -169,6 +187,60 @@ LENGTHS = ("4 cm", "5 cm", "6 cm")
 )
 def test_match_choice(text: str, choices: tuple[str, ...], expected: str | None) -> None:
     assert match_choice(text, choices) == expected
+
+
+@pytest.mark.parametrize("mark", [", ", " - ", " – ", ": ", ":", "：", "、", "．", "，", " "])
+def test_a_letter_and_its_own_text(mark: str) -> None:
+    assert match_choice(f"B{mark}5 cm", LENGTHS) == "B"
+    assert match_choice(f"b{mark}5cm", LENGTHS) == "B"
+    for wrong in (f"B{mark}4 cm", f"A{mark}5 cm", f"D{mark}5 cm", f"B{mark}C", f"B{mark}5 cm or C"):
+        assert match_choice(wrong, LENGTHS) is None
+
+
+FORMULAS = (r"\frac{\sqrt{3}}{2}", r"\frac{1}{2}", "(2, 1)", "x > 2", "11/2")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\dfrac{\sqrt{3}}{2}", "A"),
+        (r"\frac{\sqrt3}{2}", "A"),
+        (r"\dfrac12", "B"),
+        ("(2,1)", "C"),
+        ("x>2", "D"),
+        ("(1,2)", None),
+        ("x<2", None),
+        ("1 1/2", None),
+    ],
+)
+def test_formulas_are_options(text: str, expected: str | None) -> None:
+    assert match_choice(text, FORMULAS) == expected
+
+
+def test_a_dash_may_be_a_minus_sign() -> None:
+    assert match_choice("B - 5 cm", ("4 cm", "5 cm")) == "B"
+    assert match_choice("B -5 cm", ("5 cm", "-5 cm")) is None
+    assert match_choice("B. -5 cm", ("5 cm", "-5 cm")) == "B"
+
+
+def test_money_and_marks_are_options() -> None:
+    assert [match_choice(text, ("$.50", "$50")) for text in ("$.50", "$50", "A", "$5")] == ["A", "B", "A", None]
+    assert match_choice("50", ("$.50", "$5")) is None
+    assert [match_choice(text, ("B'", "A'")) for text in ("A", "B", "A'", "B. A'")] == ["A", "B", "B", "B"]
+    assert match_choice("A. A'", ("B'", "A'")) is None
+    assert match_choice("C. B'", ("A'", "A", "B", "B'")) is None
+
+
+def test_a_right_answer_is_a_letter_first() -> None:
+    letters = ("B", "A", "D", "C")
+    assert match_choices("B", letters) == ("B",)
+    assert match_choices("B, C", letters) == ("B", "C")
+    assert match_choices("BA", letters) == ("A", "B")
+    assert match_choices("b", letters) == ()
+    assert match_choices("AB", LENGTHS) == ("A", "B")
+    assert match_choices("E", letters) == ()
+    assert match_choices("B", letters, letter_first=False) == ()
+    assert match_choice("B. A", letters) == "B"
 
 
 @given(st.lists(st.from_regex(r"[a-z]{2,8}( [a-z]{2,8})?", fullmatch=True), min_size=1, max_size=10, unique=True))
@@ -223,8 +295,43 @@ def test_every_option_is_named_by_letter_and_by_text(choices: list[str]) -> None
         (r"1.5 \times 10^{3}", 1500),
         ("1.5×10^-3", 0.0015),
         ("", None),
-        ("five", None),
-        ("x=5", None),
+        ("five", 5),
+        ("x=5", 5),
+        (r"x_1 \approx 5", 5),
+        ("= 5", 5),
+        ("≈ 5", 5),
+        (r"1\frac{1}{2}", 1.5),
+        ("-1 1/2", -1.5),
+        ("1½", 1.5),
+        ("½", 0.5),
+        (r"\frac{-3}{4}", -0.75),
+        (r"\frac{3}{-4}", -0.75),
+        ("10^{-3}", 0.001),
+        ("10^3", 1000),
+        (r"\left(5\right)", 5),
+        ("1 234", 1234),
+        (r"12\ 345.5", 12345.5),
+        ("$5$ cm", 5),
+        ("US$12", 12),
+        (r"12\,\Omega", 12),
+        (r"21^\circ\text{C}", 21),
+        ("5 Meters", 5),
+        ("5 people", None),
+        ("5 = 6", None),
+        ("5 = 5", None),
+        (r"x \neq 5", None),
+        ("x > 5", None),
+        ("(5", None),
+        ("2 3/2", None),  # no mixed number
+        ("1.5 1/2", None),
+        (r"\frac{1}{2}3", None),
+        (r"\frac{1 2}{3}", None),
+        ("10^{3}4", None),
+        ("10^3.5", None),
+        ("2^3", None),
+        ("1 2345", None),
+        ("1 234 56", None),
+        ("$5 cm", None),  # money and a length
         ("5x", None),
         ("5 and 6", None),
         ("5 6", None),
@@ -270,13 +377,152 @@ def test_fractions_are_divided(numerator: int, denominator: int) -> None:
         assert parse_number(text) == pytest.approx(expected, rel=1e-15)
 
 
-@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([" ", " and ", ", ", "; ", " - ", "=", " or "]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 99) | st.integers(1000, 10**6),
+    st.sampled_from([" ", " and ", ", ", "; ", " - ", "=", " or "]),
+)
 def test_two_numbers_are_none(first: int, second: int, between: str) -> None:
     assert parse_number(f"{first}{between}{second}") is None
 
 
+NOUNS = [  # text, value and unit if words may follow it
+    ("14 people", (14, "people")),
+    (r"14 \text{ people}", (14, "people")),
+    ("14 People in all", (14, "people in all")),
+    ("12 years old", (12, "year")),
+    ("5 m wide", (5, "m")),
+    ("$5 per person", (5, "$")),
+    ("50% of students", (50, "%")),
+    ("5 of the ten", None),
+    ("5 of 10", None),
+    ("about 5 of 7", None),
+    ("5 or 6", None),
+    ("5 or more", None),
+    ("5 to six", None),
+    ("5 and a half", None),
+    ("5 at least", None),
+    ("5 million", None),
+    ("5 hundred people", None),
+    ("5 dozen eggs", None),
+    ("3 quarters", None),
+    ("3 fifths", None),
+    ("3 twenty-fifths", None),
+    ("5 squared", None),
+    ("5 pi", None),
+    ("5 sqrt", None),
+    ("5 perhaps more", None),
+    ("5 x", None),
+    ("5k", None),
+    ("5 k", None),
+    ("5people", None),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), NOUNS)
+def test_words_after_a_number(text: str, expected: tuple[float, str] | None) -> None:
+    quantity = parse_quantity(text, nouns=True)
+    assert (quantity and (quantity.value, quantity.unit)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [
+        ("5 kPa", "kPa"),
+        ("5 kilopascals", "kPa"),
+        ("5 mW", "mW"),
+        ("5 MW", "MW"),
+        ("5 Volts", "V"),
+        ("5 µm", "μm"),
+        (r"5\ \mu\text{m}", "μm"),
+        ("21° C", "°C"),
+        ("21 degrees Celsius", "°C"),
+        ("5 square meters", "m^2"),
+        ("60 miles per hour", "mi/h"),
+        ("5 dollars", "$"),
+        ("5 US dollars", "$"),
+        ("$5/kg", "$/kg"),
+        ("5", ""),
+        ("$5$", ""),
+        ("5 units", ""),
+    ],
+)
+def test_units_have_one_spelling(text: str, unit: str) -> None:
+    quantity = parse_quantity(text)
+    assert quantity is not None
+    assert (quantity.value, quantity.unit) == (float(re.search("[0-9]+", text)[0]), unit)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r" \text{No  Solution}. ", "No Solution"),
+        ("(a).", "a"),
+        ("((a))", "a"),
+        ("**A.**", "A"),
+        ("__A__", "A"),
+        ("`A`", "A"),
+        ("$A$", "A"),
+        ("$$A$$", "A"),
+        ('"A."', "A"),
+        ("'A'", "A"),
+        ("“A”", "A"),
+        ("it’s", "it's"),
+        (r"R\&D, 50\%, \$20, \#1, user\_name", "R&D, 50%, $20, #1, user_name"),
+        ("cafe\u0301", "café"),
+        ("****", ""),
+        ("...", ""),
+        (".5", ".5"),
+        ("$.5", "$.5"),
+        ("B'", "B'"),
+        ('5"', '5"'),
+        ("A*", "A*"),
+        ("*A", "*A"),
+        ("_x", "_x"),
+        ("(a) and (b)", "(a) and (b)"),
+        ("(a", "(a"),
+        ('"a" or "b"', '"a" or "b"'),
+        ("$1$, $2$", "$1$, $2$"),
+    ],
+)
+def test_plain(text: str, expected: str) -> None:
+    assert plain(text) == expected
+
+
+@given(st.text(alphabet="ab .()\"'*_`$", max_size=12))
+def test_marks_are_left_out_in_pairs(text: str) -> None:
+    found = plain(text)
+    assert plain(found) == found
+    start = text.find(found)  # as many marks are missing before it as behind it, but for periods and white space
+    missing = [re.sub("[ .]", "", part).replace("(", ")") for part in (text[:start], text[start + len(found) :])]
+    assert not found or "." in text or "  " in text or missing[0] == missing[1][::-1]
+
+
 def test_normalised() -> None:
     assert normalised(r" \text{No  Solution}. ") == "no solution"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("(2,1)", "(2, 1)", True),
+        ("x>2", "x > 2", True),
+        (r"\left(2,1\right)", "(2, 1)", True),
+        (r"\dfrac{\sqrt3}{2}", r"\frac{\sqrt{3}}{2}", True),
+        (r"\tfrac12", r"\frac{1}{2}", True),
+        (r"\frac{\sqrt 3}{2}", r"\frac{\sqrt{3}}{2}", True),
+        (r"\left(\frac{1}{2}, 1\right)", r"\left( \frac12,1 \right)", True),
+        ("1 1/2", "11/2", False),
+        ("now here", "nowhere", False),
+        (r"\frac{1}{23}", r"\frac{12}{3}", False),
+        ("x^{12}", "x^12", False),
+        (r"\sqrt{3}2", r"\sqrt{32}", False),
+        ("(2, 1)", "[2, 1]", False),
+        ("-5", "5", False),
+    ],
+)
+def test_compact(a: str, b: str, same: bool) -> None:
+    assert (compact(a) == compact(b)) == same
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,30 @@ def test_of_messages_the_models_last_counts() -> None:
     assert reward([[call, tool, reply], [reply], [call, tool], [tool]], ["5"] * 4) == [1.0, 1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "reply", "gold", "score"),
+    [
+        ("text", r"\boxed{NYC}", ["New York", "NYC"], 1.0),
+        ("text", r"\boxed{LA}", ["New York", "NYC"], 0.0),
+        ("text", r"\boxed{Zürich}", ["Zürich"], 1.0),
+        ("list", r"\boxed{1, 2}", [1, 2], 1.0),
+        ("list", r"\boxed{2, 1}", [1, 2], 0.0),
+        ("json_field", r'\boxed{{"answer": "cat"}}', {"answer": "cat"}, 1.0),
+        ("json_field", r'\boxed{{"answer": "dog"}}', {"answer": "cat"}, 0.0),
+    ],
+)
+def test_lists_and_mappings_are_right_answers(kind: str, reply: str, gold: object, score: float) -> None:
+    assert as_trl_reward(kind)([reply], [gold]) == [score]
+
+
+def test_parts_of_a_text_are_one_text() -> None:
+    picture = {"type": "image", "image": None}
+    parts = [{"type": "text", "text": "So "}, picture, {"type": "text", "text": r"\box"}]
+    replies = [[{"role": "assistant", "content": [*parts, {"type": "text", "text": f"ed{{{n}}}"}]}] for n in (5, 6)]
+    silent = [[{"role": "assistant", "content": [picture]}], [{"role": "assistant", "content": []}]]
+    assert as_trl_reward("number")(replies + silent, ["5"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
 def test_sizes_and_settings_reach_the_verifier(pool: VerifierPool) -> None:
     rows = {"image_size": [[100, 50], None], "processed_size": [[56, 28], None], "choices": [["a"], None]}
     reward = as_trl_reward("tests.misbehaving:what_it_needs", pool=pool, threshold=0.25)

@@ -14,6 +14,7 @@ from spark_vl.verifiers.base import VERIFIERS, boxed_gold, check_gold, get_verif
 
 YES_NO = ("Yes", "No")
 AB = ("A", "B")
+LETTERS = ("B", "A", "D", "C")
 LENGTHS = ("4 cm", "5 cm", "6 cm")
 RIGHT, WRONG, UNPARSABLE = (1.0, "ok"), (0.0, "ok"), (0.0, "unparsable")
 
@@ -119,6 +120,13 @@ CHOICE = [
     ("B", LENGTHS, r"\boxed{D}", UNPARSABLE, "no such option"),
     ("5 cm", LENGTHS, r"\boxed{B}", RIGHT, "the gold is a text"),
     (r"\boxed{B}", LENGTHS, r"\boxed{5 cm}", RIGHT, "the gold comes in a box"),
+    ("B", LETTERS, r"\boxed{B. A}", RIGHT, "letter and text, where the options are letters"),
+    ("B", LETTERS, r"\boxed{A. B}", WRONG, "another letter, with its text"),
+    ("B", LETTERS, r"\boxed{B}", UNPARSABLE, "a letter that is another option's text"),
+    ("B", LETTERS, r"\boxed{B. B}", UNPARSABLE, "letter and text disagree"),
+    ("A, C", LETTERS, r"\boxed{A. B, C. D}", RIGHT, "letters and texts, where the options are letters"),
+    ("D", (), r"\boxed{D. Both A and B}", RIGHT, "letters in the text of an option"),
+    ("A", (), r"\boxed{D. Both A and B}", WRONG, "letters in the text of an option"),
 ]
 
 NUMBER = [
@@ -193,7 +201,7 @@ def test_every_gold_gets_full_marks(kind: str, gold: str, choices: tuple[str, ..
         ("math", r"\boxed{}", ()),
         ("choice", "D", LENGTHS),
         ("choice", "7 cm", LENGTHS),
-        ("choice", "A", ("B", "A")),
+        ("choice", "a", ("b", "a")),
         ("choice", "x", ("x", "X")),
         ("number", "fifty", ()),
         ("number", "5 or 6", ()),

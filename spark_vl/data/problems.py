@@ -214,7 +214,7 @@ def _gold(answer: str) -> str:
 
 
 def _letters(gold: str, options: tuple[str, ...]) -> str:
-    letters = match_choices(gold, options)
+    letters = match_choices(gold, options, letter_first=False)  # it may be meant as either
     if not letters:
         of = f" of {list(options)!r:.200}" if options else ""
         raise ValueError(f"the answer {gold!r:.80} names no single option{of}, nor several")

@@ -22,6 +22,8 @@ Key = Literal["bbox_2d", "point_2d"]
 """What the Qwen-VL models call a box and a point in JSON."""
 
 _COUNTS = {"bbox_2d": 4, "point_2d": 2}
+_POINT = "coordinate"
+"""What they call a point that they click on."""
 
 
 class UnreadableError(ValueError):
@@ -42,6 +44,9 @@ _MARKER = re.compile(r"<\|box_(?:start|end)\|>")
 _NUMBER = re.compile(r"-?[0-9]++(?:\.[0-9]++)?+")
 _PAIR = rf"\(\s*+{_NUMBER.pattern}\s*+,\s*+{_NUMBER.pattern}\s*+\)"
 _PAIRS = re.compile(rf"{_PAIR}(?:\s*+,?+\s*+{_PAIR})*+")
+_NUMBERS = rf"{_NUMBER.pattern}(?:\s*+,\s*+{_NUMBER.pattern})++"
+_FLAT = re.compile(rf"{_NUMBERS}|\(\s*+{_NUMBERS}\s*+\)")
+_LATEX = re.compile(r"\\(?:left|right|q?quad)(?![A-Za-z])|\\[ ,;:!]|[$~]")
 _BRACKET = re.compile(rf"(?P<open>[\[{{])|(?P<close>[\]}}])|{_PAIRS.pattern}")
 
 
@@ -82,12 +87,17 @@ def find_answer(reply: str) -> str:
     return answer
 
 
-def read_shapes(answer: str, key: Key) -> list[Shape]:
-    """The boxes (`bbox_2d`) or points (`point_2d`) that `answer`, and nothing besides, says, in the units it is in.
+def read_shapes(answer: str, key: Key, *, corners: bool = True) -> list[Shape]:
+    r"""The boxes (`bbox_2d`) or points (`point_2d`) that `answer`, and nothing besides, says, in the units it is in.
 
     Accepted: an object `{"bbox_2d": [x1, y1, x2, y2], "label": "cat"}`, whose label may be missing and whose other keys
     do not count; plain numbers `[x1, y1, x2, y2]`; a list of either; pairs `(x1, y1), (x2, y2)`, two for a box. For
-    points likewise. Numbers may have decimals; numbers in quotes are none. Coordinates are not checked.
+    points likewise, whose key may be `coordinate`. Of one box or point also bare numbers, in parentheses or not, two
+    pairs `[[x1, y1], [x2, y2]]`, and `"bbox_2d": [...]` without braces. Dollar signs, `\left` and LaTeX spaces do not
+    count. Numbers may have decimals; numbers in quotes are none. Coordinates are not checked.
+
+    Args:
+        corners: whether `[[x1, y1], [x2, y2]]` is a box; else it is two points.
 
     Raises:
         UnreadableError: the answer is anything else: not JSON, a key given twice, another count of numbers, more than
@@ -96,12 +106,15 @@ def read_shapes(answer: str, key: Key) -> list[Shape]:
     if len(answer) > MAX_CHARS:
         raise UnreadableError(f"the answer has {len(answer)} characters, more than {MAX_CHARS}")
     count = _COUNTS[key]
+    answer = answer.strip("$ \n") if '"' in answer else _LATEX.sub(" ", answer).strip()  # labels stay as they are
+    if answer.startswith('"'):
+        answer = f"{{{answer}}}"
     if answer.startswith(("[", "{")):
         try:
             value = json.loads(answer, parse_int=float, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise UnreadableError(f"the answer is not JSON: {error}") from None
-        if isinstance(value, dict) or (value and all(isinstance(item, float) for item in value)):
+        if isinstance(value, dict) or _is_flat(value) or (corners and _is_corners(value, key)):
             value = [value]
         shapes = [_shape(item, key) for item in value]
     elif _PAIRS.fullmatch(answer):
@@ -109,8 +122,10 @@ def read_shapes(answer: str, key: Key) -> list[Shape]:
         if len(numbers) % count:
             raise UnreadableError(f"the answer has {len(numbers)} numbers, not {count} for each {key}")
         shapes = [Shape(tuple(numbers[i : i + count])) for i in range(0, len(numbers), count)]
+    elif _FLAT.fullmatch(answer):
+        shapes = [_shape([float(number) for number in _NUMBER.findall(answer)], key)]
     else:
-        raise UnreadableError("the answer is neither JSON nor pairs of numbers")
+        raise UnreadableError("the answer is neither JSON nor numbers")
     if len(shapes) > MAX_SHAPES:
         raise UnreadableError(f"the answer has {len(shapes)} of {key}, more than {MAX_SHAPES}")
     return shapes
@@ -126,13 +141,31 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _shape(item: Any, key: Key) -> Shape:
     label = None
     if isinstance(item, dict):
-        item, label = item.get(key), item.get("label")
+        named = [name for name in (key, _POINT) if name in item] if key == "point_2d" else [key]
+        item, label = item.get(*named) if len(named) == 1 else None, item.get("label")
+    if _is_corners(item, key):
+        item = [*item[0], *item[1]]
     count = _COUNTS[key]
-    if not (isinstance(item, list) and len(item) == count and all(isinstance(number, float) for number in item)):
+    if not (_is_flat(item) and len(item) == count):
         raise UnreadableError(f"{key}: found {item!r:.80}; allowed: a list of {count} numbers")
     if not isinstance(label, str | None):
         raise UnreadableError(f"label: found {label!r:.80}; allowed: a text")
     return Shape(tuple(item), label)
+
+
+def _is_flat(item: Any) -> bool:
+    """Whether it is a list of numbers, and not empty."""
+    return isinstance(item, list) and item != [] and all(isinstance(number, float) for number in item)
+
+
+def _is_corners(item: Any, key: Key) -> bool:
+    """Whether it is a box as a list of its two corners."""
+    return (
+        key == "bbox_2d"
+        and isinstance(item, list)
+        and len(item) == 2
+        and all(_is_flat(corner) and len(corner) == 2 for corner in item)
+    )
 
 
 def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from string import ascii_uppercase
+
 from spark_vl.answers import last_boxed, match_choice, match_choices
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
@@ -12,16 +14,30 @@ def verify_choice(completion: str, record: PromptRecord) -> Verdict:
     Where the gold names several ("A, C"), the completion has to name the same set; a part of it scores 0. Where it
     names one, a completion that names several has no answer.
     """
-    gold = match_choices(last_boxed(record.gold) or record.gold, record.choices)
-    if not gold:
-        raise BadRecordError(record.id, f"gold {record.gold!r} names no choice of {list(record.choices)}")
+    gold = _gold(record)
     boxed = last_boxed(completion)
     if boxed is None:
         return Verdict(0.0, None, "unparsable", "no box")
     if len(gold) > 1:
-        letters = match_choices(boxed, record.choices)
+        letters = match_choices(boxed, record.choices, letter_first=False)
     else:
         letters = tuple(filter(None, [match_choice(boxed, record.choices)]))
     if not letters:
         return Verdict(0.0, None, "unparsable", f"the last box names no {'single ' if len(gold) == 1 else ''}choice")
     return Verdict(float(letters == gold), ", ".join(letters))
+
+
+def boxed_gold(record: PromptRecord) -> str:
+    r"""A right completion: the gold's letters in `\boxed{}`, with their texts if a letter is another option's text."""
+    gold = _gold(record)
+    if record.choices and match_choices(", ".join(gold), record.choices, letter_first=False) != gold:
+        gold = [f"{letter}. {record.choices[ascii_uppercase.index(letter)]}" for letter in gold]
+    return rf"\boxed{{{', '.join(gold)}}}"
+
+
+def _gold(record: PromptRecord) -> tuple[str, ...]:
+    """The letters that the gold names."""
+    letters = match_choices(last_boxed(record.gold) or record.gold, record.choices)
+    if not letters:
+        raise BadRecordError(record.id, f"gold {record.gold!r} names no choice of {list(record.choices)}")
+    return letters

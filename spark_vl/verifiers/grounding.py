@@ -52,7 +52,9 @@ def share(record: PromptRecord, name: str) -> float:
     """
     value = settings_of(record)[name]
     if value > 1:
-        raise BadRecordError(record.id, f"setting {name} is {value}; allowed: numbers in [0, 1]")
+        raise BadRecordError(
+            record.id, f"setting {name} is {value}; allowed: numbers in [0, 1], neither percentages nor pixels"
+        )
     return value
 
 
@@ -79,11 +81,17 @@ def gold_shapes(record: PromptRecord, key: Key) -> list[Shape]:
     """The boxes or points of the gold, in pixels of the original image.
 
     Raises:
-        BadRecordError: it has none that are inside the image.
+        BadRecordError: it has none that are inside the image, or one whose numbers are all up to 1.
     """
     original, _ = sizes(record)
     try:
-        shapes = read_shapes(_gold_answer(record), key)
+        shapes = read_shapes(_gold_answer(record), key, corners=False)
+        for shape in shapes:
+            if max(shape.coordinates) <= 1:
+                raise UnreadableError(
+                    f"{shape.coordinates} looks normalised, to shares of width and height; allowed: pixels of the "
+                    f"original image, {original[0]}×{original[1]}"
+                )
         if key == "bbox_2d" and settings_of(record)["gold_boxes"] == "xywh":
             shapes = [_by_corners(shape) for shape in shapes]
         return [_placed(shape, original, original) for shape in shapes]
@@ -94,7 +102,7 @@ def gold_shapes(record: PromptRecord, key: Key) -> list[Shape]:
 def has_points(record: PromptRecord) -> bool:
     """Whether the gold can be read as points, and not as boxes."""
     try:
-        read_shapes(_gold_answer(record), "bbox_2d")
+        read_shapes(_gold_answer(record), "bbox_2d", corners=False)
     except UnreadableError:
         return True
     return False

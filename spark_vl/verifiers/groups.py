@@ -28,7 +28,9 @@ def verify_groups(
             tuple(
                 replace(
                     verdict,
-                    shaping=tuple((name, SHAPING[name](rollout, max_new_tokens)) for name, _ in group.record.shaping),
+                    shaping=tuple(
+                        (name, SHAPING[name](rollout, verdict, max_new_tokens)) for name, _ in group.record.shaping
+                    ),
                 )
                 for rollout, verdict in zip(group.rollouts, islice(verdicts, len(group.rollouts)), strict=True)
             )

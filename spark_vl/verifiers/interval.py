@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-from spark_vl.answers import TOLERANCE, Interval, last_boxed, parse_intervals
+from spark_vl.answers import TOLERANCE, Interval, last_boxed, parse_intervals, same_unit
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 
 def verify_interval(completion: str, record: PromptRecord) -> Verdict:
     """1 if the completion's intervals are together those of `record.gold`; `parsed` is the answer as written.
 
-    Ends are compared as numbers, and whether they are open or closed counts. See `parse_intervals` for how intervals
-    are written.
+    Ends are compared as numbers with units, and whether they are open or closed counts. See `parse_intervals` for how
+    intervals are written.
     """
     gold = parse_intervals(last_boxed(record.gold) or record.gold)
     if gold is None:
@@ -29,6 +29,9 @@ def verify_interval(completion: str, record: PromptRecord) -> Verdict:
 
 
 def _same(answer: Interval, gold: Interval) -> bool:
-    return (answer.low_open, answer.high_closed) == (gold.low_open, gold.high_closed) and all(
-        math.isclose(end, right, rel_tol=TOLERANCE) for end, right in ((answer.low, gold.low), (answer.high, gold.high))
+    return (
+        (answer.low_open, answer.high_closed) == (gold.low_open, gold.high_closed)
+        and same_unit(answer.unit, gold.unit)
+        and math.isclose(answer.low, gold.low, rel_tol=TOLERANCE)
+        and math.isclose(answer.high, gold.high, rel_tol=TOLERANCE)
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from spark_vl.answers import last_json_object
+from spark_vl.answers import last_boxed, last_json_object
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 from spark_vl.verifiers.base import boxed_gold, get_verifier, settings_of
 
@@ -25,17 +25,20 @@ def verify_json_field(completion: str, record: PromptRecord) -> Verdict:
     """The verdict of `verifier` on the field; other fields do not count.
 
     Texts, numbers, truth values and arrays of them are values. Anything else in the field is unparsable, and so is an
-    object that `parse_json` refuses (a key twice, NaN, too deep).
+    object that `parse_json` refuses (a key twice, NaN, too deep), and a text whose braces do not balance.
     """
     settings = settings_of(record)
     field, verifier = settings["field"], settings["verifier"]
     gold = _value(last_json_object(boxed_gold(record)), field)
     if gold is None:
         raise BadRecordError(record.id, f"gold {record.gold!r:.200} is no JSON object with a value in {field!r}")
-    answer = _value(last_json_object(completion), field)
-    box = "" if answer is None else rf"\boxed{{{answer}}}"
-    verdict = get_verifier(verifier)(box, replace(record, gold=gold, verifier=verifier, settings=()))
-    return replace(verdict, detail=f"no JSON object with a value in {field!r}") if answer is None else verdict
+    answer, problem = _value(last_json_object(completion), field), ""
+    if answer is None:
+        problem = f"no JSON object with a value in {field!r}"
+    elif last_boxed(box := rf"\boxed{{{answer}}}") != answer.strip():  # a part of the value would be the answer
+        problem = f"the value in {field!r} is blank, or has braces that do not close"
+    verdict = get_verifier(verifier)("" if problem else box, replace(record, gold=gold, verifier=verifier, settings=()))
+    return replace(verdict, detail=problem) if problem else verdict
 
 
 def _value(found: Mapping[str, Any] | None, field: str) -> str | None:

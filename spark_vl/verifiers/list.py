@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from spark_vl.answers import Quantity, agrees, last_boxed, normalised, parse_items, parse_quantity
+from spark_vl.answers import Quantity, agrees, compact, last_boxed, normalised, parse_items, parse_quantity
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 Item = tuple[Quantity | None, str]
-"""An item as a number, if it is one, and as normalised text."""
+"""An item as a number, if it is one, and as compact text."""
 
 
 def verify_list(completion: str, record: PromptRecord) -> Verdict:
     """1 if the completion lists the items of `record.gold` in its order, else 0; `parsed` is the list as written.
 
     See `parse_items` for how a list is written. Two numbers are the same item as the `number` verifier has it by
-    default, others if their normalised texts are. "and" separates the last items ("a, b and c") unless it is part of an
+    default, others if their compact texts are. "and" separates the last items ("a, b and c") unless it is part of an
     item of the gold, which then is a JSON array.
     """
     gold, answer, boxed = read_items(completion, record)
@@ -38,7 +38,7 @@ def read_items(completion: str, record: PromptRecord) -> tuple[list[Item], list[
 
 
 def _item(text: str) -> Item:
-    return parse_quantity(text), normalised(text)
+    return parse_quantity(text), compact(text)
 
 
 def same_item(answer: Item, gold: Item) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spark_vl.answers import TOLERANCE, Quantity, agrees, last_boxed, parse_quantity, parse_word
+from spark_vl.answers import TOLERANCE, Quantity, agrees, last_boxed, parse_quantity
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 from spark_vl.verifiers.base import settings_of
 
@@ -19,18 +19,18 @@ SETTINGS: dict[str, Any] = {"relative": TOLERANCE, "absolute": 0.0, "percent": (
 def verify_number(completion: str, record: PromptRecord) -> Verdict:
     """1 if the completion's number equals `record.gold` within the tolerances; `parsed` is the number as written.
 
-    A number word ("none", "zero" to "twenty") is a number. A unit may be left out or added, but not be another one;
-    nothing is converted.
+    How numbers are written: see `parse_quantity`. A unit, or a noun ("5 people"), may be left out or added, but not be
+    another one; nothing is converted.
     """
     settings = settings_of(record)
     relative, absolute = settings["relative"], settings["absolute"]
-    gold = _read(last_boxed(record.gold) or record.gold)
+    gold = parse_quantity(last_boxed(record.gold) or record.gold, nouns=True)
     if gold is None:
         raise BadRecordError(record.id, f"gold {record.gold!r:.200} is not one finite number")
     boxed = last_boxed(completion)
     if boxed is None:
         return Verdict(0.0, None, "unparsable", "no box")
-    answer = _read(boxed)
+    answer = parse_quantity(boxed, nouns=True)
     if answer is None:
         return Verdict(0.0, None, "unparsable", "the last box is not one finite number")
     if settings["percent"] == "same":
@@ -40,11 +40,6 @@ def verify_number(completion: str, record: PromptRecord) -> Verdict:
             gold.unit == "%" and not answer.unit and agrees(answer, gold, relative, absolute)
         )
     return Verdict(float(right), boxed)
-
-
-def _read(text: str) -> Quantity | None:
-    word = parse_word(text)
-    return parse_quantity(text) if word is None else Quantity(word, "")
 
 
 def _fraction(number: Quantity) -> Quantity:

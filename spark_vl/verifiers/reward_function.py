@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from spark_vl.verifiers.pool import VerifierPool
 logger = logging.getLogger(__name__)
 
 Completion = str | Sequence[Mapping[str, Any]]
-"""A text, or the messages that the model wrote, `role` and `content`; tools may have answered in between."""
+"""A text, or the messages that the model wrote, `role` and `content`, a text or parts of `type` and `text`; tools may
+have answered in between."""
 
 
 class RewardFunction:
@@ -65,7 +67,7 @@ class RewardFunction:
             gold, choices, image_size, processed_size = rows[i]
             record = bare_record(
                 self.kind,
-                str(gold),
+                json.dumps(gold, ensure_ascii=False) if isinstance(gold, list | Mapping) else str(gold),
                 choices=choices or (),
                 image_size=image_size,
                 processed_size=processed_size,
@@ -87,7 +89,7 @@ def as_trl_reward(
         GRPOTrainer(..., reward_funcs=as_trl_reward("math", column="answer"))
         as_trl_reward("math")([r"\boxed{0.5}"], [r"\frac{1}{2}"]) == [1.0]
 
-    Right answers are texts, or what `str` makes texts of: numbers, lists of coordinates.
+    Right answers are texts, lists and mappings, which become JSON, or what `str` makes texts of: numbers.
 
     Args:
         kind: name of the verifier: a key of `VERIFIERS`, or `module:function`.
@@ -106,4 +108,7 @@ def _text(completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     own = [message for message in completion if message["role"] == "assistant"]
-    return own[-1].get("content") or "" if own else ""  # a call of a tool has no content
+    content = own[-1].get("content") or "" if own else ""  # a call of a tool has no content
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")

@@ -1,7 +1,7 @@
 """Sets: the reply's last box holds the right items, in any order.
 
 Setting `partial`: `none`, all or nothing; or `f1`, the harmonic mean of precision and recall. Listing everything does
-not pay: what is wrong costs precision, and what stands twice counts once.
+not pay: what is wrong costs precision, and what stands twice counts once. No item is two of the gold ("1": 1 cm, 1 m).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from spark_vl.records import PromptRecord, Verdict
 from spark_vl.verifiers.base import settings_of
+from spark_vl.verifiers.detection import matching_size
 from spark_vl.verifiers.list import Item, read_items, same_item
 
 SETTINGS: dict[str, Any] = {"partial": ("none", "f1")}
@@ -24,7 +25,7 @@ def verify_set(completion: str, record: PromptRecord) -> Verdict:
     if answer is None:
         return Verdict(0.0, None, "unparsable", "no box" if boxed is None else "the last box is no list")
     gold, answer = _distinct(gold), _distinct(answer)
-    found = sum(any(same_item(item, wanted) for item in answer) for wanted in gold)
+    found = matching_size([[j for j, item in enumerate(answer) if same_item(item, wanted)] for wanted in gold])
     if found == len(gold) == len(answer):
         return Verdict(1.0, boxed)
     f1 = 2 * found / (len(gold) + len(answer))

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from spark_vl.answers import last_boxed
-from spark_vl.records import Rollout
+from spark_vl.records import Rollout, Verdict
 
-Term = Callable[[Rollout, int | None], float]
-"""(completion, limit on its new tokens; None where it is not known) → value in [-1, 1]."""
+Term = Callable[[Rollout, Verdict, int | None], float]
+"""(completion, its verdict, limit on its new tokens; None where it is not known) → value in [-1, 1]."""
 
 OVERLONG_SHARE = 0.2
 """Of the limit on new tokens, at its end: where a completion is punished for its length (L_cache / L_max in DAPO)."""
@@ -21,12 +20,12 @@ NGRAM = 20
 """Tokens of a passage that counts as repeated: enough that sound reasoning seldom has the same one twice."""
 
 
-def format_term(rollout: Rollout, max_new_tokens: int | None) -> float:
-    """1 where the completion ended by itself and holds a final answer in a box, else 0."""
-    return float(rollout.finish == "stop" and last_boxed(rollout.text) is not None)
+def format_term(rollout: Rollout, verdict: Verdict, max_new_tokens: int | None) -> float:
+    """1 where the completion ended by itself and holds an answer that its verifier can read, right or wrong; else 0."""
+    return float(rollout.finish == "stop" and verdict.status != "unparsable")
 
 
-def overlong_term(rollout: Rollout, max_new_tokens: int | None) -> float:
+def overlong_term(rollout: Rollout, verdict: Verdict, max_new_tokens: int | None) -> float:
     """The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), in [-1, 0].
 
     0 up to 80% of `max_new_tokens`, from there linearly to -1 at the limit.
@@ -40,7 +39,7 @@ def overlong_term(rollout: Rollout, max_new_tokens: int | None) -> float:
     return max(-1.0, min(0.0, (max_new_tokens - cache - len(rollout.token_ids)) / cache))
 
 
-def repetition_term(rollout: Rollout, max_new_tokens: int | None) -> float:
+def repetition_term(rollout: Rollout, verdict: Verdict, max_new_tokens: int | None) -> float:
     """The share of the completion's passages of `NGRAM` tokens that stood in it before, negative, in (-1, 0]."""
     tokens = rollout.token_ids
     passages = list(zip(*(tokens[i:] for i in range(NGRAM)), strict=False))

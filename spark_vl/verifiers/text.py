@@ -1,8 +1,9 @@
 """Texts: the reply's last box holds the right words.
 
 Setting `mode`: `normalised`, case does not count; `exact`, it does; `anls`, a few wrong characters cost a part of the
-score, as in DocVQA. In all of them white space, `\\text{...}`, and quotes, parentheses, dollar signs, asterisks and
-periods around the whole text do not count. A gold that is a JSON array of texts lists variants, any of which is right.
+score, as in DocVQA. In all of them white space, `\\text{...}`, the backslash of `\\%`, pairs of quotes, parentheses,
+dollar signs, asterisks, underscores and backticks around the whole text, and periods at its end do not count. A gold
+that is a JSON array of texts lists variants, any of which is right.
 """
 
 from __future__ import annotations
