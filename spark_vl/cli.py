@@ -330,8 +330,8 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
         raise ConfigError(str(error)) from error
     bad: list[BadRecordError] = []
     rows = 0
-    pool = VerifierConfig()
-    with VerifierPool(pool.workers, pool.timeout_s, pool.memory_mb) as verifiers:
+    limits = VerifierConfig()
+    with VerifierPool(limits.workers, limits.timeout_s, limits.memory_mb) as verifiers:
         for found in check(problems, verifiers):
             rows += 1
             if isinstance(found, BadRecordError):
