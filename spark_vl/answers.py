@@ -117,8 +117,9 @@ def normalised(text: str) -> str:
     return plain(text).casefold()
 
 
+_SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")
 _TYPESET = [
-    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])"), ""),
+    (_SIZES, ""),
     (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"(?<=\\frac|\\sqrt) (?=[0-9{])"), ""),
     (re.compile(r"\{([A-Za-z0-9])\}"), r"\1"),
@@ -433,12 +434,6 @@ def _quantity(match: re.Match[str]) -> Quantity | None:
     return Quantity(-value if match["sign"] == "-" else value, unit) if math.isfinite(value) else None
 
 
-def parse_number(text: str) -> float | None:
-    """The value of `parse_quantity(text)`, None if it has none."""
-    quantity = parse_quantity(text)
-    return None if quantity is None else quantity.value
-
-
 def same_unit(a: str, b: str) -> bool:
     """Whether two units of a `Quantity` are the same, or do not contradict: one is missing, or degrees without C or F,
     or pounds, which may be of weight or money."""
@@ -487,7 +482,6 @@ def parse_count(text: str) -> int | None:
 MAX_ITEMS = 256
 """More are no answer."""
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
-_SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")
 _NOTHING = re.compile(r"\\(?:emptyset|varnothing)|∅")
 _LAST_AND = re.compile(r"(?:^| )and ")
 

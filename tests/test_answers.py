@@ -15,7 +15,6 @@ from spark_vl.answers import (
     match_choices,
     match_label,
     normalised,
-    parse_number,
     parse_quantity,
     plain,
 )
@@ -248,6 +247,12 @@ def test_every_option_is_named_by_letter_and_by_text(choices: list[str]) -> None
     for letter, choice in zip("ABCDEFGHIJ", choices, strict=False):
         for text in (letter, f"({letter.lower()})", f"{letter}. {choice}", choice, f" {choice.upper()}."):
             assert match_choice(text, tuple(choices)) == letter
+
+
+def parse_number(text: str) -> float | None:
+    """The value of `parse_quantity(text)`, None if it has none."""
+    quantity = parse_quantity(text)
+    return None if quantity is None else quantity.value
 
 
 @pytest.mark.parametrize(

@@ -264,8 +264,9 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     settings = raw.get("settings", {})
     if not isinstance(settings, dict) or (settings and not isinstance(verifier, str)):
         raise ValueError(f"{where}: settings: found {_shown(settings)}; allowed: a mapping, beside one verifier")
-    for name_of_one in verifier.values() if isinstance(verifier, dict) else [verifier] if verifier else []:
-        _check_verifier(where, name_of_one)
+    if verifier is not None:
+        for of_split in verifier.values() if isinstance(verifier, dict) else [verifier]:
+            _check_verifier(where, of_split)
     if settings:
         try:
             check_settings(verifier, settings)
@@ -286,7 +287,7 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
         source=_source(where, raw["source"]),
         splits=splits,
         columns=columns,
-        verifier=verifier if isinstance(verifier, dict | None) else _text(where, "verifier", verifier),
+        verifier=verifier,
         settings=settings,
         weights=weights,
         **optional,

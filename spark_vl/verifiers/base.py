@@ -212,9 +212,15 @@ def boxed_gold(record: PromptRecord) -> str:
 def check_gold(record: PromptRecord) -> None:
     """Raises `BadRecordError` unless the record's verifier gives the record's own gold full marks.
 
-    In this process, with no deadline: for golds from an untrusted source run `boxed_gold` through a `VerifierPool`.
+    In this process, with no deadline: golds from an untrusted source are for `check_golds`.
     """
-    verdict = get_verifier(record.verifier)(boxed_gold(record), record)
-    if verdict.score != 1:
-        reason = f"the {record.verifier} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
-        raise BadRecordError(record.id, f"{reason} ({verdict.status}{verdict.detail and ': ' + verdict.detail})")
+    if fault := gold_fault(record, get_verifier(record.verifier)(boxed_gold(record), record)):
+        raise fault
+
+
+def gold_fault(record: PromptRecord, verdict: Verdict) -> BadRecordError | None:
+    """What `verdict`, on the record's own gold, says of it. None: full marks."""
+    if verdict.score == 1:
+        return None
+    reason = f"the {record.verifier} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
+    return BadRecordError(record.id, f"{reason} ({verdict.status}{verdict.detail and ': ' + verdict.detail})")

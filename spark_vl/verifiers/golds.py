@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spark_vl.records import BadRecordError, PromptRecord
-from spark_vl.verifiers.base import boxed_gold
+from spark_vl.verifiers.base import boxed_gold, gold_fault
 from spark_vl.verifiers.pool import VerifierPool
 
 
@@ -24,11 +24,5 @@ def check_golds(pool: VerifierPool, records: Sequence[PromptRecord]) -> list[Bad
         except BadRecordError as error:
             faults[i] = error
     for i, verdict in zip(asked, pool.verify(completions), strict=True):
-        if verdict.score != 1:
-            record = records[i]
-            faults[i] = BadRecordError(
-                record.id,
-                f"the {record.verifier} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1 "
-                f"({verdict.detail or verdict.status})",
-            )
+        faults[i] = gold_fault(records[i], verdict)
     return faults

@@ -379,8 +379,9 @@ def _without_mathematics(boxed: str, gold: str) -> bool | None:
     """What the rules of this module decide before math-verify is asked; None if they decide nothing."""
     if (words := _words(gold)) and _LETTERS.fullmatch(said := normalised(boxed)):
         return said == words
-    if (parts := _parts(gold)) or _parts(boxed):
-        return parts == _parts(boxed)
+    parts = _parts(boxed), _parts(gold)
+    if any(parts):
+        return parts[0] == parts[1]
     units = [_measured(answer)[1].casefold() for answer in (boxed, gold)]
     if len(set(units)) == 2 and all(len(unit) == 1 for unit in units):  # they may be variables
         return False

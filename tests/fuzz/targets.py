@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from spark_vl.answers import last_boxed, match_choice, match_label, parse_number
+from spark_vl.answers import last_boxed, match_choice, match_label, parse_quantity
 from spark_vl.data.images import ImageError, check_encoded, encode_image, load_image
 from spark_vl.data.judgments import CONFIGS, record_of, row_of
 from spark_vl.prompts import Templater, neutralise
@@ -94,8 +94,8 @@ def run_answers(case: tuple[str, tuple[str, ...]]) -> None:
     for part in (reply, boxed or ""):
         letter = match_choice(part, options)
         assert letter is None or letter in string.ascii_uppercase[: len(options) or 26]
-        number = parse_number(part)
-        assert number is None or (isinstance(number, float) and abs(number) < float("inf"))
+        number = parse_quantity(part)
+        assert number is None or (isinstance(number.value, float) and abs(number.value) < float("inf"))
 
 
 def run_prompts(case: tuple[str, tuple[str, ...]]) -> None:
