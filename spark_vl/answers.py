@@ -112,7 +112,7 @@ def plain(text: str) -> str:
     return _bare(text.translate(_STRAIGHT), _MARKS)
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """`plain(text)` in lower case."""
     return plain(text).casefold()
 
@@ -128,11 +128,11 @@ _TYPESET = [
 
 
 def compact(text: str) -> str:
-    r"""`normalised(text)`, one spelling for formulas: "(2,1)" as "(2, 1)", `\dfrac{\sqrt3}{2}` as `\frac{\sqrt{3}}{2}`.
+    r"""`normalized(text)`, one spelling for formulas: "(2,1)" as "(2, 1)", `\dfrac{\sqrt3}{2}` as `\frac{\sqrt{3}}{2}`.
 
     Spaces between letters and digits stay: "1 1/2" is not "11/2".
     """
-    text = normalised(text)
+    text = normalized(text)
     for spelling, standard in _TYPESET:
         text = spelling.sub(standard, text)
     return _bare(text, _MARKS)  # also those that stood within `\left(...\right)`
@@ -177,7 +177,7 @@ def match_choice(text: str, choices: tuple[str, ...] = (), *, letter_first: bool
     letters = ascii_uppercase[: len(choices)] if choices else ascii_uppercase
 
     def saying(words: str) -> set[str]:
-        for form in (normalised, compact):
+        for form in (normalized, compact):
             said = form(words)
             if same := {letter for letter, choice in zip(letters, choices, strict=False) if form(choice) == said}:
                 return same
@@ -258,7 +258,7 @@ _METRIC = {  # symbol → names
     "mol": "mole",
 }
 _PREFIXES = {"": "", "M": "mega", "k": "kilo", "d": "deci", "c": "centi", "m": "milli", "μ": "micro", "n": "nano"}
-_SPELT_UNITS = {  # unit → other spellings, words in any case
+_SPELLED_UNITS = {  # unit → other spellings, words in any case
     "": "unit units",
     "$": "dollar dollars usd",
     "€": "euro euros eur",
@@ -300,7 +300,7 @@ _NAMES = {
     for name in names.split()
     for plural in ("", "s")
 }
-for _known, _spellings in _SPELT_UNITS.items():
+for _known, _spellings in _SPELLED_UNITS.items():
     for _spelling in filter(None, (_known, *_spellings.split())):
         (_NAMES if len(_spelling) > 2 else _SYMBOLS)[_spelling] = _known  # of symbols case counts: mW is not MW
 
@@ -460,7 +460,7 @@ _WORD_VALUES = {"none": 0} | {word: value for value, word in enumerate(_WORDS)}
 
 def parse_word(text: str) -> int | None:
     """The number that `text`, the content of a box, is in English: "none" (0), "zero" to "twenty"; else None."""
-    return _WORD_VALUES.get(normalised(text))
+    return _WORD_VALUES.get(normalized(text))
 
 
 _COUNT = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,15})(?:\.0*)?")

@@ -32,10 +32,10 @@ from accelerate.utils import broadcast_object_list
 from spark_vl import __version__
 from spark_vl.config import ConfigError, TrainConfig, config_differences, save_config
 from spark_vl.distributed.launch import strategy
-from spark_vl.layout import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
-from spark_vl.processors import Processor
+from spark_vl.families import Processor
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
-from spark_vl.provenance import public_name
+from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
+from spark_vl.run.provenance import public_name
 
 MANIFEST = "manifest.json"
 

@@ -30,13 +30,13 @@ from spark_vl.config import (
     save_config,
 )
 from spark_vl.data.problems import check, open_recipe
-from spark_vl.data.quarantine import TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
-from spark_vl.layout import CONFIG
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, plain_text
+from spark_vl.run.paths import CONFIG
+from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.verifiers import VerifierPool
 
 TRAIN_HELP = "train a policy that is its own generative reward"
@@ -151,7 +151,7 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
     from spark_vl.hub.cards import write_model_card
     from spark_vl.hub.run import find_model
     from spark_vl.policy.update import NonFiniteUpdateError
-    from spark_vl.report import plot_curves, plot_diagnostics, print_summary, summarise
+    from spark_vl.report import plot_curves, plot_diagnostics, print_summary, summarize
     from spark_vl.trainer import Trainer
 
     check_publish_config(config.publish)
@@ -174,7 +174,7 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
             publisher.finish(wait=finished)
     if finished and is_main:
         if evaluator:
-            summarise(folder)
+            summarize(folder)
             plot_curves(folder)
             print_summary(folder, trainer.log.console)
         plot_diagnostics(folder, folder / "model" / "curves.png")
@@ -210,7 +210,7 @@ def recycle_offline(run: str, config: OfflineConfig) -> None:
 
     from spark_vl.hub.run import find_run
     from spark_vl.offline import recycle_rollouts
-    from spark_vl.provenance import copy_provenance
+    from spark_vl.run.provenance import copy_provenance
 
     with blamed_on("run"):
         source = find_run(Path(run))

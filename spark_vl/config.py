@@ -107,7 +107,7 @@ class RolloutConfig:
     temperature: PositiveFloat = 1.0
     top_p: PositiveShare = 1.0
     max_new_tokens: PositiveInt = 768
-    rows_at_once: PositiveInt = 256
+    decode_batch_size: PositiveInt = 256
     """Completions decoded together on one process: bounds the memory of the key-value cache."""
     gather: Literal["phase", "layer"] = "phase"
     """With sharded weights (ZeRO-3, FSDP2). `phase`: each process holds all weights while it samples (7B in bfloat16:
@@ -160,7 +160,7 @@ class RecycleConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What the update maximises."""
+    """What the update maximizes."""
 
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
     beta: NonNegativeFloat = 0.001
@@ -170,7 +170,7 @@ class ObjectiveConfig:
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above 1 + clip_high (DAPO: 0.28)."""
     entropy_bonus: NonNegativeFloat = 0.0
-    """Coefficient of the mean token entropy, which is maximised. Fights a judge that always says the same."""
+    """Coefficient of the mean token entropy, which is maximized. Fights a judge that always says the same."""
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
     """Weight of each kind of prompt in the loss."""
     refill_rounds: dict[str, int] = field(default_factory=dict)

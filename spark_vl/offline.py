@@ -11,10 +11,10 @@ from typing import Any
 
 from spark_vl.config import RecycleConfig
 from spark_vl.data.judgments import features, group_of, row_of
-from spark_vl.data.shards import RowWriter, Shard, find_shards, read_shard
 from spark_vl.prompts.templater import Templater
 from spark_vl.records import RolloutGroup
 from spark_vl.recycle import recycle
+from spark_vl.run.shards import RowWriter, Shard, find_shards, read_shard
 
 logger = logging.getLogger(__name__)
 

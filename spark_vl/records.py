@@ -163,12 +163,12 @@ class Rollout:
     """One completion, as sampled."""
 
     token_ids: tuple[int, ...]
-    """Completion tokens; the last is the stop token unless `finish` is `length`."""
+    """Completion tokens; the last is the stop token unless `finish_reason` is `length`."""
     logprobs: tuple[float, ...]
     """Natural-log probability of each token under the distribution that it was sampled from, before top-p."""
     text: str
     """The decoded completion without special tokens."""
-    finish: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"]
     """`length`: cut off by the limit on new tokens."""
 
 
@@ -260,7 +260,12 @@ def group_to_json(group: RolloutGroup) -> dict[str, Any]:
         "gold": record.gold,
         "origin": None if record.origin is None else asdict(record.origin),
         "completions": [
-            {"text": rollout.text, "finish": rollout.finish, **asdict(verdict), "shaping": dict(verdict.shaping)}
+            {
+                "text": rollout.text,
+                "finish_reason": rollout.finish_reason,
+                **asdict(verdict),
+                "shaping": dict(verdict.shaping),
+            }
             for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
         ],
     }

@@ -168,7 +168,7 @@ def _evidence(group: RolloutGroup, config: RecycleConfig, counts: dict[str, int]
         )
     correct: dict[int, bool] = {}
     for index, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True)):
-        if rollout.finish == "length" and not config.recycle_truncated:
+        if rollout.finish_reason == "length" and not config.recycle_truncated:
             counts["rollouts_truncated"] += 1
         elif verdict.status not in ("ok", "unparsable"):
             counts["rollouts_unverified"] += 1

@@ -45,8 +45,8 @@ _BARS = {
     "pairwise_sampled": "pairwise judge, sampled",
     "reflection_sampled": "reflection repairs, sampled",
 }
-# Okabe and Ito's palette, which people with any kind of colour vision tell apart.
-_COLOURS = {"problem": "#0072B2", "pointwise": "#D55E00", "pairwise": "#009E73", "reflection": "#CC79A7"}
+# Okabe and Ito's palette, which people with any kind of color vision tell apart.
+_COLORS = {"problem": "#0072B2", "pointwise": "#D55E00", "pairwise": "#009E73", "reflection": "#CC79A7"}
 _BEFORE, _AFTER, _INK = "#BDBDBD", "#0072B2", "#404040"
 
 
@@ -71,7 +71,7 @@ def comparison(run: Path, step: int | None = None) -> dict[str, Any] | None:
     }
 
 
-def summarise(run: Path) -> dict[str, Any]:
+def summarize(run: Path) -> dict[str, Any]:
     """`comparison` of the first and the last evaluation of the run, also written to its `summary.json`.
 
     Raises:
@@ -92,7 +92,7 @@ def print_summary(run: Path, console: Console) -> None:
     Raises:
         ValueError: the run has no evaluation.
     """
-    summary = summarise(run)
+    summary = summarize(run)
     steps = [f"step {step}" for step in summary["steps"]]
     _print_table(console, summary["n"], [*steps, "change"], lambda name: _cells(summary, name))
     folders, files = ("model/", "judgments/", "checkpoints/"), ("summary.json", "metrics.jsonl", "rollouts.jsonl")
@@ -240,8 +240,8 @@ def _plot_kinds(ax: Axes, lines: Sequence[Mapping[str, float]], name: str) -> bo
         if points:
             steps, values = np.array(points).T
             marker = "o" if len(points) < 12 else ""
-            ax.plot(steps, values, color=_COLOURS[kind], linewidth=0.8, alpha=0.25, marker=marker, markersize=3)
-            ax.plot(steps, _smoothed(values), color=_COLOURS[kind], linewidth=1.6, label=kind)
+            ax.plot(steps, values, color=_COLORS[kind], linewidth=0.8, alpha=0.25, marker=marker, markersize=3)
+            ax.plot(steps, _smoothed(values), color=_COLORS[kind], linewidth=1.6, label=kind)
             drawn = True
     return drawn
 
@@ -255,7 +255,7 @@ def _plot_rewards(ax: Axes, metrics: list[dict[str, float]]) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """The centred moving mean over about a twelfth of the values; at the ends, over those that are there."""
+    """The centered moving mean over about a twelfth of the values; at the ends, over those that are there."""
     window = np.ones(2 * (len(values) // 24) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
@@ -263,11 +263,11 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 def _plot_bars(ax: Axes, summary: Mapping[str, Any]) -> None:
     names = [name for name in _BARS if name in summary["before"] and name in summary["after"]]
     rows = np.arange(len(names))
-    for side, colour, offset in (("before", _BEFORE, -0.2), ("after", _AFTER, 0.2)):
+    for side, color, offset in (("before", _BEFORE, -0.2), ("after", _AFTER, 0.2)):
         values = np.array([summary[side][name] for name in names])
         low, high = np.array([summary["intervals"][side][name] for name in names]).T
         label = f"{side} (step {summary['steps'][side == 'after']})"
-        ax.barh(rows + offset, values, 0.38, color=colour, label=label)
+        ax.barh(rows + offset, values, 0.38, color=color, label=label)
         whiskers = np.clip([values - low, high - values], 0, None)
         ax.errorbar(values, rows + offset, xerr=whiskers, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
         for row, value, end in zip(rows, values, high, strict=True):

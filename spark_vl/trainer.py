@@ -33,24 +33,24 @@ from spark_vl.checkpoint import (
 )
 from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, save_config
 from spark_vl.data.problems import open_recipe
-from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
 from spark_vl.data.recipes import load_recipes
 from spark_vl.data.sampler import PromptSampler
-from spark_vl.data.shards import ShardWriter
 from spark_vl.distributed.gather import any_process, each_process
 from spark_vl.distributed.launch import describe_launch, start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
-from spark_vl.layout import CHECKPOINTS, CONFIG, JUDGMENTS, LATEST, MODEL, name_of
-from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
+from spark_vl.families import ProcessedPrompt, load_processor
+from spark_vl.log import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
 from spark_vl.policy.update import NonFiniteUpdateError, load_updater
-from spark_vl.processors import ProcessedPrompt, load_processor
 from spark_vl.prompts import Templater
-from spark_vl.provenance import note_environment, public_name, write_recipes
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup, record_from_json, record_to_json
 from spark_vl.recycle import recycle
 from spark_vl.rollout import Sampling, load_engine
-from spark_vl.rollout.spread import SpreadEngine, SpreadVerifiers
+from spark_vl.rollout.distributed import DistributedEngine, DistributedVerifiers
+from spark_vl.run.paths import CHECKPOINTS, CONFIG, JUDGMENTS, LATEST, MODEL, name_of
+from spark_vl.run.provenance import note_environment, public_name, write_recipes
+from spark_vl.run.quarantine import Quarantine, TooManyBadRowsError
+from spark_vl.run.shards import ShardWriter
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
 
@@ -355,7 +355,7 @@ class Trainer:
         with self.timer("load"):
             self.log.phase("loading")
             while any(wanted := each_process(self.accelerator, n - len(prompts))):
-                for row in self.sampler.take(wanted, self.accelerator.process_index):
+                for row in self.sampler.draw(wanted, self.accelerator.process_index):
                     self.quarantine.seen(1)
                     try:
                         prompts.append(self.processor.process(self.sampler[row]))
@@ -412,9 +412,9 @@ class Trainer:
             return False
         with self.accelerator.autocast():
             results = self.evaluate(
-                SpreadEngine(self.engine, self.accelerator),
+                DistributedEngine(self.engine, self.accelerator),
                 self.processor,
-                SpreadVerifiers(self.verifiers, self.accelerator),
+                DistributedVerifiers(self.verifiers, self.accelerator),
                 counting=self.log.counting,
             )
         self.processor.forget_images()

@@ -13,10 +13,10 @@ from PIL import Image
 from spark_vl.config import RecycleConfig
 from spark_vl.data.images import load_image
 from spark_vl.data.judgments import CONFIGS
-from spark_vl.data.shards import ShardWriter
 from spark_vl.prompts import Templater
 from spark_vl.records import ImageRef, PromptRecord, Rollout, RolloutGroup, Verdict
 from spark_vl.recycle import Recycled, recycle
+from spark_vl.run.shards import ShardWriter
 
 TEMPLATER = Templater.load(system_prompt="Be exact.")
 UNCAPPED = RecycleConfig(max_judge=1000, max_reflection=1000)

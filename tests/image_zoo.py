@@ -21,8 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from tests.test_images import BLUE, ORIENTATION, RED, WHITE, chunk, encode, find, insert, png, segment
 
-GREEN, BLACK, GREY, YELLOW = (0, 255, 0), (0, 0, 0), (128, 128, 128), (255, 255, 0)
-Colour = tuple[int, int, int]
+GREEN, BLACK, GRAY, YELLOW = (0, 255, 0), (0, 0, 0), (128, 128, 128), (255, 255, 0)
+Color = tuple[int, int, int]
 
 NO_IMAGE = "not an image in one of the formats"
 BROKEN = "broken image"
@@ -34,13 +34,13 @@ RATIO = "ratio of more than 200"
 
 @dataclass(frozen=True)
 class Specimen:
-    """A file, and what must come of it: a `refused` reason, or an image of `size` with the `colours` of some points."""
+    """A file, and what must come of it: a `refused` reason, or an image of `size` with the `colors` of some points."""
 
     name: str
     data: bytes
     refused: str | None = None
     size: tuple[int, int] | None = None
-    colours: tuple[tuple[tuple[int, int], Colour], ...] = ()
+    colors: tuple[tuple[tuple[int, int], Color], ...] = ()
     within: int = 0
     """How far a channel may be from what is expected; lossy compression only."""
 
@@ -49,17 +49,17 @@ def bad(name: str, data: bytes, reason: str) -> Specimen:
     return Specimen(name, data, refused=reason)
 
 
-def shows(name: str, data: bytes, *rows: Iterable[Colour], within: int = 0) -> Specimen:
+def shows(name: str, data: bytes, *rows: Iterable[Color], within: int = 0) -> Specimen:
     """An image of exactly these rows."""
     pixels = [list(row) for row in rows]
-    points = tuple(((x, y), colour) for y, row in enumerate(pixels) for x, colour in enumerate(row))
-    return Specimen(name, data, size=(len(pixels[0]), len(pixels)), colours=points, within=within)
+    points = tuple(((x, y), color) for y, row in enumerate(pixels) for x, color in enumerate(row))
+    return Specimen(name, data, size=(len(pixels[0]), len(pixels)), colors=points, within=within)
 
 
-def plain(name: str, data: bytes, size: tuple[int, int], colour: Colour, within: int = 0) -> Specimen:
-    """An image of one colour."""
-    corners = tuple(((x, y), colour) for x in (0, size[0] - 1) for y in (0, size[1] - 1))
-    return Specimen(name, data, size=size, colours=corners, within=within)
+def plain(name: str, data: bytes, size: tuple[int, int], color: Color, within: int = 0) -> Specimen:
+    """An image of one color."""
+    corners = tuple(((x, y), color) for x in (0, size[0] - 1) for y in (0, size[1] - 1))
+    return Specimen(name, data, size=size, colors=corners, within=within)
 
 
 @cache
@@ -122,8 +122,8 @@ def bombs() -> Iterable[Specimen]:
     last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
     yield bad("jpeg-1000-scans", jpeg[:-2] + 1000 * last + jpeg[-2:], "more than 100 scans")
     # What only looks like a scan is none: a thumbnail in a segment, or what stands behind the end.
-    odd = insert(encode(Image.new("RGB", (16, 16), GREY), "JPEG"), 0xDB, segment(0xEF, 200 * b"\xff\xda"))
-    yield plain("jpeg-no-scans", odd + 200 * b"\xff\xda\0\2", (16, 16), GREY, within=1)
+    odd = insert(encode(Image.new("RGB", (16, 16), GRAY), "JPEG"), 0xDB, segment(0xEF, 200 * b"\xff\xda"))
+    yield plain("jpeg-no-scans", odd + 200 * b"\xff\xda\0\2", (16, 16), GRAY, within=1)
     # Pillow copies all comments for each block of them: 64 MB would take hours.
     frame = gif((1, 1), (1, 1))
     place = frame.index(b",")
@@ -168,7 +168,7 @@ def damaged() -> Iterable[Specimen]:
         yield bad(f"png-first-{end}", whole[:end], f"{NO_IMAGE}|{CHUNK}|{BROKEN}")
     corners = tuple(((x, y), noise().getpixel((x, y))) for x in (0, 39) for y in (0, 29))
     for missing in (4, 12, 13, 20):  # from IEND and checksums only: every pixel is there
-        yield Specimen(f"png-without-its-last-{missing}", whole[:-missing], size=(40, 30), colours=corners)
+        yield Specimen(f"png-without-its-last-{missing}", whole[:-missing], size=(40, 30), colors=corners)
     for format in ("JPEG", "GIF", "TIFF", "WEBP", "BMP"):
         data = encode(noise(), format)
         for share in (0.02, 0.5, 0.97):
@@ -261,37 +261,37 @@ def shapes() -> Iterable[Specimen]:
 # ── depths of pixels ──
 
 
-def grey(*values: int) -> list[Colour]:
+def gray(*values: int) -> list[Color]:
     return [(v, v, v) for v in values]
 
 
 def depths() -> Iterable[Specimen]:
-    """Grey of 12 and 16 bits is scaled by its whole range and rounded. Colour of 16 bits keeps its upper 8."""
-    yield shows("png-16-grey", png(4, 1, 16, 0, b"\0" + struct.pack(">4H", 0, 257, 32896, 65535)), grey(0, 1, 128, 255))
+    """Gray of 12 and 16 bits is scaled by its whole range and rounded. Color of 16 bits keeps its upper 8."""
+    yield shows("png-16-gray", png(4, 1, 16, 0, b"\0" + struct.pack(">4H", 0, 257, 32896, 65535)), gray(0, 1, 128, 255))
     rgb = struct.pack(">6H", 65535, 0, 0, 0, 32896, 65535)
     yield shows("png-16-rgb", png(2, 1, 16, 2, b"\0" + rgb), [RED, (0, 128, 255)])
     rgba = struct.pack(">8H", 65535, 0, 0, 65535, 65535, 0, 0, 0)
     yield shows("png-16-rgba", png(2, 1, 16, 6, b"\0" + rgba), [RED, WHITE])
     yield shows("png-16-la", png(2, 1, 16, 4, b"\0" + struct.pack(">4H", 0, 65535, 0, 0)), [BLACK, WHITE])
     yield shows("png-1", png(8, 1, 1, 0, b"\0\x55"), 4 * [BLACK, WHITE])
-    yield shows("png-2", png(4, 1, 2, 0, b"\0\x1b"), grey(0, 85, 170, 255))  # 0, 1, 2, 3 of 3
+    yield shows("png-2", png(4, 1, 2, 0, b"\0\x1b"), gray(0, 85, 170, 255))  # 0, 1, 2, 3 of 3
     yield shows("png-4", png(2, 1, 4, 0, b"\0\x0f"), [BLACK, WHITE])
-    # The colour key is in samples as they are stored, whose other bits do not count (PNG, tRNS).
+    # The color key is in samples as they are stored, whose other bits do not count (PNG, tRNS).
     for key in (b"\0\1", b"\xff\xfd"):
-        yield shows(f"png-2-key-{key.hex()}", png(4, 1, 2, 0, b"\0\x1b", (b"tRNS", key)), grey(0, 255, 170, 255))
-    yield shows("png-4-key", png(4, 1, 4, 0, b"\0\x10\x2f", (b"tRNS", b"\0\1")), grey(255, 0, 34, 255))
-    yield shows("png-8-key", png(3, 1, 8, 0, b"\0\0\1\2", (b"tRNS", b"\1\1")), grey(0, 255, 2))
+        yield shows(f"png-2-key-{key.hex()}", png(4, 1, 2, 0, b"\0\x1b", (b"tRNS", key)), gray(0, 255, 170, 255))
+    yield shows("png-4-key", png(4, 1, 4, 0, b"\0\x10\x2f", (b"tRNS", b"\0\1")), gray(255, 0, 34, 255))
+    yield shows("png-8-key", png(3, 1, 8, 0, b"\0\0\1\2", (b"tRNS", b"\1\1")), gray(0, 255, 2))
     key = struct.pack(">3H", 0x1FF, 0, 0)
     yield shows("png-8-rgb-key", png(2, 1, 8, 2, b"\0" + bytes([*RED, *BLUE]), (b"tRNS", key)), [WHITE, BLUE])
-    # Of two colours that differ in a lower byte only one is the key, and after decoding they are the same.
+    # Of two colors that differ in a lower byte only one is the key, and after decoding they are the same.
     key = struct.pack(">3H", 0x1234, 0, 0)
     data = png(2, 1, 16, 2, b"\0" + key + struct.pack(">3H", 0x1235, 0, 0), (b"tRNS", key))
-    yield bad("png-16-rgb-key", data, "a colour key of 16-bit RGB is not supported")
+    yield bad("png-16-rgb-key", data, "a color key of 16-bit RGB is not supported")
     low = struct.pack("<3H", 0, 32896, 65535)
-    yield shows("tiff-16", tiff(3, 1, (16,), 1, low), grey(0, 128, 255))
-    yield shows("tiff-16-white-is-zero", tiff(3, 1, (16,), 0, low), grey(255, 127, 0))
+    yield shows("tiff-16", tiff(3, 1, (16,), 1, low), gray(0, 128, 255))
+    yield shows("tiff-16-white-is-zero", tiff(3, 1, (16,), 0, low), gray(255, 127, 0))
     high = struct.pack(">3H", 0, 32896, 65535)
-    yield shows("tiff-16-big-endian", tiff(3, 1, (16,), 1, high, order=">"), grey(0, 128, 255))
+    yield shows("tiff-16-big-endian", tiff(3, 1, (16,), 1, high, order=">"), gray(0, 128, 255))
     yield shows("tiff-12", tiff(2, 1, (12,), 1, b"\xff\xf0\x00"), [WHITE, BLACK])  # 4095 of 4095, and 0
     yield shows("tiff-8-white-is-zero", tiff(2, 1, (8,), 0, b"\0\xff"), [WHITE, BLACK])
     yield shows("tiff-1-white-is-zero", tiff(2, 1, (1,), 0, b"\x40"), [WHITE, BLACK])
@@ -314,7 +314,7 @@ def alphas() -> Iterable[Specimen]:
     yield shows("palette-trns", png(3, 1, 8, 3, row, palette, (b"tRNS", b"\xff\0")), [RED, WHITE, GREEN])
     yield shows("palette-1-bit", png(2, 1, 1, 3, b"\0\x40", palette), [RED, BLUE])
     yield shows("palette-all-clear", png(3, 1, 8, 3, row, palette, (b"tRNS", bytes(3))), [WHITE] * 3)
-    yield shows("la", png(3, 1, 8, 4, b"\0\0\xff\0\0\x80\xff"), [BLACK, WHITE, GREY])
+    yield shows("la", png(3, 1, 8, 4, b"\0\0\xff\0\0\x80\xff"), [BLACK, WHITE, GRAY])
     rgba = bytes([*RED, 255, *RED, 0, *BLACK, 51])  # a fifth of black over white: 204
     yield shows("rgba", png(3, 1, 8, 6, b"\0" + rgba), [RED, WHITE, (204, 204, 204)], within=1)
     # Associated alpha (ExtraSamples 1): 64 of alpha 128 is half-clear 128.
@@ -340,7 +340,7 @@ def alphas() -> Iterable[Specimen]:
 
 def jpegs() -> Iterable[Specimen]:
     red = Image.new("RGB", (16, 16), RED)
-    yield plain("jpeg-grey", encode(Image.new("L", (16, 16), 200), "JPEG"), (16, 16), (200,) * 3, within=1)
+    yield plain("jpeg-gray", encode(Image.new("L", (16, 16), 200), "JPEG"), (16, 16), (200,) * 3, within=1)
     yield plain("jpeg-progressive", encode(red, "JPEG", progressive=True), (16, 16), RED, within=2)
     yield plain("jpeg-rgb", encode(red, "JPEG", keep_rgb=True), (16, 16), RED, within=2)
     yield plain("jpeg-restarts", encode(red, "JPEG", restart_marker_blocks=1), (16, 16), RED, within=2)
@@ -354,14 +354,14 @@ def jpegs() -> Iterable[Specimen]:
     # (ITU-T T.871), stored as 255 minus them; inverted back they are inks.
     ycck = ink[: adobe + 11] + b"\2" + ink[adobe + 12 :]
     yield plain("jpeg-ycck", ycck, (16, 16), (255 - 137, 255 - 162, 255 - 167), within=1)
-    # Arithmetic coding, by hand: a grey block whose bits say "no difference, no coefficients".
+    # Arithmetic coding, by hand: a gray block whose bits say "no difference, no coefficients".
     block = (
         b"\xff\xd8"
         + segment(0xDB, b"\0" + bytes([1]) * 64)
         + segment(0xC9, struct.pack(">BHHB", 8, 8, 8, 1) + b"\1\x11\0")
         + segment(0xDA, b"\1\1\0\0\x3f\0")
     )
-    yield plain("jpeg-arithmetic", block + b"\0\0\xff\xd9", (8, 8), GREY)
+    yield plain("jpeg-arithmetic", block + b"\0\0\xff\xd9", (8, 8), GRAY)
     yield bad("jpeg-12-bit", flip_depth(encode(red, "JPEG")), f"{NO_IMAGE}|{BROKEN}")
     yield plain("jpeg-trailing-data", encode(red, "JPEG") + b"ftypmp42 a film" + bytes(5000), (16, 16), RED, within=2)
     thumbnail = segment(0xE0, b"JFXX\0\x10" + encode(Image.new("RGB", (8, 8), BLUE), "JPEG"))
@@ -380,7 +380,7 @@ def flip_depth(data: bytes) -> bytes:
 
 # ── EXIF ──
 
-LETTERS: dict[str, Colour] = {"A": RED, "B": GREEN, "C": BLUE, "D": BLACK, "E": WHITE, "F": YELLOW}
+LETTERS: dict[str, Color] = {"A": RED, "B": GREEN, "C": BLUE, "D": BLACK, "E": WHITE, "F": YELLOW}
 UPRIGHT = {
     1: "ABC DEF",
     2: "CBA FED",
@@ -396,8 +396,8 @@ UPRIGHT = {
 
 def turned() -> Iterable[Specimen]:
     stored = Image.new("RGB", (3, 2))
-    for i, colour in enumerate(LETTERS.values()):
-        stored.putpixel((i % 3, i // 3), colour)
+    for i, color in enumerate(LETTERS.values()):
+        stored.putpixel((i % 3, i // 3), color)
     upright = [[LETTERS[letter] for letter in row] for row in ("ABC", "DEF")]
     for orientation, rows in UPRIGHT.items():
         exif = Image.Exif()
@@ -406,11 +406,9 @@ def turned() -> Iterable[Specimen]:
         yield shows(f"exif-{orientation}", encode(stored, "PNG", exif=exif), *shown)
         big = stored.resize((48, 32), Image.Resampling.NEAREST)  # in blocks of 16, which a JPEG keeps apart
         size = (16 * len(shown[0]), 16 * len(shown))
-        points = tuple(
-            ((16 * x + 8, 16 * y + 8), colour) for y, row in enumerate(shown) for x, colour in enumerate(row)
-        )
+        points = tuple(((16 * x + 8, 16 * y + 8), color) for y, row in enumerate(shown) for x, color in enumerate(row))
         data = encode(big, "JPEG", exif=exif, quality=95, subsampling=0)
-        yield Specimen(f"jpeg-exif-{orientation}", data, size=size, colours=points, within=3)
+        yield Specimen(f"jpeg-exif-{orientation}", data, size=size, colors=points, within=3)
     # Orientations that there are not, and EXIF that is none, say nothing: the image is shown as it is stored.
     for value in (0, 9, 65535):
         exif = Image.Exif()
@@ -433,13 +431,13 @@ def turned() -> Iterable[Specimen]:
 
 
 def animated() -> Iterable[Specimen]:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE, GREEN)]
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE, GREEN)]
     for format in ("GIF", "PNG", "WEBP", "TIFF"):
         yield bad(
             f"{format.lower()}-frames", encode(frames[0], format, save_all=True, append_images=frames[1:]), FRAMES
         )
     # A JPEG with another behind it is one photograph: the other is its preview, its gain map or the view of an eye.
-    red, blue = (Image.new("RGB", (16, 8), colour) for colour in (RED, BLUE))
+    red, blue = (Image.new("RGB", (16, 8), color) for color in (RED, BLUE))
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     photo = encode(red, "MPO", save_all=True, append_images=[blue], exif=exif)
@@ -482,7 +480,7 @@ def pngs() -> Iterable[Specimen]:
     text.add_text("Comment", "x" * 5000, zip=True)
     yield plain("png-text", encode(Image.new("RGB", (4, 4), RED), "PNG", pnginfo=text), (4, 4), RED)
     yield bad("png-depth-3", png(1, 1, 3, 2, b"\0" + bytes(RED)), f"{NO_IMAGE}|{BROKEN}")
-    yield bad("png-colour-type-5", png(1, 1, 8, 5, b"\0" + bytes(RED)), f"{NO_IMAGE}|{BROKEN}")
+    yield bad("png-color-type-5", png(1, 1, 8, 5, b"\0" + bytes(RED)), f"{NO_IMAGE}|{BROKEN}")
     yield bad("png-filter-9", png(1, 1, 8, 2, b"\x09" + bytes(RED)), BROKEN)
 
 
@@ -503,7 +501,7 @@ def bmp_with_alpha(width: int, height: int, rows: bytes) -> bytes:
 
 
 def bmps() -> Iterable[Specimen]:
-    """Rows go from the bottom up unless the height is negative; colours are BGR; rows are padded to 4 bytes."""
+    """Rows go from the bottom up unless the height is negative; colors are BGR; rows are padded to 4 bytes."""
     red, blue = b"\0\0\xff", b"\xff\0\0"
     yield shows("bmp-bottom-up", bmp(1, 2, 24, blue + b"\0" + red + b"\0"), [RED], [BLUE])
     yield shows("bmp-top-down", bmp(1, -2, 24, red + b"\0" + blue + b"\0"), [RED], [BLUE])
@@ -583,14 +581,14 @@ def tiffs() -> Iterable[Specimen]:
 
 
 def tiff_tiles() -> Iterable[Specimen]:
-    """20×20 pixels in tiles of 16×16: four, each of a grey."""
-    corners = (((0, 0), grey(10)[0]), ((16, 0), grey(20)[0]), ((0, 16), grey(30)[0]), ((19, 19), grey(40)[0]))
+    """20×20 pixels in tiles of 16×16: four, each of a gray."""
+    corners = (((0, 0), gray(10)[0]), ((16, 0), gray(20)[0]), ((0, 16), gray(30)[0]), ((19, 19), gray(40)[0]))
     for name, compression in (("raw", 1), ("deflated", 8)):
         parts = [bytes([value]) * 256 for value in (10, 20, 30, 40)]
         parts = [zlib.compress(part) for part in parts] if compression == 8 else parts
         tiles = {0x0142: (4, [16]), 0x0143: (4, [16]), 0x0144: (4, starts(parts)), 0x0145: (4, [*map(len, parts)])}
         data = tiff(20, 20, (8,), 1, b"".join(parts), compression=compression, more=tiles, strip=False)
-        yield Specimen(f"tiff-tiles-{name}", data, size=(20, 20), colours=corners)
+        yield Specimen(f"tiff-tiles-{name}", data, size=(20, 20), colors=corners)
         empty = tiff(20, 20, (8,), 1, b"", compression=compression, more=tiles | {0x0142: (4, [0])}, strip=False)
         yield bad(f"tiff-tiles-{name}-0-wide", empty, "tiles have no size")
 

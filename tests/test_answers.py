@@ -14,7 +14,7 @@ from spark_vl.answers import (
     match_choice,
     match_choices,
     match_label,
-    normalised,
+    normalized,
     parse_quantity,
     plain,
 )
@@ -503,8 +503,8 @@ def test_marks_are_left_out_in_pairs(text: str) -> None:
     assert not found or "." in text or "  " in text or missing[0] == missing[1][::-1]
 
 
-def test_normalised() -> None:
-    assert normalised(r" \text{No  Solution}. ") == "no solution"
+def test_normalized() -> None:
+    assert normalized(r" \text{No  Solution}. ") == "no solution"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_version(tmp_path):
     assert spark_vl(tmp_path, "--version", module=True)[:2] == (0, f"spark-vl {__version__}\n")
 
 
-def test_recipes_are_listed_with_their_licences(tmp_path):
+def test_recipes_are_listed_with_their_licenses(tmp_path):
     status, output, _, loaded = spark_vl(tmp_path, "recipes")
     assert (status, loaded) == (0, set())
     lines = output.splitlines()

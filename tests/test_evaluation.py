@@ -561,7 +561,7 @@ def test_samples_can_be_scored_again_without_the_model(make_evaluator, processor
     assert line["mode"] == "greedy"
     assert line["choices"]
     assert line["origin"]["quoted_correct"] is True
-    assert line["completions"][0].keys() == {"text", "finish", "score", "parsed", "status", "detail", "shaping"}
+    assert line["completions"][0].keys() == {"text", "finish_reason", "score", "parsed", "status", "detail", "shaping"}
 
     # A gold that was corrected since counts.
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -577,7 +577,7 @@ def test_samples_can_be_scored_again_without_the_model(make_evaluator, processor
 
 
 def test_a_real_model_end_to_end(make_policy, processor, verifiers, tmp_path):
-    engine = TransformersEngine(make_policy(), processor, rows_at_once=64)
+    engine = TransformersEngine(make_policy(), processor, decode_batch_size=64)
     config = EvaluationConfig(recipes=["digits"], problems=6, samples=2)
     file = tmp_path / "samples.jsonl"
     rollout = RolloutConfig(max_new_tokens=6)
@@ -620,7 +620,7 @@ def test_a_checkpoint_by_itself(make_policy, processor, verifiers, tmp_path):
     results = evaluate_checkpoint(config, out)
     assert (out / PROMPTS_FILE).read_text() == (tmp_path / PROMPTS_FILE).read_text()
     same = Evaluator(config.evaluation, TEMPLATER, rollout=config.rollout, seed=0, samples_file=tmp_path / "same.jsonl")
-    assert results == same(TransformersEngine(make_policy(), processor, rows_at_once=64), processor, verifiers)
+    assert results == same(TransformersEngine(make_policy(), processor, decode_batch_size=64), processor, verifiers)
     assert (out / "samples.jsonl").read_text() == (tmp_path / "same.jsonl").read_text()
 
 

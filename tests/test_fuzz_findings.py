@@ -22,8 +22,8 @@ def test_no_target_finds_anything_in_its_first_inputs(name: str) -> None:
 
 
 def test_the_fuzzing_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each invariant can fail: here, that of `neutralise` and that of the scores."""
-    monkeypatch.setattr(targets, "neutralise", lambda text: text)
+    """Each invariant can fail: here, that of `neutralize` and that of the scores."""
+    monkeypatch.setattr(targets, "neutralize", lambda text: text)
     with pytest.raises(AssertionError):
         targets.run_prompts(("a <|im_end|> b", ()))
     with pytest.raises(AssertionError, match="number"):

@@ -428,7 +428,7 @@ def test_a_gold_that_means_nothing_is_a_bad_record(kind: str, gold: str) -> None
     ],
 )
 def test_a_gold_in_shares_of_the_image_is_a_bad_record(kind: str, gold: str, options: dict) -> None:
-    with pytest.raises(BadRecordError, match=r"looks normalised.*allowed: pixels of the original image, 200×100"):
+    with pytest.raises(BadRecordError, match=r"looks normalized.*allowed: pixels of the original image, 200×100"):
         judge(kind, "[1, 2, 3, 4]", gold, **options)
 
 
@@ -566,15 +566,15 @@ sides = st.integers(28, 3000)
 def test_the_gold_scores_1_in_every_system(original, processed, shares, coordinates) -> None:
     width, height = original
     gold = [[x * width, y * height, (x + w) * width, (y + h) * height] for x, w, y, h in shares]
-    centre = [(gold[0][0] + gold[0][2]) / 2, (gold[0][1] + gold[0][3]) / 2]
-    labelled = [{"bbox_2d": box, "label": "a {" if i else "b"} for i, box in enumerate(gold)]
+    center = [(gold[0][0] + gold[0][2]) / 2, (gold[0][1] + gold[0][3]) / 2]
+    labeled = [{"bbox_2d": box, "label": "a {" if i else "b"} for i, box in enumerate(gold)]
     for kind, answer, values in (
         ("iou", gold[0], {"threshold": 0}),
         ("iou", gold[0], {"threshold": 1}),
         ("point", gold[0], {}),
-        ("point", centre, {"distance": 1e-6}),
+        ("point", center, {"distance": 1e-6}),
         ("detection", gold, {"threshold": 1}),
-        ("detection", labelled[:1], {}),
+        ("detection", labeled[:1], {}),
         ("detection", [], {}),
     ):
         record = grounded(

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from tokenizers import AddedToken
 
-from spark_vl.prompts import Template, Templater, neutralise
+from spark_vl.prompts import Template, Templater, neutralize
 from spark_vl.records import PromptRecord, plain_text
 from spark_vl.verifiers import VerifierPool
 from spark_vl.verifiers.base import VERIFIERS, run_verifier, verify
@@ -179,7 +179,7 @@ def test_a_judge_that_repeats_the_answer_before_its_verdict_says_its_verdict() -
         assert template.parse(f"The answer reads: {answer}\nIt is wrong. \\boxed{{No}}") == "No"
 
 
-def test_no_character_turns_into_part_of_a_token_when_it_is_normalised(full_tokenizer) -> None:
+def test_no_character_turns_into_part_of_a_token_when_it_is_normalized(full_tokenizer) -> None:
     """The tokenizer puts text into form NFC first: no other character may become one of `<|/>` and letters in it."""
     for token in ("<|im_end|>", "</tool_call>"):
         for code in range(0x80, 0x110000):
@@ -188,9 +188,9 @@ def test_no_character_turns_into_part_of_a_token_when_it_is_normalised(full_toke
     assert full_tokenizer.backend_tokenizer.normalizer.normalize_str("＜é") == "＜é"
 
 
-def test_neutralised_text_reads_as_before() -> None:
+def test_neutralized_text_reads_as_before() -> None:
     for answer in INJECTIONS:
-        safe = neutralise(answer)
+        safe = neutralize(answer)
         assert safe.replace("\u200b", "") == answer.replace("\u200b", "")
-        assert neutralise(safe) == safe
+        assert neutralize(safe) == safe
         assert not re.search(r"<[|｜]|</?tool_call>", safe)

@@ -50,10 +50,10 @@ def test_pixels_or_a_reason(specimen: Specimen) -> None:
         return
     image = load_image(ref)
     assert (image.mode, image.size, image.info) == ("RGB", specimen.size, {})
-    for point, colour in specimen.colours:
+    for point, color in specimen.colors:
         shown = image.getpixel(point)
-        off = max(abs(a - b) for a, b in zip(shown, colour, strict=True))
-        assert off <= specimen.within, f"{point} is {shown} and should be {colour}"
+        off = max(abs(a - b) for a, b in zip(shown, color, strict=True))
+        assert off <= specimen.within, f"{point} is {shown} and should be {color}"
 
 
 def test_there_are_many() -> None:

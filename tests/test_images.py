@@ -38,9 +38,9 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+def png(width: int, height: int, depth: int, color: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG written by hand, without Pillow."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body)) for tag, body in parts
@@ -105,16 +105,16 @@ def test_exif_orientation_of_a_jpeg_swaps_the_sides() -> None:
 
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_not_clipped(format: str, orientation: int) -> None:
-    grey = np.array([[0, 128, 129, 257], [1000, 30000, 65407, 65535]], np.uint16)
+def test_16_bit_gray_is_scaled_not_clipped(format: str, orientation: int) -> None:
+    gray = np.array([[0, 128, 129, 257], [1000, 30000, 65407, 65535]], np.uint16)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     expected = UPRIGHT[orientation](np.array([[0, 0, 1, 1], [4, 117, 255, 255]]))  # v · 255/65535, rounded
-    shown = pixels(encode(Image.fromarray(grey), format, exif=exif))
+    shown = pixels(encode(Image.fromarray(gray), format, exif=exif))
     assert (shown == expected[..., None]).all()
 
 
-def test_16_bit_colour_is_scaled() -> None:
+def test_16_bit_color_is_scaled() -> None:
     row = b"\0" + struct.pack(">6H", 65535, 0, 32896, 0, 65535, 257)  # 32896 = 128 · 257
     assert pixels(png(2, 1, 16, 2, row)).tolist() == [[[255, 0, 128], [0, 255, 1]]]
 
@@ -129,7 +129,7 @@ def test_rgba_is_composited_over_white() -> None:
     assert row[2].tolist() == list(RED)
 
 
-def test_grey_with_alpha_is_composited_over_white() -> None:
+def test_gray_with_alpha_is_composited_over_white() -> None:
     image = Image.new("LA", (2, 1))
     image.putpixel((0, 0), (0, 0))
     image.putpixel((1, 0), (0, 255))
@@ -153,21 +153,21 @@ def test_palette_with_an_alpha_for_each_entry_is_composited() -> None:
     assert pixels(data)[0].tolist() == [list(WHITE), list(BLUE)]
 
 
-def test_opaque_palette_keeps_its_colours() -> None:
+def test_opaque_palette_keeps_its_colors() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([*RED, *BLUE])
     image.putdata([0, 1])
     assert pixels(encode(image, "PNG"))[0].tolist() == [list(RED), list(BLUE)]
 
 
-def test_colour_key_is_white() -> None:
+def test_color_key_is_white() -> None:
     image = Image.new("RGB", (2, 1), RED)
     image.putpixel((1, 0), BLUE)
     assert pixels(encode(image, "PNG", transparency=RED))[0].tolist() == [list(WHITE), list(BLUE)]
 
 
 @pytest.mark.parametrize(("depth", "row"), [(8, b"\0\x05\xc8"), (16, b"\0\0\x05\xc8\xc8")])
-def test_grey_key_is_white(depth: int, row: bytes) -> None:
+def test_gray_key_is_white(depth: int, row: bytes) -> None:
     shown = pixels(png(2, 1, depth, 0, row, (b"tRNS", b"\0\x05")))
     assert shown[0].tolist() == [[255] * 3, [200] * 3]
 
@@ -203,7 +203,7 @@ def refused(reason: str, data: bytes) -> None:
 
 @pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP", "PNG"])
 def test_more_than_one_frame_is_refused(format: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     refused("more than one frame", encode(frames[0], format, save_all=True, append_images=frames[1:]))
 
 
@@ -290,8 +290,8 @@ def test_damage_gives_an_image_or_an_image_error(format: str, changes: list[tupl
 def root(tmp_path: Path) -> Path:
     """A media root with a picture, next to a picture that it does not hold."""
     (tmp_path / "media" / "sub").mkdir(parents=True)
-    for folder, colour in ((tmp_path, BLUE), (tmp_path / "media" / "sub", RED)):
-        (folder / "picture.png").write_bytes(encode(Image.new("RGB", (4, 4), colour), "PNG"))
+    for folder, color in ((tmp_path, BLUE), (tmp_path / "media" / "sub", RED)):
+        (folder / "picture.png").write_bytes(encode(Image.new("RGB", (4, 4), color), "PNG"))
     return tmp_path / "media"
 
 
@@ -568,7 +568,7 @@ QUANTISATION = segment(0xDB, b"\0" + bytes(range(1, 65)))
         jpeg(optimize=True),  # other Huffman tables
         jpeg(restart_marker_blocks=2),
     ],
-    ids=["clean", "quality", "optimised", "restarts"],
+    ids=["clean", "quality", "optimized", "restarts"],
 )
 def test_a_jpeg_of_any_encoder_of_pixels_is_accepted(data: bytes) -> None:
     check_encoded(data)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spark_vl.data.cells import kind
+from spark_vl.data.cells import type_name
 from spark_vl.data.images import encode_image, load_image
 from spark_vl.data.judgments import (
     CONFIGS,
@@ -28,9 +28,9 @@ from spark_vl.data.judgments import (
 )
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.recipes import load_recipe
-from spark_vl.data.shards import find_shards
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, RolloutGroup, plain_text
+from spark_vl.run.shards import find_shards
 from spark_vl.verifiers import check_gold
 from tests.groups import TEMPLATER, UNCAPPED, a_run, picture, pixels, problem, recycled, sampled, write
 
@@ -107,7 +107,7 @@ def test_a_pairwise_row_by_hand():
         "reward": [1.0, 0.5],
         "parsed": ["B", "-2"],
         "status": ["ok", "ok"],
-        "finish": ["stop", "stop"],
+        "finish_reason": ["stop", "stop"],
         "verifier": "judgment",
         "settings": "{}",
         "parent_id": "s/train/a",
@@ -120,7 +120,7 @@ def test_a_pairwise_row_by_hand():
 
 
 COMMON_BEFORE = ["id", "images", "messages", "question", "label", "choices"]
-COMMON_AFTER = ["reward", "parsed", "status", "finish", "verifier", "settings"]
+COMMON_AFTER = ["reward", "parsed", "status", "finish_reason", "verifier", "settings"]
 PROVENANCE = ["parent_id", "recipe", "license", "model", "model_revision", "step"]
 
 
@@ -260,7 +260,7 @@ def test_problems_come_back_as_groups(published: Path):
             assert plain_text(back.record.question) == plain_text(group.record.question)
             assert [r.text for r in back.rollouts] == [r.text for r in group.rollouts]
             assert back.verdicts == group.verdicts
-            assert {(r.token_ids, r.logprobs, r.finish) for r in back.rollouts} == {((), (), "stop")}
+            assert {(r.token_ids, r.logprobs, r.finish_reason) for r in back.rollouts} == {((), (), "stop")}
 
 
 def test_jpegs_stay_jpegs(tmp_path: Path):
@@ -420,12 +420,16 @@ def test_a_missing_column_is_named(config: str):
 @pytest.mark.parametrize(
     ("config", "changes", "expected"),
     [
-        ("rollouts", {"reward": [1.0]}, "'completion', 'reward', 'parsed', 'status', 'finish' are of 4, 1, 4, 4, 4"),
+        (
+            "rollouts",
+            {"reward": [1.0]},
+            "'completion', 'reward', 'parsed', 'status', 'finish_reason' are of 4, 1, 4, 4, 4",
+        ),
         ("rollouts", {"reward": [1.0, 0.0, 2.0, 0.0]}, "'reward' holds float 2.0; numbers in"),
         ("rollouts", {"reward": [1.0, float("nan"), 0.0, 0.0]}, "'reward' holds float nan"),
         ("rollouts", {"reward": None}, "'reward' is null"),
         ("rollouts", {"status": ["fine"] * 4}, "'status' holds str 'fine'; allowed: ok, unparsable, timeout, error"),
-        ("rollouts", {"finish": [None] * 4}, "'finish' holds null; allowed: stop, length"),
+        ("rollouts", {"finish_reason": [None] * 4}, "'finish_reason' holds null; allowed: stop, length"),
         ("rollouts", {"completion": [5] * 4}, "'completion' is int 5"),
         ("rollouts", {"parsed": [5] * 4}, "'parsed' is int 5"),
         ("rollouts", {"recipe": None}, "'recipe' is null"),
@@ -463,4 +467,4 @@ def test_rows_that_name_code_are_bad_rows_unless_the_recipe_names_it(tmp_path: P
 
 def test_messages_do_not_show_the_bytes_of_images():
     assert "'images' holds 400 bytes; mappings" in hostile("pairwise", images=[b"\x89PNG" * 100])
-    assert kind({"bytes": b"\x89PNG"}) == "a mapping of 'bytes': bytes"
+    assert type_name({"bytes": b"\x89PNG"}) == "a mapping of 'bytes': bytes"

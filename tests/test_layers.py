@@ -13,19 +13,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ABOVE_THE_LINE = (
-    *("records", "config", "layout", "answers", "prompts", "verifiers", "data", "provenance", "recycle", "offline"),
+    *("records", "config", "answers", "prompts", "verifiers", "data", "run", "recycle", "offline"),
     *("advantages", "estimate"),
 )
 BELOW_THE_LINE = (
     *(
         "distributed",
-        "processors",
+        "families",
         "policy",
         "rollout",
-        "reward",
-        "metrics",
+        "log",
         "checkpoint",
+        "feed",
         "trainer",
+        "setup",
         "evaluation",
         "report",
         "hub",

@@ -17,10 +17,10 @@ from spark_vl.config import RecycleConfig
 from spark_vl.data.judgments import features, split_of
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.recipes import load_recipe
-from spark_vl.data.shards import check_shard, find_shards, read_shard
 from spark_vl.offline import recycle_rollouts
 from spark_vl.records import PromptRecord, plain_text
 from spark_vl.recycle import recycle
+from spark_vl.run.shards import check_shard, find_shards, read_shard
 from tests.groups import TEMPLATER, UNCAPPED, a_run, contents, make_writer, picture, pixels, problem, sampled, write
 
 RUN = a_run(steps=5, problems=6)
@@ -88,7 +88,7 @@ def test_it_gives_what_recycling_the_live_groups_gives(run: Path, tmp_path: Path
         assert row.get("correct") == record.origin.quoted_correct
         assert (row["step"], row["recipe"]) == (record.origin.step, record.recipe)
         assert row["license"] == {"r": "MIT", "s": "CC-BY-4.0"}[record.recipe]
-        assert [row[name] for name in ("judge_completion", "reward", "parsed", "status", "finish")] == [[]] * 5
+        assert [row[name] for name in ("judge_completion", "reward", "parsed", "status", "finish_reason")] == [[]] * 5
 
 
 def test_caps_and_other_settings_give_other_judgments(run: Path, tmp_path: Path):

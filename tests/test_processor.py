@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import load_image
-from spark_vl.processors import QwenVLProcessor, load_processor
+from spark_vl.families import QwenVLProcessor, load_processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, Message, PromptRecord
 from tests.conftest import make_image, make_record
@@ -26,7 +26,7 @@ SYSTEM = Message("system", ("Be brief.",))
 
 
 def smooth_image(width: int, height: int) -> ImageRef:
-    """A gradient, which any good resizing keeps, and which is different in each direction and colour."""
+    """A gradient, which any good resizing keeps, and which is different in each direction and color."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     buffer = io.BytesIO()
     Image.fromarray((255 * np.stack([x, y, (x + y) / 2], -1)).astype(np.uint8)).save(buffer, "PNG")

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from spark_vl.prompts import REASONING_SUFFIX, Rendered, Template, Templater, neutralise
+from spark_vl.prompts import REASONING_SUFFIX, Rendered, Template, Templater, neutralize
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import Content, ImageRef, Message, PromptRecord, plain_text
 from spark_vl.verifiers.base import get_verifier
@@ -156,7 +156,7 @@ def test_trap_1_what_a_prompt_asks_for_scores_1_and_its_opposite_0(templater, na
             assert template.parse("it is 42") is None
             assert template.parse(prompt) is None
             continue
-        assert sorted(asked) == sorted(rendered.labels)  # each label once, so no label is favoured
+        assert sorted(asked) == sorted(rendered.labels)  # each label once, so no label is favored
         judge = get_verifier("judgment")
         record = record_of(rendered, template.kind)
         for label in asked:
@@ -223,7 +223,7 @@ def test_trap_3_quotations_are_literal_whatever_they_hold(question, first, secon
         before, rest = rest.split(slot)
         expected += before + order[slot]
     expected += rest
-    assert text_of(rendered) == neutralise(expected)
+    assert text_of(rendered) == neutralize(expected)
     assert text_of(rendered).replace("\u200b", "") == expected.replace("\u200b", "")
 
 
@@ -231,12 +231,12 @@ def test_trap_3_quotations_are_literal_whatever_they_hold(question, first, secon
 def test_trap_3_problems_are_literal_too(question):
     (message,) = BUILTIN.problem((question,))
     assert message.role == "user"
-    assert message.content == (neutralise(question + REASONING_SUFFIX),)
+    assert message.content == (neutralize(question + REASONING_SUFFIX),)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """A byte-level BPE with the normaliser and the special tokens of Qwen2.5-VL."""
+    """A byte-level BPE with the normalizer and the special tokens of Qwen2.5-VL."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -262,10 +262,10 @@ def test_trap_3_the_tokenizer_of_these_tests_does_see_special_tokens(tokenizer):
 
 
 @given(text=untrusted)
-def test_trap_3_no_neutralised_text_holds_a_special_token(tokenizer, text):
-    safe = neutralise(text)
+def test_trap_3_no_neutralized_text_holds_a_special_token(tokenizer, text):
+    safe = neutralize(text)
     assert special(tokenizer, safe) == []
-    assert neutralise(safe) == safe
+    assert neutralize(safe) == safe
     assert safe.replace("\u200b", "") == text.replace("\u200b", "")
 
 
@@ -286,7 +286,7 @@ def test_trap_3_no_neutralised_text_holds_a_special_token(tokenizer, text):
 )
 def test_trap_3_nested_special_tokens_are_taken_apart(tokenizer, text):
     assert special(tokenizer, text)
-    assert special(tokenizer, neutralise(text)) == []
+    assert special(tokenizer, neutralize(text)) == []
 
 
 def test_trap_3_no_special_token_arises_at_a_seam(tokenizer):
@@ -303,7 +303,7 @@ def test_trap_3_no_special_token_arises_at_a_seam(tokenizer):
 
 def test_special_tokens_are_the_only_thing_that_changes():
     text = "1 < 2, <image>, <s>, </s>, [INST], <think>, </think>, <tool_calls>, a<b, {x | x > 0}"
-    assert neutralise(text) == text
+    assert neutralize(text) == text
 
 
 # ── images ──
@@ -466,7 +466,7 @@ def test_literal_braces_are_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (YES_NO | {"colour": "red"}, r"'mine/1': found colour; allowed: name, kind, text, labels"),
+        (YES_NO | {"color": "red"}, r"'mine/1': found color; allowed: name, kind, text, labels"),
         (YES_NO | {"name": ""}, r"template '': name: found ''; allowed: a text"),
         (YES_NO | {"name": 7}, r"name: found 7"),
         ({k: v for k, v in YES_NO.items() if k != "kind"}, r"kind: found None; allowed: pointwise or pairwise or"),

@@ -42,7 +42,7 @@ def refusal(status: int, said: str = "", **headers: str) -> dict:
     [
         ("POST", CREATE, refusal(401, "Invalid credentials"), r"401: the Hub does not accept the token from HF_TOKEN"),
         ("POST", CREATE, refusal(403, "no rights"), r"403: the token from HF_TOKEN \(.*'tester'.*may not.*'write'"),
-        ("POST", CREATE, refusal(404, "no such namespace"), r"404: there is no user or organisation 'org' or no repos"),
+        ("POST", CREATE, refusal(404, "no such namespace"), r"404: there is no user or organization 'org' or no repos"),
         ("POST", CREATE, refusal(402, "pay first"), r'answered 402 .*it said: "pay first"'),
         ("POST", COMMIT, refusal(409, "busy"), r"409: somebody else changes 'org/tiny' at this moment; publish again"),
         ("POST", COMMIT, refusal(413, "too large"), r"413: a file is larger than the Hub takes"),

@@ -19,9 +19,9 @@ from PIL import Image, PngImagePlugin
 
 from spark_vl import cli
 from spark_vl.data.recipes import load_recipe
-from spark_vl.data.shards import find_shards
 from spark_vl.hub import publish
 from spark_vl.prompts.templater import PROMPTS_FILE
+from spark_vl.run.shards import find_shards
 from tests.hub.driver import Refused
 from tests.hub.fixtures import ROOT, digests, spark_vl
 from tests.hub.server import File

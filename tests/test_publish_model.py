@@ -86,7 +86,7 @@ def test_public_is_public_and_a_repository_does_not_change_who_sees_it(hub, call
     assert hub.repo("model", "org/open").at().oid == head
 
 
-def test_the_licence_of_the_base_model_is_read_from_its_card(hub, call, finished_run, tmp_path):
+def test_the_license_of_the_base_model_is_read_from_its_card(hub, call, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     facts = json.loads((run / "model" / "spark_training.json").read_text())
     facts |= {"base": "org/base", "base_commit": "b" * 40}
@@ -95,8 +95,8 @@ def test_the_licence_of_the_base_model_is_read_from_its_card(hub, call, finished
     call("publish_model", checkpoint=run, repo="org/tiny")
     card = hub.repo("model", "org/tiny").at().files["README.md"].content.decode()
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
-    licence = b"---\nlicense: other\nlicense_name: qwen-research\nlicense_link: https://q.org/l\n---\n# Base\n"
-    hub.repo("model", "org/base").commit("another licence", {"README.md": File(licence)})
+    license = b"---\nlicense: other\nlicense_name: qwen-research\nlicense_link: https://q.org/l\n---\n# Base\n"
+    hub.repo("model", "org/base").commit("another license", {"README.md": File(license)})
     call("publish_model", checkpoint=run, repo="org/tiny")
     card = hub.repo("model", "org/tiny").at().files["README.md"].content.decode()
     data = yaml.safe_load(card.split("---")[1])
@@ -112,7 +112,7 @@ def test_the_licence_of_the_base_model_is_read_from_its_card(hub, call, finished
         call("publish_model", checkpoint=run, repo="org/tiny")
     shown = spark_vl(hub, "publish", "model", run, "--repo", "org/tiny", "--dry-run")
     assert shown.returncode == 0
-    assert "the licence of the base model is not in this card" in shown.stderr
+    assert "the license of the base model is not in this card" in shown.stderr
     hub.behave()
     assert hub.repo("model", "org/tiny").at().oid == head
     hub.repos.pop(("model", "org/base"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from spark_vl.data.problems import open_recipe
-from spark_vl.data.quarantine import Quarantine, TooManyBadRowsError
 from spark_vl.data.recipes import load_recipe
 from spark_vl.records import BadRecordError
+from spark_vl.run.quarantine import Quarantine, TooManyBadRowsError
 from tests.groups import TEMPLATER, recycled, sampled
 
 

@@ -28,9 +28,9 @@ from spark_vl.verifiers.base import VERIFIERS, check_gold, run_verifier
 TEMPLATER = Templater.load()
 
 
-def png(colour: Any = "red", size: tuple[int, int] = (8, 6)) -> bytes:
+def png(color: Any = "red", size: tuple[int, int] = (8, 6)) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
+    Image.new("RGB", size, color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -103,7 +103,7 @@ def test_overrides_replace_fields_with_paths_relative_to_the_working_directory(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe = load_recipe(recipe_file(), source={"parquet": "p"}, splits={"test": "x.parquet"})
-    assert (recipe.source.kind, recipe.source.location) == ("parquet", str(tmp_path / "elsewhere" / "p"))
+    assert (recipe.source.type, recipe.source.location) == ("parquet", str(tmp_path / "elsewhere" / "p"))
     assert recipe.splits == {"test": "x.parquet"}
     assert recipe.name == "mine"
 
@@ -593,7 +593,7 @@ def test_a_parquet_row_that_names_a_readable_file_is_refused(tmp_path: Path, rec
 
 def test_a_folder_of_images_with_metadata(tmp_path: Path, recipe_file) -> None:
     folder = tmp_path / "data" / "training"
-    lines(folder / "metadata.jsonl", [{"file_name": "img/a.png", "q": "Colour?", "a": "red"}])
+    lines(folder / "metadata.jsonl", [{"file_name": "img/a.png", "q": "Color?", "a": "red"}])
     (folder / "img").mkdir()
     (folder / "img" / "a.png").write_bytes(png())
     columns = {"question": "q", "answer": "a", "images": "file_name"}
@@ -862,5 +862,5 @@ def test_every_shipped_recipe_is_exercised_here() -> None:
     for name in recipes():
         recipe = load_recipe(usage(name))
         assert recipe.name == (name if name != "judgments" else "judgments-pairwise")
-        assert recipe.source.kind in ("hub", "factory")  # no path of ours
+        assert recipe.source.type in ("hub", "factory")  # no path of ours
         assert recipe.license

@@ -34,7 +34,7 @@ def config(**changes) -> RecycleConfig:
     return replace(ALL, **changes)
 
 
-def group(scores, *, texts=None, finish="stop", status="ok", kind="problem", name=None) -> RolloutGroup:
+def group(scores, *, texts=None, finish_reason="stop", status="ok", kind="problem", name=None) -> RolloutGroup:
     """A verified group; rollout i boxes `[right|wrong] answer i of <name>` unless `texts` are given."""
     name = name or "-".join(f"{score:g}" for score in scores)
     if texts is None:
@@ -43,7 +43,7 @@ def group(scores, *, texts=None, finish="stop", status="ok", kind="problem", nam
     record = PromptRecord(
         f"r/{name}", kind, (Message("user", question),), question, f"gold of {name}", "choice", "r", ("x", "y")
     )
-    rollouts = tuple(Rollout((1,), (-0.5,), text, finish) for text in texts)
+    rollouts = tuple(Rollout((1,), (-0.5,), text, finish_reason) for text in texts)
     return RolloutGroup(record, rollouts, tuple(Verdict(s, None, status) for s in scores))
 
 
@@ -305,7 +305,7 @@ def test_trap_6_judges_see_answers_or_whole_completions(sees, least, most):
 
 
 def test_trap_8_rollouts_cut_off_by_the_length_limit_are_no_evidence():
-    cut = [group(WRONG, finish="length"), group(RIGHT, finish="length")]
+    cut = [group(WRONG, finish_reason="length"), group(RIGHT, finish_reason="length")]
     recycled = run(cut)
     assert recycled.judge + recycled.reflection == []
     assert recycled.counts["rollouts_truncated"] == 8
@@ -316,7 +316,7 @@ def test_trap_8_rollouts_cut_off_by_the_length_limit_are_no_evidence():
 
     finished = group([0.0, 1.0, 0.0])
     first, *rest = finished.rollouts
-    partly = replace(finished, rollouts=(replace(first, finish="length"), *rest))
+    partly = replace(finished, rollouts=(replace(first, finish_reason="length"), *rest))
     for seed in range(20):
         recycled = run([partly], seed=seed)
         assert recycled.counts["groups_mixed"] == recycled.counts["rollouts_truncated"] == 1

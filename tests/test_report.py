@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from spark_vl.evaluation.figures import estimate
-from spark_vl.report import LABELS, _smoothed, plot_curves, print_results, print_summary, summarise
+from spark_vl.report import LABELS, _smoothed, plot_curves, print_results, print_summary, summarize
 
 
 def write_lines(path, lines):
@@ -41,7 +41,7 @@ def printed(run, width=80):
 
 
 def test_summary_holds_the_first_and_the_last_evaluation(run):
-    summary = summarise(run)
+    summary = summarize(run)
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["steps"] == [0, 60]
     assert (summary["before"]["pointwise_greedy"], summary["after"]["pointwise_greedy"]) == (0.405, 0.93)
@@ -54,7 +54,7 @@ def test_summary_holds_the_first_and_the_last_evaluation(run):
 def test_a_run_without_evaluation_says_so(run):
     (run / "evaluations.jsonl").unlink()
     with pytest.raises(ValueError, match=r"evaluations\.jsonl: holds no evaluation"):
-        summarise(run)
+        summarize(run)
 
 
 def test_table_fits_80_columns_and_names_every_figure(run):
@@ -104,8 +104,8 @@ def test_one_evaluation_alone():
     assert second == ["+", "test-time", "reflection", "200", "40.5", "(34-47)"]
 
 
-def colours(path):
-    """The colours of the picture that fill more than a few pixels, as `#RRGGBB`."""
+def colors(path):
+    """The colors of the picture that fill more than a few pixels, as `#RRGGBB`."""
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     found, counts = np.unique(pixels, axis=0, return_counts=True)
     return {"#{:02X}{:02X}{:02X}".format(*c) for c, n in zip(found, counts, strict=True) if n > 100}
@@ -115,12 +115,12 @@ def test_picture_shows_what_there_is(run):
     path = plot_curves(run)
     assert path == run / "curves.png"
     problem, pointwise, pairwise, before = "#0072B2", "#D55E00", "#009E73", "#BDBDBD"
-    assert {problem, pairwise, before} <= colours(path)
-    assert pointwise not in colours(path)
+    assert {problem, pairwise, before} <= colors(path)
+    assert pointwise not in colors(path)
     wide, height = Image.open(path).size
     assert path.stat().st_size < 200_000
     (run / "evaluations.jsonl").unlink()
-    assert before not in colours(plot_curves(run))
+    assert before not in colors(plot_curves(run))
     narrow, same = Image.open(path).size
     assert narrow < wide
     assert same == height
@@ -135,7 +135,7 @@ def test_picture_of_a_run_of_one_step(run):
 
 
 @pytest.mark.parametrize("n", [1, 5, 24, 60, 121])
-def test_smoothing_is_a_centred_mean_of_what_is_there(n):
+def test_smoothing_is_a_centered_mean_of_what_is_there(n):
     values = np.random.default_rng(n).normal(size=n)
     reach = n // 24
     expected = [values[max(0, i - reach) : i + reach + 1].mean() for i in range(n)]

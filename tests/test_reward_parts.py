@@ -11,7 +11,7 @@ import yaml
 
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipe
-from spark_vl.metrics import group_metrics
+from spark_vl.log import group_metrics
 from spark_vl.prompts import Templater
 from spark_vl.records import Rollout, RolloutGroup
 from spark_vl.trainer import Trainer
@@ -36,8 +36,8 @@ def first(recipe: Path):
     return open_recipe(load_recipe(recipe), "train", Templater.load())[0]
 
 
-def rollout(text: str, tokens: int = 5, finish: str = "stop") -> Rollout:
-    return Rollout(tuple(range(tokens)), (-1.0,) * tokens, text, finish)
+def rollout(text: str, tokens: int = 5, finish_reason: str = "stop") -> Rollout:
+    return Rollout(tuple(range(tokens)), (-1.0,) * tokens, text, finish_reason)
 
 
 def test_settings_and_weights_reach_the_reward(tmp_path):
@@ -50,7 +50,7 @@ def test_settings_and_weights_reach_the_reward(tmp_path):
             rollout(r"\boxed{96}"),  # within 5 % of 100
             rollout(r"\boxed{94}"),
             rollout("96"),
-            rollout(r"\boxed{100}", tokens=90, finish="length"),  # overlong begins at 80 of 100 tokens
+            rollout(r"\boxed{100}", tokens=90, finish_reason="length"),  # overlong begins at 80 of 100 tokens
         ),
     )
     with VerifierPool(1) as pool:

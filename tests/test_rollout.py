@@ -28,7 +28,7 @@ def policy(make_policy):
 
 @pytest.fixture
 def engine(policy, processor):
-    return TransformersEngine(policy, processor, rows_at_once=256)
+    return TransformersEngine(policy, processor, decode_batch_size=256)
 
 
 def rows(groups):
@@ -85,8 +85,8 @@ def test_seed_fixes_the_completions_and_restores_the_policy(engine, policy, prom
 
 def test_small_batches_give_the_same_greedy_completions(policy, processor, prompts):
     sampling = Sampling(temperature=0, max_new_tokens=NEW_TOKENS)
-    together = TransformersEngine(policy, processor, rows_at_once=256).generate(prompts, 1, sampling)
-    one_by_one = TransformersEngine(policy, processor, rows_at_once=1).generate(prompts, 1, sampling)
+    together = TransformersEngine(policy, processor, decode_batch_size=256).generate(prompts, 1, sampling)
+    one_by_one = TransformersEngine(policy, processor, decode_batch_size=1).generate(prompts, 1, sampling)
     assert [r.token_ids for r in rows(together)] == [r.token_ids for r in rows(one_by_one)]
 
 
@@ -100,14 +100,14 @@ def test_stop_tokens_end_a_completion_and_the_limit_cuts_it(engine, policy, proc
     for rollout in rows(groups):
         stops = [i for i, token in enumerate(rollout.token_ids) if token in processor.stop_token_ids]
         assert len(rollout.token_ids) == len(rollout.logprobs)
-        if rollout.finish == "stop":
+        if rollout.finish_reason == "stop":
             assert stops == [len(rollout.token_ids) - 1]
         else:
             assert not stops
             assert len(rollout.token_ids) == 6
         assert "<|im_end|>" not in rollout.text
-        lengths.add((rollout.finish, len(rollout.token_ids)))
-    assert {finish for finish, _ in lengths} == {"stop", "length"}
+        lengths.add((rollout.finish_reason, len(rollout.token_ids)))
+    assert {finish_reason for finish_reason, _ in lengths} == {"stop", "length"}
     assert len(lengths) > 3
 
 
@@ -117,7 +117,7 @@ def test_trap_10_vision_tokens_are_never_sampled(make_policy, processor, prompts
         policy = make_policy(suppress=suppress)
         with torch.no_grad():  # the policy now loves image tokens
             policy.model.lm_head.weight[processor.image_token_id] = 1.0
-        engine = TransformersEngine(policy, processor, rows_at_once=256)
+        engine = TransformersEngine(policy, processor, decode_batch_size=256)
         groups = engine.generate(prompts[:1], 32, Sampling(max_new_tokens=8, seed=0))
         sampled[suppress] = {token for r in rows(groups) for token in r.token_ids}
     assert processor.image_token_id in sampled[False]

@@ -32,7 +32,7 @@ def ids(*sizes: tuple[str, int]) -> list[str]:
 
 
 def draw(sampler: PromptSampler, count: int) -> list[str]:
-    return [sampler[row].id for row in sampler.take([count])]
+    return [sampler[row].id for row in sampler.draw([count])]
 
 
 def test_every_row_once_an_epoch_in_a_new_order_each() -> None:
@@ -66,11 +66,11 @@ def test_processes_share_the_stream_and_drop_nothing(rows: int, shares: list[lis
     ranks = [PromptSampler([problem_set("a", rows)], seed=1) for _ in range(3)]
     together = []
     for counts in shares:
-        parts = [sampler.take(counts, rank) for rank, sampler in enumerate(ranks)]
+        parts = [sampler.draw(counts, rank) for rank, sampler in enumerate(ranks)]
         assert [len(part) for part in parts] == counts
         together += chain.from_iterable(parts)
     alone = PromptSampler([problem_set("a", rows)], seed=1)
-    assert together == alone.take([len(together)])
+    assert together == alone.draw([len(together)])
     assert all(sampler.state_dict() == alone.state_dict() for sampler in ranks)
 
 
@@ -89,7 +89,7 @@ def test_a_bad_row_is_passed_over_and_resume_does_not_return_to_it() -> None:
     drawn: list[str] = []
     states: list[dict[str, Any]] = []
     for _ in range(12):
-        [row] = sampler.take([1])
+        [row] = sampler.draw([1])
         try:
             drawn.append(sampler[row].id)
         except BadRecordError as error:
@@ -105,7 +105,7 @@ def test_a_bad_row_is_passed_over_and_resume_does_not_return_to_it() -> None:
 def test_the_epoch_counts_what_all_processes_drew() -> None:
     sampler = PromptSampler([problem_set("a", 8)], seed=0)
     assert sampler.epoch == 0
-    sampler.take([4, 8], 1)
+    sampler.draw([4, 8], 1)
     assert sampler.epoch == 1.5
     assert sampler.state_dict() == {"seed": 0, "rows": 8, "epoch": 1, "position": 4}
 

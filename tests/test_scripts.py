@@ -69,7 +69,7 @@ def test_the_sizes_of_the_model_differ_in_what_the_paper_says_and_in_memory(monk
     paper = configs["7b"]  # held to the paper's numbers in test_config.py
     for size, config in configs.items():
         assert config.model == replace(paper.model, path=f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct")
-        rollout = replace(config.rollout, max_new_tokens=768, rows_at_once=paper.rollout.rows_at_once)
+        rollout = replace(config.rollout, max_new_tokens=768, decode_batch_size=paper.rollout.decode_batch_size)
         same = replace(config, output_dir=paper.output_dir, model=paper.model, rollout=rollout)
         assert asdict(same) == asdict(paper)
 

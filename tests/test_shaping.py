@@ -9,16 +9,16 @@ from spark_vl.verifiers import VerifierPool, verify_groups
 from spark_vl.verifiers.shaping import NGRAM, SHAPING, format_term, overlong_term, repetition_term
 
 
-def rollout(tokens: int | list[int], text: str = r"\boxed{5}", finish: str = "stop") -> Rollout:
+def rollout(tokens: int | list[int], text: str = r"\boxed{5}", finish_reason: str = "stop") -> Rollout:
     ids = tuple(range(tokens)) if isinstance(tokens, int) else tuple(tokens)
-    return Rollout(ids, (-0.5,) * len(ids), text, finish)
+    return Rollout(ids, (-0.5,) * len(ids), text, finish_reason)
 
 
 RIGHT, UNPARSABLE = Verdict(1.0, "5"), Verdict(0.0, None, "unparsable", "no box")
 
 
 @pytest.mark.parametrize(
-    ("verdict", "finish", "expected"),
+    ("verdict", "finish_reason", "expected"),
     [
         (RIGHT, "stop", 1),
         (Verdict(0.0, "6"), "stop", 1),  # wrong, but in the format that is asked for
@@ -26,8 +26,8 @@ RIGHT, UNPARSABLE = Verdict(1.0, "5"), Verdict(0.0, None, "unparsable", "no box"
         (UNPARSABLE, "stop", 0),
     ],
 )
-def test_format(verdict: Verdict, finish: str, expected: float) -> None:
-    assert format_term(rollout(3, finish=finish), verdict, None) == expected
+def test_format(verdict: Verdict, finish_reason: str, expected: float) -> None:
+    assert format_term(rollout(3, finish_reason=finish_reason), verdict, None) == expected
 
 
 FENCE = "```json\n{}\n```"

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spark_vl.data import shards
 from spark_vl.data.images import encode_image, load_image
 from spark_vl.data.judgments import CONFIGS, features, split_of
-from spark_vl.data.shards import RowWriter, Shard, ShardError, check_shard, find_shards, read_shard
 from spark_vl.records import BadRecordError, ImageRef
+from spark_vl.run import shards
+from spark_vl.run.shards import RowWriter, Shard, ShardError, check_shard, find_shards, read_shard
 from tests.groups import a_run, contents, make_writer, picture, problem, recycled, sampled, write
 from tests.test_images import chunk, location
 

@@ -22,9 +22,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from spark_vl.config import ModelConfig
 from spark_vl.demo import digits
+from spark_vl.families.qwen2_5_vl import VISION_TOKENS, load_processor
 from spark_vl.hub.space import MODULES, stage_space
 from spark_vl.policy.policy import Policy
-from spark_vl.processors.qwen2_5_vl import VISION_TOKENS, load_processor
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import ImageRef, PromptRecord, plain_text
 from spark_vl.rollout import Sampling
@@ -114,7 +114,7 @@ def test_it_says_what_the_kit_itself_generates(prompts, models, assistants, monk
     processor = load_processor(ModelConfig(path=str(models[prompts])), max_prompt_tokens=512)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(models[prompts])
     policy = Policy(model, attention="sdpa", temperature=1.0, suppressed_token_ids=processor.suppressed_token_ids)
-    engine = TransformersEngine(policy, processor, rows_at_once=1)
+    engine = TransformersEngine(policy, processor, decode_batch_size=1)
     assistant = assistants[prompts]
 
     def generated(messages: tuple) -> str:

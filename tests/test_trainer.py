@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spark_vl.checkpoint import CheckpointError, find_checkpoint
 from spark_vl.config import ConfigError, parse_train_config
-from spark_vl.data.quarantine import TooManyBadRowsError
 from spark_vl.demo.tiny import CHECKPOINT
+from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.trainer import Trainer
 
 TEMPLATES = Path(CHECKPOINT).parent / "templates.yaml"
@@ -112,9 +112,9 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
         first[name] = metrics(tmp_path / name)[0]
     AcceleratorState._reset_state(reset_partial_state=True)
     assert first["checkpointing"]["update/grad_norm"] == pytest.approx(first["plain"]["update/grad_norm"], rel=1e-5)
-    assert first["checkpointing"]["engine/gap"] < 1e-6
+    assert first["checkpointing"]["rollout/sampler_logprob_gap"] < 1e-6
     assert first["bfloat16"]["update/grad_norm"] == pytest.approx(first["plain"]["update/grad_norm"], rel=0.3)
-    assert 1e-6 < first["bfloat16"]["engine/gap"] < 0.05
+    assert 1e-6 < first["bfloat16"]["rollout/sampler_logprob_gap"] < 0.05
     # Steps of 5e-7 need float32 to resume from; what is published is in the type that was asked for.
     kept = load_file(tmp_path / "bfloat16" / "checkpoints" / "step-000001" / "model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}

@@ -461,7 +461,7 @@ def test_a_gold_that_means_nothing_is_a_bad_record(kind: str, gold: str, options
         ("number", {"absolute": math.inf}, "allowed: a finite number from 0"),
         ("number", {"relative": "5%"}, "number: relative: found '5%'; allowed: float"),
         ("number", {"percent": "both"}, "number: percent: found 'both'; allowed: 'same', 'fraction'"),
-        ("text", {"mode": "fuzzy"}, "allowed: 'normalised', 'exact', 'anls'"),
+        ("text", {"mode": "fuzzy"}, "allowed: 'normalized', 'exact', 'anls'"),
         ("set", {"partial": True}, "allowed: 'none', 'f1'"),
         ("list", {"partial": "f1"}, "'partial' is no setting; allowed: none"),
         ("json_field", {"verifier": "math"}, "json_field: verifier: found 'math'"),

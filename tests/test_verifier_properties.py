@@ -19,7 +19,7 @@ from spark_vl.verifiers.base import VERIFIERS, boxed_gold, check_gold, verify
 ELSEWHERE = {"math", "iou", "point", "detection"}
 """Kinds that have tests of their own for these properties."""
 
-COLOURS = ("red", "blue", "green", "grey")
+COLORS = ("red", "blue", "green", "gray")
 YES_NO = ("Yes", "No")
 words = st.text(alphabet="abcdefgh", min_size=2, max_size=8)
 items = st.lists(st.integers(-50, 50).map(str) | words, min_size=1, max_size=5)
@@ -40,7 +40,7 @@ class Case:
 
 CASES: list[tuple[str, Case]] = [
     ("judgment", Case(st.sampled_from(YES_NO), YES_NO)),
-    ("choice", Case(letters | st.sampled_from(COLOURS), COLOURS)),
+    ("choice", Case(letters | st.sampled_from(COLORS), COLORS)),
     ("choice", Case(letters)),
     ("number", Case(st.decimals(-(10**6), 10**6, places=3).map(str))),
     ("number", Case(st.integers(-999, 999).map("{}%".format), settings={"percent": "fraction"})),
@@ -207,7 +207,7 @@ LONG = {  # kind → gold and settings, those that take longest
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in CASES}))
 def test_100_kB_take_less_than_a_second(kind: str) -> None:
     gold, options = LONG[kind]
-    case = Case(st.just(gold), YES_NO if kind == "judgment" else COLOURS, options)
+    case = Case(st.just(gold), YES_NO if kind == "judgment" else COLORS, options)
     right = boxed_gold(asked(kind, case, gold))
     for part in [
         *("a", "5", " ", "A, ", "A and ", "red, ", "red ", "1,", "1;", "and ", "(", "[", "{", r"\{", "(1, 2) ∪ "),

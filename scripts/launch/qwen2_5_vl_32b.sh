@@ -6,7 +6,7 @@
 # Started again, it goes on from its latest checkpoint.
 #
 # Why zero3_offload.yaml: weights, gradients, optimizer and reference are 78 GiB on each of 8 GPUs, and while it samples
-# a GPU holds all weights, 62 GiB. What `spark-vl estimate` says of one GPU, with rollout.rows_at_once 8 as configured:
+# a GPU holds all weights, 62 GiB. What `spark-vl estimate` says of one GPU, with rollout.decode_batch_size 8 as configured:
 #
 #   zero3_offload, 8 GPUs or more                    74 GiB, and 783 GiB of host memory a machine (several: 530)
 #   multinode_zero3, 16 GPUs                        113 GiB: for GPUs of 141 GB
@@ -29,7 +29,7 @@
 # Examples:
 #   RECIPES=my_virl39k.yaml scripts/launch/qwen2_5_vl_32b.sh
 #   MACHINES=2 MACHINE_RANK=0 MAIN_IP=10.0.0.1 LAUNCH=scripts/accelerate/multinode_zero3.yaml RECIPES=my_virl39k.yaml \
-#       scripts/launch/qwen2_5_vl_32b.sh --rollout.gather layer --rollout.rows_at_once 32
+#       scripts/launch/qwen2_5_vl_32b.sh --rollout.gather layer --rollout.decode_batch_size 32
 
 # shellcheck source=scripts/launch/common.sh
 source "$(dirname "$0")/common.sh"

@@ -4,7 +4,7 @@
 #     RECIPES=... scripts/launch/qwen2_5_vl_7b.sh [option of `spark-vl train` ...]
 #
 # Started again, it goes on from its latest checkpoint. By `spark-vl estimate` a GPU needs 66 GiB, 15 of them for all
-# weights while it samples, 27 for its completions: with smaller ones, lower rollout.rows_at_once first.
+# weights while it samples, 27 for its completions: with smaller ones, lower rollout.decode_batch_size first.
 #
 # Variables (paths start from the repository's root):
 #   RECIPES         what to train on: names of recipes, or recipe files, with commas between. Images of ViRL39K, the
@@ -19,7 +19,7 @@
 #
 # Examples:
 #   RECIPES=my_virl39k.yaml scripts/launch/qwen2_5_vl_7b.sh
-#   RECIPES=geometry3k GPUS=4 scripts/launch/qwen2_5_vl_7b.sh --rollout.rows_at_once 64 --optimizer.lr 1e-6
+#   RECIPES=geometry3k GPUS=4 scripts/launch/qwen2_5_vl_7b.sh --rollout.decode_batch_size 64 --optimizer.lr 1e-6
 #   RECIPES=my_virl39k.yaml OUTPUT_DIR=runs/7b-grpo scripts/launch/qwen2_5_vl_7b.sh --recycle.schedule none   # control
 #   RECIPES=geometry3k CONFIG=scripts/configs/qwen2_5_vl_3b/spark.yaml OUTPUT_DIR=runs/3b \
 #       scripts/launch/qwen2_5_vl_7b.sh

@@ -34,18 +34,18 @@ def answer(row: Row, column: str) -> str:
     if isinstance(value, str):
         return text(row, column)
     if isinstance(value, bool | None) or (isinstance(value, float) and not math.isfinite(value)) or value in ([], {}):
-        raise ValueError(f"{column!r} is {kind(value)}; a text, a finite number, a list or a mapping is allowed")
+        raise ValueError(f"{column!r} is {type_name(value)}; a text, a finite number, a list or a mapping is allowed")
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{column!r} is {kind(value)}, which is no JSON: {error}") from error
+        raise ValueError(f"{column!r} is {type_name(value)}, which is no JSON: {error}") from error
     return unicode(written, column)
 
 
 def unicode(value: Any, column: str) -> str:
     """`value`, which `column` holds, as a text that can be encoded; it may be blank."""
     if not isinstance(value, str):
-        raise ValueError(f"{column!r} is {kind(value)}; text is allowed")
+        raise ValueError(f"{column!r} is {type_name(value)}; text is allowed")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -81,7 +81,7 @@ def options(row: Row, column: str) -> tuple[str, ...]:
     return tuple(unicode(item.strip(), column) for item in found)
 
 
-def kind(value: Any) -> str:
+def type_name(value: Any) -> str:
     """A value's type, for messages; never the bytes of an image."""
     if isinstance(value, dict):
         return (

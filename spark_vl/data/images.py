@@ -1,6 +1,6 @@
 """The one loader of images, and the one encoder. Rows of datasets are untrusted, and so are their images.
 
-Image libraries disagree on orientation, alpha, 16-bit grey and frames; here each has one meaning, and everything that
+Image libraries disagree on orientation, alpha, 16-bit gray and frames; here each has one meaning, and everything that
 cannot be given one is refused with a reason. Nothing is decoded before its header has been checked.
 
 What is published is encoded anew, so that nothing but pixels gets out: no position of a camera, no thumbnail of what
@@ -85,9 +85,9 @@ def image_path(ref: ImageRef) -> Path:
 def load_image(ref: ImageRef) -> Image.Image:
     """The pixels of `ref`: mode RGB, upright, [width, height] as displayed, without metadata.
 
-    EXIF orientation is applied, alpha (also of palettes and colour keys) is composited over white, 12- and 16-bit grey
+    EXIF orientation is applied, alpha (also of palettes and color keys) is composited over white, 12- and 16-bit gray
     is scaled to 8 bits, everything else is converted to RGB. White is, too, what the frame of a GIF leaves of its
-    screen. Colour profiles, EXIF that is none, and the alpha of a BMP that is 0 everywhere are ignored.
+    screen. Color profiles, EXIF that is none, and the alpha of a BMP that is 0 everywhere are ignored.
 
     Raises:
         ImageError: the file cannot be reached (`image_path`) or read, is not one whole single image in one of
@@ -98,7 +98,7 @@ def load_image(ref: ImageRef) -> Image.Image:
 
 
 def encode_image(ref: ImageRef) -> bytes:
-    """The pixels of `load_image` as a new file: JPEG (quality 95, colour at full resolution) of a JPEG, else PNG.
+    """The pixels of `load_image` as a new file: JPEG (quality 95, color at full resolution) of a JPEG, else PNG.
 
     Raises:
         ImageError: see `load_image`; or the new file has more than `MAX_BYTES`.
@@ -295,7 +295,7 @@ def _tiff_entries(data: bytes, place: int) -> list[int]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.format == "PNG" and "transparency" in image.info:
-        image.info["transparency"] = _colour_key(image)
+        image.info["transparency"] = _color_key(image)
     with suppress(SyntaxError):  # what is no EXIF tells no orientation; Pillow takes it for empty from here on
         image.getexif()
     if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
@@ -308,13 +308,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         tags = image.tag_v2 if image.format == "TIFF" else {}
         top = 2 ** tags.get(_TIFF_BITS, (16,))[0] - 1
         values = np.asarray(image).astype(np.uint32)
-        grey = ((values * 255 + top // 2) // top).astype(np.uint8)
+        gray = ((values * 255 + top // 2) // top).astype(np.uint8)
         if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for 8 bits only
-            grey = 255 - grey
+            gray = 255 - gray
         if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 255
+            gray[values == image.info["transparency"]] = 255
         orientation = image.getexif().get(0x0112, 1)
-        image = Image.fromarray(grey)
+        image = Image.fromarray(gray)
         image.getexif()[0x0112] = orientation
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
@@ -325,11 +325,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def _colour_key(image: Image.Image) -> int | bytes | tuple[int, ...]:
+def _color_key(image: Image.Image) -> int | bytes | tuple[int, ...]:
     """The key of a PNG that is not decoded yet, scaled as its samples will be; Pillow leaves it as it is stored."""
     key, stored = image.info["transparency"], image.tile[0].args
     if stored == "RGB;16B":  # decoding drops lower bytes, and a darker or lighter neighbour is not the key
-        raise ImageError("a colour key of 16-bit RGB is not supported")
+        raise ImageError("a color key of 16-bit RGB is not supported")
     if image.mode == "RGB":
         return tuple(sample & 0xFF for sample in key)
     if image.mode == "L":
@@ -395,7 +395,7 @@ def _check_jpeg(data: bytes) -> None:
         else:
             raise ImageError(
                 f"the JPEG has a segment {marker:02X} with {body[:20]!r}; those of a baseline JFIF file "
-                "with colour at full resolution are allowed"
+                "with color at full resolution are allowed"
             )
     if len(set(found)) != len(found) or (0xE0, 0) not in found:
         raise ImageError("the JPEG lacks the JFIF header, or has a header or table twice")

@@ -16,10 +16,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from spark_vl.answers import last_boxed, match_choices
-from spark_vl.data.cells import cell, kind, options, text, unicode
+from spark_vl.data.cells import cell, options, text, type_name, unicode
 from spark_vl.data.images import ImageError
 from spark_vl.data.sources import Row
-from spark_vl.prompts import neutralise
+from spark_vl.prompts import neutralize
 from spark_vl.records import (
     JUDGMENTS,
     BadRecordError,
@@ -105,7 +105,7 @@ def features(config: Config) -> datasets.Features:
             "reward": List(Value("float32")),
             "parsed": strings,
             "status": strings,
-            "finish": strings,
+            "finish_reason": strings,
             "verifier": string,
             "settings": string,
             **({} if config == "rollouts" else {"template": string}),
@@ -171,7 +171,7 @@ def row_of(
         "reward": group.scores,
         "parsed": [verdict.parsed for verdict in group.verdicts],
         "status": [verdict.status for verdict in group.verdicts],
-        "finish": [rollout.finish for rollout in group.rollouts],
+        "finish_reason": [rollout.finish_reason for rollout in group.rollouts],
         "verifier": record.verifier,
         "settings": json.dumps(dict(record.settings)),
         "parent_id": record.id if record.kind == "problem" else origin.parent_id,
@@ -256,18 +256,18 @@ def group_of(row: Row, config: Config = "rollouts") -> RolloutGroup:
         recipe=text(row, "recipe"),
         verifiers=(text(row, "verifier"),),
     )
-    columns = (completions_column(config), "reward", "parsed", "status", "finish")
+    columns = (completions_column(config), "reward", "parsed", "status", "finish_reason")
     lists = [_list(row, column) for column in columns]
     if len(set(map(len, lists))) != 1:
         raise ValueError(f"{', '.join(map(repr, columns))} are of {', '.join(str(len(of)) for of in lists)} items")
     rollouts, verdicts = [], []
-    for completion, reward, parsed, status, finish in zip(*lists, strict=True):
+    for completion, reward, parsed, status, finish_reason in zip(*lists, strict=True):
         if not isinstance(reward, float) or not 0 <= reward <= 1:
-            raise ValueError(f"'reward' holds {kind(reward)}; numbers in [0, 1] are allowed")
-        for column, value, known in (("status", status, _STATUSES), ("finish", finish, _FINISHES)):
+            raise ValueError(f"'reward' holds {type_name(reward)}; numbers in [0, 1] are allowed")
+        for column, value, known in (("status", status, _STATUSES), ("finish_reason", finish_reason, _FINISHES)):
             if value not in known:
-                raise ValueError(f"{column!r} holds {kind(value)}; allowed: {', '.join(known)}")
-        rollouts.append(Rollout((), (), unicode(completion, columns[0]), finish))
+                raise ValueError(f"{column!r} holds {type_name(value)}; allowed: {', '.join(known)}")
+        rollouts.append(Rollout((), (), unicode(completion, columns[0]), finish_reason))
         verdicts.append(Verdict(reward, None if parsed is None else unicode(parsed, "parsed"), status))
     return RolloutGroup(record, tuple(rollouts), tuple(verdicts))
 
@@ -292,7 +292,7 @@ def _kind_of(config: Config) -> Kind:
 def _list(row: Row, column: str) -> Sequence[Any]:
     value = cell(row, column)
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{column!r} is {kind(value)}; a list is allowed")
+        raise ValueError(f"{column!r} is {type_name(value)}; a list is allowed")
     return value
 
 
@@ -300,7 +300,9 @@ def _images(row: Row) -> list[ImageRef]:
     images = []
     for item in _list(row, "images"):
         if not isinstance(item, Mapping) or not isinstance(item.get("bytes"), bytes):
-            raise ValueError(f"'images' holds {kind(item)}; mappings with bytes are allowed, and no path is followed")
+            raise ValueError(
+                f"'images' holds {type_name(item)}; mappings with bytes are allowed, and no path is followed"
+            )
         images.append(ImageRef(data=item["bytes"]))
     return images
 
@@ -312,7 +314,7 @@ def _messages(row: Row, images: Sequence[ImageRef]) -> tuple[Message, ...]:
     messages = []
     for message in _list(row, "messages"):
         if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
-            raise ValueError(f"'messages' holds {kind(message)}; allowed are the roles {', '.join(_ROLES)}")
+            raise ValueError(f"'messages' holds {type_name(message)}; allowed are the roles {', '.join(_ROLES)}")
         content: list[str | ImageRef] = []
         for part in _list(message, "content"):
             match part:
@@ -324,8 +326,8 @@ def _messages(row: Row, images: Sequence[ImageRef]) -> tuple[Message, ...]:
                 case {"type": "text", "text": str(words)}:
                     content.append(unicode(words, "text"))
                 case _:
-                    raise ValueError(f"'content' holds {kind(part)}; parts of type text and image are allowed")
-        harmless = (neutralise(part) if isinstance(part, str) else part for part in content)
+                    raise ValueError(f"'content' holds {type_name(part)}; parts of type text and image are allowed")
+        harmless = (neutralize(part) if isinstance(part, str) else part for part in content)
         messages.append(Message(message["role"], tuple(harmless)))
     if places != len(images):
         raise ValueError(f"'messages' has places for {places} images, and there are {len(images)}")
@@ -345,10 +347,10 @@ def _question(words: str, images: Sequence[ImageRef]) -> Content:
 def _origin(row: Row, config: Config) -> Origin:
     step = cell(row, "step")
     if not isinstance(step, int) or isinstance(step, bool):
-        raise ValueError(f"'step' is {kind(step)}; an integer is allowed")
+        raise ValueError(f"'step' is {type_name(step)}; an integer is allowed")
     correct = None if config == "pairwise" else cell(row, "correct")
     if config != "pairwise" and not isinstance(correct, bool):
-        raise ValueError(f"'correct' is {kind(correct)}; true and false are allowed")
+        raise ValueError(f"'correct' is {type_name(correct)}; true and false are allowed")
     return Origin(
         parent_id=text(row, "parent_id"),
         step=step,

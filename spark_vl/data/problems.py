@@ -13,7 +13,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from spark_vl.answers import last_boxed, match_choices
-from spark_vl.data.cells import answer, cell, identifier, items, kind, options, text
+from spark_vl.data.cells import answer, cell, identifier, items, options, text, type_name
 from spark_vl.data.images import ImageError, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe
@@ -41,7 +41,7 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
     if root is not None and not root.is_dir():
         raise ValueError(f"recipe {recipe.name}: media_root: found {str(root)!r}, which is no folder")
     problems = ProblemSet(recipe, split, templater, rows, root)
-    if recipe.source.kind == "hub" and root is None and problems.has_image_paths:
+    if recipe.source.type == "hub" and root is None and problems.has_image_paths:
         raise ValueError(
             f"recipe {recipe.name}: media_root: is missing, and the column {recipe.columns.images!r} holds paths; "
             f"unpack the images and name their folder, for instance in a recipe file with base: {recipe.name}"
@@ -141,7 +141,9 @@ class ProblemSet:
             case str(path) | {"bytes": None, "path": str(path)}:
                 pass
             case _:
-                raise ValueError(f"an image is {kind(item)}; bytes, a path, or a mapping of bytes and path are allowed")
+                raise ValueError(
+                    f"an image is {type_name(item)}; bytes, a path, or a mapping of bytes and path are allowed"
+                )
         if self._root is None:
             raise ValueError(
                 f"an image is the path {path!r}, but the recipe has no media_root that paths are relative to"

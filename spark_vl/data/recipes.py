@@ -32,7 +32,7 @@ from urllib.parse import parse_qsl
 import yaml
 
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
-from spark_vl.data.sources import Source, SourceKind
+from spark_vl.data.sources import Source, SourceType
 from spark_vl.verifiers.base import VERIFIERS, check_settings
 from spark_vl.verifiers.shaping import SHAPING
 
@@ -87,7 +87,7 @@ class Recipe:
     name: str
     description: str
     license: str
-    """Licence of the data, as its card names it; judgments that are recycled from it carry it on."""
+    """License of the data, as its card names it; judgments that are recycled from it carry it on."""
     source: Source
     splits: Mapping[str, str]
     """train, validation or test → the split at the source (see `sources.open_rows`)."""
@@ -346,7 +346,7 @@ def _columns(where: str, raw: Any) -> Columns | JudgmentColumns:
 
 
 def _source(where: str, raw: Any) -> Source:
-    kinds = get_args(SourceKind)
+    kinds = get_args(SourceType)
     if not isinstance(raw, dict) or len(raw) != 1 or not set(raw) <= set(kinds):
         raise ValueError(f"{where}: source: found {_shown(raw)}; allowed: one of {', '.join(kinds)}")
     [(kind, value)] = raw.items()

@@ -51,7 +51,7 @@ class PromptSampler:
         """Epochs drawn so far: 1.5 is half way through the second one."""
         return self._position / len(self)
 
-    def take(self, counts: Sequence[int], rank: int = 0) -> list[int]:
+    def draw(self, counts: Sequence[int], rank: int = 0) -> list[int]:
         """Advance by `sum(counts)` rows, of which process i gets `counts[i]`, and return those of process `rank`."""
         first = self._position + sum(counts[:rank])
         self._position += sum(counts)

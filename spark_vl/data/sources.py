@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     import datasets
 
 Row = Mapping[str, Any]
-SourceKind = Literal["hub", "jsonl", "parquet", "folder", "factory"]
+SourceType = Literal["hub", "jsonl", "parquet", "folder", "factory"]
 
 
 @dataclass(frozen=True)
 class Source:
     """Where rows come from."""
 
-    kind: SourceKind
+    type: SourceType
     location: str
     """`hub`: id of a dataset, or a local copy of its repository. `jsonl`, `parquet`: the folder of the files. `folder`:
     the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`, called
@@ -43,7 +43,7 @@ def open_rows(source: Source, split: str, columns: Sequence[str]) -> tuple[Seque
     Raises:
         ValueError: the file, split, column or function is not there.
     """
-    match source.kind:
+    match source.type:
         case "factory":
             return _call_factory(source.location, split), None
         case "jsonl":

@@ -193,7 +193,7 @@ def _learn_to_see(model: Qwen2_5_VLForConditionalGeneration, pool: _Pool) -> Non
         features = vision(pool.pixels[drawn].flatten(0, 1), grid_thw=grid).pooler_output
         return cross_entropy(head(features), labels[drawn].flatten())
 
-    _minimise(loss, [*vision.parameters(), *head.parameters()], "vision", lr=2e-3)
+    _minimize(loss, [*vision.parameters(), *head.parameters()], "vision", lr=2e-3)
 
 
 def _learn_to_speak(
@@ -214,10 +214,10 @@ def _learn_to_speak(
         completions = [e.skilled if rng.random() < skilled_share else rng.choice(e.poor) for e in examples]
         return model(**model_inputs(processor, pool.pixels, examples, completions)).loss
 
-    _minimise(loss, [p for p in model.parameters() if p.requires_grad], phase, lr)
+    _minimize(loss, [p for p in model.parameters() if p.requires_grad], phase, lr)
 
 
-def _minimise(loss: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter], phase: str, lr: float) -> None:
+def _minimize(loss: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter], phase: str, lr: float) -> None:
     """AdamW with a short warm-up and a learning rate that decays to 0."""
     steps, start = _STEPS[phase], time.monotonic()
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.1)

@@ -15,9 +15,9 @@ class GradientStep:
     """Gradients of several passes, and the step that they add up to.
 
         for pack in packs:
-            with step.one_pass(last=pack is packs[-1]):
+            with step.micro_batch(last=pack is packs[-1]):
                 step.backward(loss(policy(pack)))
-        norm = step.take()
+        norm = step.step()
 
     The loss is a part of a sum over all passes and processes: gradients, which the libraries average over processes,
     are multiplied back.
@@ -42,7 +42,7 @@ class GradientStep:
         self.engine = deepspeed_engine(policy)
 
     @contextmanager
-    def one_pass(self, *, last: bool) -> Iterator[None]:
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Forward and backward of one pass; gradients go over to the other processes with the last one."""
         if self.engine:
             self.engine.set_gradient_accumulation_boundary(last)
@@ -61,7 +61,7 @@ class GradientStep:
         else:
             self.accelerator.backward(loss)
 
-    def take(self) -> tuple[float, bool]:
+    def step(self) -> tuple[float, bool]:
         """Move the weights, unless the gradient is not finite. Gradients are zero afterwards.
 
         Returns:

@@ -120,7 +120,7 @@ def _rollout(shape: Shape, config: TrainConfig, setup: Setup, prompt: int) -> di
 def batches(config: TrainConfig, setup: Setup) -> list[tuple[int, int]]:
     """(prompts, completions of each) that one process samples together: in training, and where there is an evaluation
     its greedy and its sampled completions."""
-    at_once, n = config.rollout.rows_at_once, config.rollout.n
+    at_once, n = config.rollout.decode_batch_size, config.rollout.n
     found = [(min(max(1, at_once // n), _prompts_of_a_process(config, setup)), n)]
     if config.evaluation.recipes:
         prompts = EVALUATION_PROMPTS * config.evaluation.problems * len(config.evaluation.recipes)

@@ -83,7 +83,7 @@ def changes(config: TrainConfig, setup: Setup) -> Iterator[Change]:
     settings: dict[str, Any] = {
         "optimizer.tokens_per_pack": max(longest, config.optimizer.tokens_per_pack // 2),
         "model.max_pixels": max(config.model.min_pixels, config.model.max_pixels // 2),
-        "rollout.rows_at_once": max(config.rollout.n, _rows(config, setup) // 2),
+        "rollout.decode_batch_size": max(config.rollout.n, _rows(config, setup) // 2),
         "rollout.gather": "layer",
         "objective.beta": 0,
         "model.attention": "flex",

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spark_vl.config import DataConfig, EvalConfig, ModelConfig, PromptConfig, blamed_on
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
+from spark_vl.families import load_processor
 from spark_vl.policy.policy import load_policy
-from spark_vl.processors import load_processor
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.rollout import TransformersEngine
@@ -45,7 +45,7 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
         temperature=config.rollout.temperature,
         suppressed_token_ids=processor.suppressed_token_ids,
     ).to("cuda" if torch.cuda.is_available() else "cpu")
-    engine = TransformersEngine(policy, processor, rows_at_once=config.rollout.rows_at_once)
+    engine = TransformersEngine(policy, processor, decode_batch_size=config.rollout.decode_batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb) as verifiers,

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spark_vl.answers import last_boxed, normalised
+from spark_vl.answers import last_boxed, normalized
 from spark_vl.config import EvaluationConfig, RolloutConfig, blamed_on
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
 from spark_vl.evaluation.figures import Estimate, estimate, score
 from spark_vl.evaluation.prompts import draw_problems, judge_and_reflect, process_all, wrong_answers
 from spark_vl.evaluation.samples import append_samples
-from spark_vl.processors import ProcessedPrompt, Processor
+from spark_vl.families import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
 from spark_vl.records import PromptRecord, RolloutGroup
 from spark_vl.rollout import RolloutEngine, Sampling
@@ -194,7 +194,7 @@ def _majority(sampled: Sequence[RolloutGroup], budget: Iterable[RolloutGroup]) -
             spent += len(rollout.token_ids)
             if answers and spent > tokens[group.record.id]:
                 break
-            answers.append(None if verdict.parsed is None else normalised(verdict.parsed))
+            answers.append(None if verdict.parsed is None else normalized(verdict.parsed))
         votes = Counter(answer for answer in answers if answer is not None).most_common(1)
         winner = answers.index(votes[0][0]) if votes else 0
         chosen.append(replace(group, rollouts=(group.rollouts[winner],), verdicts=(group.verdicts[winner],)))

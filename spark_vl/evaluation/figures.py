@@ -27,11 +27,11 @@ def wilson(value: float, n: int) -> tuple[float, float]:
     For a mean of `n` values in [0, 1] it is conservative: no such mean varies more than a share does.
     """
     z = NormalDist().inv_cdf(0.975)
-    centre = value + z * z / (2 * n)
+    center = value + z * z / (2 * n)
     half = z * sqrt(value * (1 - value) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     # It always holds `value`; rounding would have it miss 0 and 1.
-    return max(0.0, min(value, (centre - half) / scale)), min(1.0, max(value, (centre + half) / scale))
+    return max(0.0, min(value, (center - half) / scale)), min(1.0, max(value, (center + half) / scale))
 
 
 def estimate(value: float, n: int) -> Estimate:

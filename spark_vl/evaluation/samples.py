@@ -75,4 +75,4 @@ def _from_json(line: Mapping[str, Any]) -> RolloutGroup:
         image_sizes=tuple(ImageSize(tuple(s["original"]), tuple(s["processed"])) for s in line["image_sizes"]),
         origin=None if line["origin"] is None else Origin(**line["origin"]),
     )
-    return RolloutGroup(record, tuple(Rollout((), (), c["text"], c["finish"]) for c in line["completions"]))
+    return RolloutGroup(record, tuple(Rollout((), (), c["text"], c["finish_reason"]) for c in line["completions"]))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from spark_vl.config import ConfigError, PublishConfig
 from spark_vl.hub.client import HubError, check_repo_name, find_token
-from spark_vl.layout import CHECKPOINTS, CONFIG, MODEL
+from spark_vl.run.paths import CHECKPOINTS, CONFIG, MODEL
 
 _WAITS_S = (30.0, 60.0, 120.0, 300.0, 600.0)
 """Before a checkpoint is tried again; the last one from then on. A newer checkpoint takes its place."""

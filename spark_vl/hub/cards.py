@@ -20,7 +20,7 @@ from spark_vl.prompts.templater import Template
 _TASK = {"task_type": "image-text-to-text", "task_name": "Visual question answering with verifiable answers"}
 
 BASE_LICENSE = ("license", "license_name", "license_link")
-"""What the card of a base model says of its licence, in the Hub's words."""
+"""What the card of a base model says of its license, in the Hub's words."""
 
 _RECYCLED = {
     "recycled, pointwise, right answer": "pointwise_correct",

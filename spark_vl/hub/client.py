@@ -172,7 +172,7 @@ class Hub:
                 )
             case 404:
                 return (
-                    f"404: there is no user or organisation {namespace!r} or no repository {self.repo!r} that "
+                    f"404: there is no user or organization {namespace!r} or no repository {self.repo!r} that "
                     f"{self._whose()} can see{said}"
                 )
             case 409:

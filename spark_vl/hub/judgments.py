@@ -14,9 +14,9 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from spark_vl import __version__
 from spark_vl.data.judgments import CONFIGS, features
-from spark_vl.data.shards import Shard, read_shard
 from spark_vl.hub.run import recipe_facts
-from spark_vl.layout import CONFIG
+from spark_vl.run.paths import CONFIG
+from spark_vl.run.shards import Shard, read_shard
 
 _ASKS = {
     "pointwise": "is this answer right?",

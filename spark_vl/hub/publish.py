@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from spark_vl.data.judgments import CONFIGS
-from spark_vl.data.shards import ShardError, check_shard, find_shards
 from spark_vl.hub.cards import BASE_LICENSE, write_eval_results, write_model_card
 from spark_vl.hub.client import Hub, HubError, check_repo_name, find_token
 from spark_vl.hub.judgments import write_judgments_card
@@ -20,9 +19,10 @@ from spark_vl.hub.release import Release, ReleaseError, Secrets, files_of, make_
 from spark_vl.hub.run import TrainedModel, find_model, find_run
 from spark_vl.hub.space import stage_space
 from spark_vl.hub.upload import Published, upload
-from spark_vl.layout import JUDGMENTS
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.report import plot_diagnostics
+from spark_vl.run.paths import JUDGMENTS
+from spark_vl.run.shards import ShardError, check_shard, find_shards
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def prepare_model(
 
     Args:
         folder: an empty one, for what is generated.
-        dry_run: go on, with a warning, where the Hub cannot be asked for the licence of the base model.
+        dry_run: go on, with a warning, where the Hub cannot be asked for the license of the base model.
 
     Raises:
         ReleaseError, HubError: see `publish_model`.
@@ -89,7 +89,7 @@ def prepare_model(
     except HubError as error:
         if not dry_run:
             raise
-        logger.warning("the licence of the base model is not in this card: %s", error)
+        logger.warning("the license of the base model is not in this card: %s", error)
     name = repo.partition("/")[2]
     write_model_card(model, folder / "README.md", model_id=repo, name=name, base_license=base_license)
     return make_release(
@@ -214,7 +214,7 @@ def check_model_is_there(model: str, revision: str | None, token_from: str | Non
 
 
 def _base_license(model: TrainedModel, token_from: str | None) -> dict[str, str] | None:
-    """What the card of the base model says of its licence. None: it says nothing, or there is no such card any more."""
+    """What the card of the base model says of its license. None: it says nothing, or there is no such card any more."""
     if model.base_commit is None:
         return None
     info = Hub(find_token(token_from), model.base, "model").info()

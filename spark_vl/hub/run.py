@@ -14,10 +14,10 @@ from urllib.parse import parse_qsl, urlencode
 import yaml
 
 from spark_vl.hub.release import ReleaseError
-from spark_vl.layout import BEST, CONFIG, ENVIRONMENT, LATEST, MODEL, RECIPES, TRAINING_FILE, pointed
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
-from spark_vl.provenance import public_name
 from spark_vl.report import comparison, read_lines
+from spark_vl.run.paths import BEST, CONFIG, ENVIRONMENT, LATEST, MODEL, RECIPES, TRAINING_FILE, pointed
+from spark_vl.run.provenance import public_name
 
 _OF_A_RUN = (CONFIG, RECIPES)
 _OF_A_MODEL = ("metrics.jsonl", ENVIRONMENT)

@@ -1,7 +1,7 @@
 """Objectives over packed tokens: clipped surrogate, KL to the reference, entropy bonus.
 
 Shapes: N tokens of R whole completions, in one flat list; `row[n]` says which completion token n belongs to. A
-completion is never cut over two packs. Every token carries a weight that is normalised over the *whole optimizer
+completion is never cut over two packs. Every token carries a weight that is normalized over the *whole optimizer
 step* (`StepTotals`), so the loss of a pack is a plain sum, the loss of a step is the sum over its packs and ranks,
 and the cut into packs changes neither loss nor gradient.
 

@@ -6,7 +6,7 @@ A padded trainer runs the vision tower and the prompt once for each completion. 
 
 in which each completion sees the prompt and itself, and has the rotary positions that it would have right behind the
 prompt. Several short groups share a pack; a long one is cut into packs that repeat the prompt. The hidden state of
-the prompt's last token predicts the first token of every completion. The loss is normalised over the whole optimizer
+the prompt's last token predicts the first token of every completion. The loss is normalized over the whole optimizer
 step, so where packs are cut changes no gradient.
 
 Shapes: T tokens of a pack, N completion tokens (each is a target), P image patches, I images.
@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from spark_vl.processors import ProcessedImage, ProcessedPrompt
+from spark_vl.families import ProcessedImage, ProcessedPrompt
 
 PROMPT = -1
 

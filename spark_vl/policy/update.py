@@ -19,10 +19,10 @@ from spark_vl.advantages import group_advantages
 from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.distributed.launch import check_launch, strategy
 from spark_vl.distributed.step import GradientStep
+from spark_vl.families import ProcessedPrompt, Processor, padding_prompt
 from spark_vl.policy.losses import StepTotals, policy_loss
 from spark_vl.policy.packing import Pack, PackItem, make_pack, pack_items
 from spark_vl.policy.policy import load_policy
-from spark_vl.processors import ProcessedPrompt, Processor, padding_prompt
 from spark_vl.records import RolloutGroup
 
 Add = Callable[[str, float, float], None]
@@ -113,7 +113,7 @@ class Updater:
         reference: the frozen policy of the KL penalty; None: the policy without its adapters, if `objective.beta` asks
             for one.
         processor: knows the image token and the dummy image of a pack without images.
-        max_new_tokens: normaliser of Dr. GRPO.
+        max_new_tokens: normalizer of Dr. GRPO.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Updater:
         items, advantages, weights, kinds, engine_logprobs = [], [], [], [], []
         for group in groups:
             rows = range(len(advantages), len(advantages) + len(group.rollouts))
-            advantages += group_advantages(group.rewards, normalise=self.objective.loss != "dr_grpo")
+            advantages += group_advantages(group.rewards, normalize=self.objective.loss != "dr_grpo")
             weights += [self.objective.weights[group.record.kind]] * len(rows)
             kinds += [group.record.kind] * len(rows)
             engine_logprobs += [rollout.logprobs for rollout in group.rollouts]
@@ -242,7 +242,7 @@ class Updater:
             # in the backward pass too.
             pack = (real or self._padding).to(self.accelerator.device)
             reference = self._reference_score(pack)
-            with self._step.one_pass(last=i + 1 == len(batch.passes)):
+            with self._step.micro_batch(last=i + 1 == len(batch.passes)):
                 scores = self.policy(pack)
                 loss, row_sums = policy_loss(
                     self.objective.loss,
@@ -265,11 +265,11 @@ class Updater:
                 _report(batch, row_sums, add)
                 if old_logprobs is None:  # the policy has not moved since the engine sampled: both say the same
                     gap = scores.logprobs.detach() - batch.engine_logprobs_of(pack)
-                    add("engine/gap", float(gap.abs().sum()), len(gap))
-                    add("engine/ratio", float(gap.exp().sum()), len(gap))
+                    add("rollout/sampler_logprob_gap", float(gap.abs().sum()), len(gap))
+                    add("rollout/sampler_ratio", float(gap.exp().sum()), len(gap))
             advance(1)
         lr = self.optimizer.param_groups[0]["lr"]
-        norm, moved = self._step.take()
+        norm, moved = self._step.step()
         if moved:
             self.scheduler.step()
         # The loss is a sum over processes, each of which has its part of it.

@@ -1,7 +1,7 @@
 """Words prompts and reads the replies to them: a template is wording and reply parser in one object.
 
 What a prompt quotes (questions, answers) comes from datasets and models and is not trusted: it is put in literally,
-in one pass, so that a slot inside a quotation stays text, and `neutralise` takes the effect from special tokens in it.
+in one pass, so that a slot inside a quotation stays text, and `neutralize` takes the effect from special tokens in it.
 Images stand where the question has them, in any number.
 """
 
@@ -35,11 +35,11 @@ _SLOTS = {
 }
 _OPTION_SLOTS = ("{option_a}", "{option_b}")
 _SLOT = re.compile(r"(\{(?:question|answer|answer_a|answer_b|option_a|option_b)\})")
-# A word in braces is a misspelt slot, unless it is the argument of a command, as in `\text{cm}` or `\frac{ab}{cd}`.
+# A word in braces is a misspelled slot, unless it is the argument of a command, as in `\text{cm}` or `\frac{ab}{cd}`.
 _UNKNOWN_SLOT = re.compile(r"(?<![\w}])\{[a-z_]{2,}\}")
 
 
-def neutralise(text: str) -> str:
+def neutralize(text: str) -> str:
     """`text` with a zero-width space after the `<` of what may be an added token, so that no part of it is one.
 
     Every special token of Qwen is spelled `<|...|>`, some of other families with a full-width bar. That no bar follows
@@ -351,14 +351,14 @@ class Templater:
         return Rendered(self._messages(parts), gold, template.labels or (), template.name)
 
     def _messages(self, parts: Iterable[Any]) -> tuple[Message, ...]:
-        """The system prompt and a user's turn: adjacent texts are merged, then neutralised, so that no seam matters."""
+        """The system prompt and a user's turn: adjacent texts are merged, then neutralized, so that no seam matters."""
         content: list[Any] = []
         for part in parts:
             if content and isinstance(part, str) and isinstance(content[-1], str):
                 content[-1] += part
             elif part != "":
                 content.append(part)
-        merged = tuple(neutralise(part) if isinstance(part, str) else part for part in content)
+        merged = tuple(neutralize(part) if isinstance(part, str) else part for part in content)
         return (*self._system, Message("user", merged))
 
 

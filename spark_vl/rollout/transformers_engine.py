@@ -19,9 +19,9 @@ from transformers import DynamicCache
 from spark_vl.config import RolloutConfig
 from spark_vl.distributed.gather import any_process, whole_weights
 from spark_vl.distributed.launch import strategy
+from spark_vl.families import ProcessedImage, ProcessedPrompt, Processor, padding_prompt
 from spark_vl.policy.head import sampling_logits
 from spark_vl.policy.policy import Policy
-from spark_vl.processors import ProcessedImage, ProcessedPrompt, Processor, padding_prompt
 from spark_vl.records import Rollout, RolloutGroup
 from spark_vl.rollout.engine import Sampling
 
@@ -35,7 +35,7 @@ def load_engine(
         sharded = {"any_process": partial(any_process, accelerator)}
     else:
         sharded = {"weights": partial(whole_weights, accelerator, policy)}
-    return TransformersEngine(unwrapped, processor, rows_at_once=config.rows_at_once, **sharded)
+    return TransformersEngine(unwrapped, processor, decode_batch_size=config.decode_batch_size, **sharded)
 
 
 class TransformersEngine:
@@ -44,7 +44,7 @@ class TransformersEngine:
     Args:
         policy: sampled from, unwrapped.
         processor: names the stop and pad tokens, and decodes.
-        rows_at_once: completions decoded together; bounds the key-value cache.
+        decode_batch_size: completions decoded together; bounds the key-value cache.
         weights: makes the context in which the policy's weights are there, where they are sharded.
         any_process: whether its argument is true on any process. Given where each call of the policy is a collective
             one: then all processes make as many, those with nothing left to decode on rows that are dropped.
@@ -55,13 +55,13 @@ class TransformersEngine:
         policy: Policy,
         processor: Processor,
         *,
-        rows_at_once: int,
+        decode_batch_size: int,
         weights: Callable[[], AbstractContextManager[None]] = nullcontext,
         any_process: Callable[[bool], bool] | None = None,
     ) -> None:
         self.policy = policy
         self.processor = processor
-        self.rows_at_once = rows_at_once
+        self.decode_batch_size = decode_batch_size
         self.weights = weights
         self.in_step = any_process is not None
         self.any_process = any_process or bool
@@ -90,7 +90,7 @@ class TransformersEngine:
             with self.weights():
                 # Prompts of similar length decode together, so that little is padded.
                 order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-                prompts_at_once = max(1, self.rows_at_once // n)
+                prompts_at_once = max(1, self.decode_batch_size // n)
                 groups: dict[int, RolloutGroup] = {}
                 while self.any_process(bool(order)):
                     chosen, order = order[:prompts_at_once], order[prompts_at_once:]
@@ -162,7 +162,7 @@ class TransformersEngine:
                 token_ids=ids,
                 logprobs=tuple(logprobs[row, :length].tolist()),
                 text=self.processor.decode(ids),
-                finish="stop" if finished[row] else "length",
+                finish_reason="stop" if finished[row] else "length",
             )
 
         tokens, logprobs, lengths, finished = tokens.cpu(), logprobs.cpu(), lengths.cpu(), finished.cpu()
@@ -246,7 +246,7 @@ class TransformersEngine:
 
 
 def nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """[R, V] `probs`, 0 outside the smallest set of words that holds `top_p` of each row (not renormalised)."""
+    """[R, V] `probs`, 0 outside the smallest set of words that holds `top_p` of each row (not renormalized)."""
     ordered, index = probs.sort(dim=-1, descending=True)
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the most probable word always stays
     return torch.zeros_like(probs).scatter(-1, index, ordered)

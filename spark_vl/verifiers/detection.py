@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spark_vl.answers import normalised
+from spark_vl.answers import normalized
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 from spark_vl.verifiers.boxes import Shape, iou
 from spark_vl.verifiers.grounding import GROUNDING, as_written, boxed, gold_shapes, reaches, share, verdict
@@ -17,7 +17,7 @@ def verify_detection(completion: str, record: PromptRecord) -> Verdict:
     """Any number of boxes `[x1, y1, x2, y2]`: F1 of their precision and recall.
 
     A box matches one of the gold if their IoU reaches `threshold` and, where that of the gold has a label, their labels
-    are the same text (see `normalised`). Each matches at most one, paired so that the most are matched; the others
+    are the same text (see `normalized`). Each matches at most one, paired so that the most are matched; the others
     count against precision or recall, so neither copies nor a flood of boxes pay. Where the gold is `[]`, `[]` alone
     is right.
 
@@ -81,4 +81,4 @@ def matching_size(fitting: Sequence[Sequence[int]]) -> int:
 
 
 def _label(shape: Shape) -> str | None:
-    return None if shape.label is None else normalised(shape.label)
+    return None if shape.label is None else normalized(shape.label)

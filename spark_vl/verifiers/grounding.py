@@ -89,7 +89,7 @@ def gold_shapes(record: PromptRecord, key: Key) -> list[Shape]:
         for shape in shapes:
             if max(shape.coordinates) <= 1:
                 raise UnreadableError(
-                    f"{shape.coordinates} looks normalised, to shares of width and height; allowed: pixels of the "
+                    f"{shape.coordinates} looks normalized, to shares of width and height; allowed: pixels of the "
                     f"original image, {original[0]}×{original[1]}"
                 )
         if key == "bbox_2d" and settings_of(record)["gold_boxes"] == "xywh":

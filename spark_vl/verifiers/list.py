@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spark_vl.answers import Quantity, agrees, compact, last_boxed, normalised, parse_items, parse_quantity
+from spark_vl.answers import Quantity, agrees, compact, last_boxed, normalized, parse_items, parse_quantity
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 Item = tuple[Quantity | None, str]
@@ -32,7 +32,7 @@ def read_items(completion: str, record: PromptRecord) -> tuple[list[Item], list[
     if gold is None:
         raise BadRecordError(record.id, f"gold {record.gold!r:.200} is no list of items")
     boxed = last_boxed(completion)
-    conjunction = not any(" and " in normalised(item) for item in gold)
+    conjunction = not any(" and " in normalized(item) for item in gold)
     answer = None if boxed is None else parse_items(boxed, conjunction)
     return list(map(_item, gold)), None if answer is None else list(map(_item, answer)), boxed
 

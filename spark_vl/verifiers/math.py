@@ -23,7 +23,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, Eq, FiniteSet, Integer, Interval, MatrixBase, Mul, Set, Symbol, Tuple, floor, log
 from sympy.logic.boolalg import Boolean
 
-from spark_vl.answers import last_boxed, normalised, parse_quantity, plain
+from spark_vl.answers import last_boxed, normalized, parse_quantity, plain
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
@@ -278,8 +278,8 @@ def _is_word(letters: str) -> bool:
 
 
 def _words(answer: str) -> str | None:
-    r"""`answer`, normalised, where it is words rather than a product of letters: `\text{...}`, a word, a figure."""
-    said = normalised(answer)
+    r"""`answer`, normalized, where it is words rather than a product of letters: `\text{...}`, a word, a figure."""
+    said = normalized(answer)
     if _LETTERS.fullmatch(said) and (
         _STYLED.fullmatch(answer) or any(map(_is_word, re.split(r"[\s',-]+", said))) or _FIGURE.fullmatch(plain(answer))
     ):
@@ -377,7 +377,7 @@ def _alike(answers: tuple[str, str]) -> list[list[Any]]:
 
 def _without_mathematics(boxed: str, gold: str) -> bool | None:
     """What the rules of this module decide before math-verify is asked; None if they decide nothing."""
-    if (words := _words(gold)) and _LETTERS.fullmatch(said := normalised(boxed)):
+    if (words := _words(gold)) and _LETTERS.fullmatch(said := normalized(boxed)):
         return said == words
     parts = _parts(boxed), _parts(gold)
     if any(parts):

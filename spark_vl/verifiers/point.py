@@ -42,7 +42,7 @@ def verify_point(completion: str, record: PromptRecord) -> Verdict:
 
 
 def boxed_gold(record: PromptRecord) -> str:
-    r"""A right completion: the gold or its centre in `\boxed{}`, in the coordinates that replies are asked for."""
+    r"""A right completion: the gold or its center in `\boxed{}`, in the coordinates that replies are asked for."""
     place = _gold(record)
     if len(place) == 4:
         place = ((place[0] + place[2]) / 2, (place[1] + place[3]) / 2)

@@ -22,7 +22,7 @@ NGRAM = 20
 
 def format_term(rollout: Rollout, verdict: Verdict, max_new_tokens: int | None) -> float:
     """1 where the completion ended by itself and holds an answer that its verifier can read, right or wrong; else 0."""
-    return float(rollout.finish == "stop" and verdict.status != "unparsable")
+    return float(rollout.finish_reason == "stop" and verdict.status != "unparsable")
 
 
 def overlong_term(rollout: Rollout, verdict: Verdict, max_new_tokens: int | None) -> float:

@@ -1,6 +1,6 @@
 """Texts: the reply's last box holds the right words.
 
-Setting `mode`: `normalised`, case does not count; `exact`, it does; `anls`, a few wrong characters cost a part of the
+Setting `mode`: `normalized`, case does not count; `exact`, it does; `anls`, a few wrong characters cost a part of the
 score, as in DocVQA. In all of them white space, `\\text{...}`, the backslash of `\\%`, pairs of quotes, parentheses,
 dollar signs, asterisks, underscores and backticks around the whole text, and periods at its end do not count. A gold
 that is a JSON array of texts lists variants, any of which is right.
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from spark_vl.answers import last_boxed, normalised, parse_json, plain
+from spark_vl.answers import last_boxed, normalized, parse_json, plain
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 from spark_vl.verifiers.base import settings_of
 
-SETTINGS: dict[str, Any] = {"mode": ("normalised", "exact", "anls")}
+SETTINGS: dict[str, Any] = {"mode": ("normalized", "exact", "anls")}
 
 THRESHOLD = 0.5
 """A similarity below it is another text, and scores 0 (arXiv 1907.00490)."""
@@ -28,7 +28,7 @@ def verify_text(completion: str, record: PromptRecord) -> Verdict:
     In mode `anls` 1 - distance / length of the longer text, where that is at least `THRESHOLD`, of the nearest variant.
     """
     mode = settings_of(record)["mode"]
-    form = plain if mode == "exact" else normalised
+    form = plain if mode == "exact" else normalized
     gold = last_boxed(record.gold) or record.gold
     variants = [form(variant) for variant in _variants(gold)]
     if not variants or not all(variants):
@@ -57,7 +57,7 @@ def _variants(gold: str) -> list[str]:
 
 
 def similarity(a: str, b: str) -> float:
-    """Normalised Levenshtein similarity in [`THRESHOLD`, 1], or 0; neither text is empty."""
+    """Normalized Levenshtein similarity in [`THRESHOLD`, 1], or 0; neither text is empty."""
     shorter, longer = sorted((a, b), key=len)
     if len(shorter) < THRESHOLD * len(longer):  # as many characters are missing at least
         return 0.0

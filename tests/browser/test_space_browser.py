@@ -165,8 +165,8 @@ def test_what_is_missing_is_said(page):
 
 
 CONTRAST = """
-const light = colour => {
-  const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map(v => v / 255)
+const light = color => {
+  const [r, g, b] = color.match(/[\\d.]+/g).map(Number).map(v => v / 255)
     .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };

@@ -30,7 +30,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spark_vl.data.shards import find_shards
+from spark_vl.run.shards import find_shards
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from spark_vl.config import parse_train_config
 from spark_vl.demo.tiny import random_tiny
 from spark_vl.distributed.launch import start_accelerator, strategy
+from spark_vl.families import load_processor
 from spark_vl.policy.update import load_updater
-from spark_vl.processors import load_processor
 from spark_vl.records import Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
 

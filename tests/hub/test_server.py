@@ -1,4 +1,4 @@
-"""The test Hub against the real clients, and its misbehaviours against plain HTTP."""
+"""The test Hub against the real clients, and its misbehaviors against plain HTTP."""
 
 from __future__ import annotations
 

@@ -1,35 +1,21 @@
-"""Work that all processes have alike, such as an evaluation: each does its part, and all get everything."""
+"""An engine and verifiers that split the same prompts over all processes, as an evaluation needs them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
+from spark_vl.distributed.spread import spread
+from spark_vl.families import ProcessedPrompt
 from spark_vl.policy.policy import Policy
-from spark_vl.processors import ProcessedPrompt
 from spark_vl.records import PromptRecord, RolloutGroup, Verdict
 from spark_vl.rollout.engine import RolloutEngine, Sampling
 from spark_vl.verifiers.pool import VerifierPool
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
-
-def spread(
-    accelerator: Accelerator, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
-) -> list[Result]:
-    """`work(items)`, one result an item, with every process at work on its part of them. Collective: `items` are the
-    same on all processes."""
-    processes = accelerator.num_processes
-    parts = gather_object([list(work(items[accelerator.process_index :: processes]))])
-    return [parts[i % processes][i // processes] for i in range(len(items))]
-
-
-class SpreadEngine:
+class DistributedEngine:
     """`RolloutEngine` for prompts that are the same on all processes."""
 
     def __init__(self, engine: RolloutEngine, accelerator: Accelerator) -> None:
@@ -65,7 +51,7 @@ class SpreadEngine:
         self.engine.close()
 
 
-class SpreadVerifiers:
+class DistributedVerifiers:
     """A `VerifierPool` for items that are the same on all processes. All get the same verdicts, also where a verifier
     met its deadline on one of them."""
 

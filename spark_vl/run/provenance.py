@@ -1,4 +1,4 @@
-"""Where a run comes from: its data and their licences, its machines and package versions. Cards quote it."""
+"""Where a run comes from: its data and their licenses, its machines and package versions. Cards quote it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import yaml
 
 from spark_vl.config import OfflineConfig, dump_config
 from spark_vl.data.recipes import load_recipe
-from spark_vl.layout import CONFIG, ENVIRONMENT, RECIPES
+from spark_vl.run.paths import CONFIG, ENVIRONMENT, RECIPES
 
 _PACKAGES = ("spark-vl", "torch", "transformers", "accelerate", "qwen-vl-utils")
 
 
 def write_recipes(run: Path, names: Iterable[str]) -> None:
-    """Add to `recipes.json` for each name in the configuration the recipe's name, description, licence, and the
+    """Add to `recipes.json` for each name in the configuration the recipe's name, description, license, and the
     dataset (`id`, `config`, `revision`), if it is on the Hub."""
     file = run / RECIPES  # of an earlier start, whose checkpoints may have other recipes
     facts: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for name in names:
         recipe = load_recipe(name)
-        on_hub = recipe.source.kind == "hub" and public_name(recipe.source.location) == recipe.source.location
+        on_hub = recipe.source.type == "hub" and public_name(recipe.source.location) == recipe.source.location
         facts[name] = {
             "name": recipe.name,
             "description": recipe.description,

@@ -80,7 +80,7 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
                 means.add(f"{kind}/{name}", value)
             means.add(f"{kind}/length", len(rollout.token_ids))
             means.add(f"{kind}/entropy", -sum(rollout.logprobs), len(rollout.logprobs))
-            means.add(f"{kind}/truncated", rollout.finish == "length")
+            means.add(f"{kind}/truncated", rollout.finish_reason == "length")
             means.add(f"{kind}/unparsable", verdict.status == "unparsable")
             means.add(f"{kind}/failed", verdict.status in ("timeout", "error"))
             if kind in JUDGMENTS:

@@ -10,18 +10,18 @@ from math import log
 import pytest
 from accelerate import Accelerator
 
-from spark_vl.metrics import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
+from spark_vl.log import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
 from spark_vl.records import Origin, Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
 
 
-def make_group(record, scores, *, parsed=None, logprobs=None, finish=None, status=None) -> RolloutGroup:
+def make_group(record, scores, *, parsed=None, logprobs=None, finish_reason=None, status=None) -> RolloutGroup:
     """A group with a completion for each of `scores`; the other arguments have one item for each, too."""
     n = len(scores)
     logprobs = logprobs or [(-1.0,)] * n
     rollouts = [
         Rollout(tuple(range(len(lp))), tuple(lp), f"text {i}", f)
-        for i, (lp, f) in enumerate(zip(logprobs, finish or ["stop"] * n, strict=True))
+        for i, (lp, f) in enumerate(zip(logprobs, finish_reason or ["stop"] * n, strict=True))
     ]
     verdicts = [Verdict(*v) for v in zip(scores, parsed or ["5"] * n, status or ["ok"] * n, strict=True)]
     return RolloutGroup(record, tuple(rollouts), tuple(verdicts))
@@ -48,7 +48,7 @@ def test_problems_by_hand():
         [1.0, 0.0, 0.0, 0.5],
         parsed=["5", "4", None, "6"],
         logprobs=[(log(0.5),), (log(0.5), log(0.25)), (log(0.125),), (0.0, 0.0)],
-        finish=["stop", "stop", "length", "stop"],
+        finish_reason=["stop", "stop", "length", "stop"],
         status=["ok", "ok", "unparsable", "timeout"],
     )
     flat_group = make_group(make_record("p2", "1+1?"), [1.0, 1.0], status=["ok", "error"], logprobs=[(log(0.5),)] * 2)
@@ -260,7 +260,7 @@ def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_
         make_record("p", make_image(1), "Grösser?"),
         [1.0, 0.0],
         parsed=["5", None],
-        finish=["stop", "length"],
+        finish_reason=["stop", "length"],
         status=["ok", "unparsable"],
     )
     judgment = make_pointwise("p@3#pointwise", correct=True, says=["Yes"])
@@ -276,7 +276,7 @@ def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_
         "completions": [
             {
                 "text": "text 0",
-                "finish": "stop",
+                "finish_reason": "stop",
                 "score": 1.0,
                 "parsed": "5",
                 "status": "ok",
@@ -285,7 +285,7 @@ def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_
             },
             {
                 "text": "text 1",
-                "finish": "length",
+                "finish_reason": "length",
                 "score": 0.0,
                 "parsed": None,
                 "status": "unparsable",

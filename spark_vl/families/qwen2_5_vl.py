@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: `qwen-vl-utils` resizes, the Hugging Face processor normalises and tokenises."""
+"""Qwen2.5-VL: `qwen-vl-utils` resizes, the Hugging Face processor normalizes and tokenizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
 
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import ImageError, load_image
-from spark_vl.processors.base import ProcessedImage, ProcessedPrompt
+from spark_vl.families.base import ProcessedImage, ProcessedPrompt
 from spark_vl.records import BadRecordError, ImageRef, ImageSize, PromptRecord
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
