@@ -5,24 +5,24 @@ has what a run needs to go on as if it had not been interrupted:
 
     model.safetensors, optimizer.bin, …   weights, optimizer, schedule, random generators, as Accelerate or DeepSpeed
                                           writes them for the way in which they are held
-    trainer.rank0.json, …                 of each process: position of the sampler, recycled prompts that wait
+    trainer.rank0.json, …                 of each process: position of the sampler, recycled prompts that wait, counts
     config.yaml                           of the run
     model/                                the plain Hugging Face checkpoint: to use, evaluate, publish; with the prompts
                                           that it was trained on
-    manifest.json                         step, processes, size and SHA-256 of every other file, and its own SHA-256
+    manifest.json                         format, step, processes, size and SHA-256 of every other
+                                          file, and its own SHA-256
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 import yaml
@@ -33,18 +33,21 @@ from spark_vl import __version__
 from spark_vl.config import ConfigError, TrainConfig, config_differences, save_config
 from spark_vl.distributed.launch import strategy
 from spark_vl.families import Processor
+from spark_vl.feed import PromptFeed
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
+from spark_vl.run.manifest import MANIFEST, find_damage, flush, read_manifest, write_manifest
 from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.run.provenance import public_name
 
-MANIFEST = "manifest.json"
+FORMAT = 2
+"""Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own."""
 
 _SAME_FILES = {"single", "ddp"}
 """Ways of holding weights whose checkpoints do not depend on the number of processes."""
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be written, or not be resumed from; the message names it."""
+    """A checkpoint cannot be written, or the run cannot be resumed from it; the message names it."""
 
 
 def claim_folder(folder: Path) -> IO[str]:
@@ -65,75 +68,196 @@ def claim_folder(folder: Path) -> IO[str]:
     return lock
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    policy: torch.nn.Module,
-    processor: Processor,
-    templater: Templater,
-    config: TrainConfig,
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    *,
-    best: bool = False,
-) -> Path:
-    """Write `folder/step-…` on all processes, point `latest` (and `best`) at it, then delete what is over the limit.
+class Stateful(Protocol):
+    """Something whose state on this process is a part of a checkpoint, as JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it needs to go on as if it had not been interrupted."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was made."""
+
+
+class BestFigure:
+    """The highest value so far of one figure of the evaluations.
 
     Args:
-        policy: as prepared.
-        state: of the trainer on this process, as JSON.
-        best: whether this is the best one so far.
-
-    Raises:
-        CheckpointError: it cannot be written. What was there before is untouched.
+        name: of the figure (`checkpoint.keep_best`); None: nothing is compared.
     """
-    final = folder / name_of(step)
-    temporary = folder / f".{final.name}.partial"
-    needed = _bytes_needed(policy, folder)
-    problem = ""
-    if accelerator.is_main_process:
-        for begun in folder.glob(".step-*.partial"):  # by a run that was killed, maybe at a step not saved again
-            shutil.rmtree(begun, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        if (free := shutil.disk_usage(folder).free) < needed:
-            problem = f"about {needed:,} bytes are needed, {free:,} are free"
-    _raise_together(problem and _unwritten(final, problem))
-    try:
-        accelerator.save_state(temporary)
-        (temporary / _state_file(accelerator.process_index)).write_text(json.dumps(state))
-        export_model(accelerator, policy, processor, temporary / MODEL, dtype=getattr(torch, config.model.dtype))
-        if accelerator.is_main_process:
-            templater.save(temporary / MODEL / PROMPTS_FILE)
-            base = {"base": public_name(config.model.path), "base_commit": processor.commit}
-            facts = json.dumps({"step": step, "spark_vl": __version__, **base})
-            (temporary / MODEL / TRAINING_FILE).write_text(facts + "\n")
-            save_config(config, temporary / CONFIG)
-            _write_manifest(accelerator, temporary, step)
-    except Exception as error:
-        if accelerator.is_main_process:
-            free = shutil.disk_usage(folder).free
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self.value = -math.inf
+
+    def improved(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether `figures`, evaluated after `step`, raise it. What was there before the first step is not kept.
+
+        Raises:
+            ConfigError: there is no such figure.
+        """
+        if self.name is None or not figures:
+            return False
+        if self.name not in figures:
+            raise ConfigError(f"checkpoint.keep_best: there is no figure {self.name!r}; there are {', '.join(figures)}")
+        value, before = figures[self.name]["value"], self.value
+        self.value = max(value, before)
+        return step > 0 and value > before
+
+    def state_dict(self) -> dict[str, Any]:
+        """The value."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Stateful`."""
+        self.value = state["value"]
+
+
+class Checkpoints:
+    """Writes and loads the checkpoints of one run. All methods are collective.
+
+    Args:
+        folder: of the checkpoints.
+        accelerator: has prepared what it saves by itself: weights, optimizer, schedule, random generators.
+        policy: as prepared.
+        processor, templater, config: are saved too.
+        feed, parts: what else the run consists of, by name. `feed` knows how to deal its state out to another number of
+            processes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        policy: torch.nn.Module,
+        processor: Processor,
+        templater: Templater,
+        config: TrainConfig,
+        feed: PromptFeed,
+        parts: Mapping[str, Stateful],
+    ) -> None:
+        self.folder = folder
+        self.accelerator = accelerator
+        self.policy = policy
+        self.processor = processor
+        self.templater = templater
+        self.config = config
+        self.feed = feed
+        self.parts = parts
+
+    def write(self, step: int) -> Path:
+        """Write `step-…` on all processes. It counts once `commit` has been called.
+
+        Raises:
+            CheckpointError: it cannot be written. What was there before is untouched.
+        """
+        final = self.folder / name_of(step)
+        temporary = self.folder / f".{final.name}.partial"
+        needed = _bytes_needed(self.policy, self.folder)
+        is_main, rank = self.accelerator.is_main_process, self.accelerator.process_index
+        fault = ""
+        if is_main:
+            for begun in self.folder.glob(".step-*.partial"):  # by a run that was killed, maybe at another step
+                shutil.rmtree(begun, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            if (free := shutil.disk_usage(self.folder).free) < needed:
+                fault = f"about {needed:,} bytes are needed, {free:,} are free"
+        _raise_together(fault and _unwritten(final, fault))
+        state = {"feed": self.feed.state_dict()} | {name: part.state_dict() for name, part in self.parts.items()}
+        try:
+            self.accelerator.save_state(temporary)
+            (temporary / _state_file(rank)).write_text(json.dumps(state))
+            dtype = getattr(torch, self.config.model.dtype)
+            export_model(self.accelerator, self.policy, self.processor, temporary / MODEL, dtype=dtype)
+            if is_main:
+                self._describe(temporary, step)
+                self._sign(temporary, step)
+        except Exception as error:
+            if is_main:
+                free = shutil.disk_usage(self.folder).free
+                shutil.rmtree(temporary, ignore_errors=True)
+                fault = f"{error} (about {needed:,} bytes are needed, {free:,} are free)"
+            raise CheckpointError(_unwritten(final, fault or str(error))) from error
+        self.accelerator.wait_for_everyone()
+        if is_main:
+            if final.exists():  # written before, by a run that was interrupted and resumed from an earlier one
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            flush(self.folder)
+        return final
+
+    def commit(self, step: int, *, is_best: bool) -> None:
+        """Point `latest` (and `best`) at the checkpoint of `step`, then delete what is over the limit."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            point(self.folder, LATEST, self.folder / name_of(step))
+            if is_best:
+                point(self.folder, BEST, self.folder / name_of(step))
+            _delete_old(self.folder, self.config.checkpoint.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path, *, allow_config_change: bool) -> int:
+        """Check the checkpoint at `path`, and go on from it. Returns its step.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, the checkpoint does not go with this launch or this version,
+                or the configuration has changed.
+        """
+        manifest = _checked_manifest(self.accelerator, path, self.config, allow_config_change=allow_config_change)
+        self.accelerator.load_state(path)
+        was, now, rank = manifest["processes"], self.accelerator.num_processes, self.accelerator.process_index
+        ranks = [rank] if was == now else range(was)
+        states = [json.loads((path / _state_file(each)).read_text()) for each in ranks]
+        feeds = [state["feed"] for state in states]
+        self.feed.load_state_dict(feeds[0] if was == now else self.feed.deal_out(feeds, rank, now))
+        for name, part in self.parts.items():
+            part.load_state_dict(states[0][name])
+        if self.accelerator.is_main_process and path.parent == self.folder:
+            point(self.folder, LATEST, path)  # newer ones will be written anew
+        return manifest["step"]
+
+    def is_latest(self, step: int) -> bool:
+        """Whether the newest checkpoint is that of `step`."""
+        return pointed(self.folder, LATEST) == self.folder / name_of(step)
+
+    def copy_model(self, step: int, folder: Path) -> None:
+        """Put the plain model of the checkpoint of `step` at `folder`, whole or not at all."""
+        if self.accelerator.is_main_process:
+            temporary = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(temporary, ignore_errors=True)
-            problem = f"{error} (about {needed:,} bytes are needed, {free:,} are free)"
-        raise CheckpointError(_unwritten(final, problem or str(error))) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if final.exists():  # written before, by a run that was interrupted and resumed from an earlier one
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _flush(folder)
-        point(folder, LATEST, final)
-        if best:
-            point(folder, BEST, final)
-        _delete_old(folder, config.checkpoint.save_total_limit)
-    accelerator.wait_for_everyone()
-    return final
+            shutil.copytree(self.folder / name_of(step) / MODEL, temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        self.accelerator.wait_for_everyone()  # a process that ended earlier would be taken for dead
+
+    def _describe(self, checkpoint: Path, step: int) -> None:
+        """Write what says where the model comes from, and which words it was trained on."""
+        self.templater.save(checkpoint / MODEL / PROMPTS_FILE)
+        facts = {
+            "step": step,
+            "spark_vl": __version__,
+            "base": public_name(self.config.model.path),
+            "base_commit": self.processor.commit,
+        }
+        (checkpoint / MODEL / TRAINING_FILE).write_text(json.dumps(facts) + "\n")
+        save_config(self.config, checkpoint / CONFIG)
+
+    def _sign(self, checkpoint: Path, step: int) -> None:
+        """Write the manifest of a checkpoint that has everything else."""
+        processes = self.accelerator.num_processes
+        missing = [rank for rank in range(processes) if not (checkpoint / _state_file(rank)).exists()]
+        if missing:
+            raise OSError(
+                f"the files of ranks {missing} are missing: output_dir must be on a file system that all share"
+            )
+        facts = {"format": FORMAT, "step": step, "processes": processes, "strategy": strategy(self.accelerator)}
+        write_manifest(checkpoint, facts)
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
     """The checkpoint that `resume` means: `auto` (the latest in `folder`, if any), `none`, or the path of one.
 
     Raises:
-        CheckpointError: the path, or what `latest` names, is no whole checkpoint.
+        CheckpointError: the path, or what `latest` names, is not a whole checkpoint.
     """
     if resume == "none":
         return None
@@ -141,31 +265,31 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     if path is None:
         return None
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path}: is no checkpoint (it has no {MANIFEST})")
+        raise CheckpointError(f"{path}: is not a checkpoint (it has no {MANIFEST})")
     return path
 
 
-def load_checkpoint(
+def _checked_manifest(
     accelerator: Accelerator, path: Path, config: TrainConfig, *, allow_config_change: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Check the checkpoint at `path`, and load what Accelerate or DeepSpeed saved.
-
-    Returns:
-        The manifest (`step`, `processes`), and the trainer's states: only this process's own, or those of all processes
-        that wrote it where their number was another one.
+) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path` (`step`, `processes`), which is whole and goes with this run.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the checkpoint does not go with this launch, or the
-            configuration has changed.
+        CheckpointError: see `Checkpoints.load`.
     """
-    manifest = _read_manifest(path / MANIFEST)
+    manifest = read_manifest(path)
     damage = [f"{MANIFEST} has changed"]
     if manifest:
-        damage = _damage(path, manifest["files"]) if accelerator.is_main_process else []
+        damage = find_damage(path, manifest) if accelerator.is_main_process else []
     whole = [other.parent.name for other in sorted(path.parent.glob(f"step-*/{MANIFEST}")) if other.parent != path]
     advice = f"; resume from another one with --resume PATH ({', '.join(whole)})" if whole else ""
     _raise_together(f"{path}: is damaged: {'; '.join(damage)}{advice}" if damage else "")
 
+    if (written := manifest.get("format", 1)) != FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {written}, and this version of spark-vl reads format {FORMAT}; start a new run from "
+            f"its weights: --model.path {path / MODEL}"
+        )
     changes = config_differences(yaml.safe_load((path / CONFIG).read_text()), config)
     if changes and not allow_config_change:
         raise CheckpointError(
@@ -184,9 +308,7 @@ def load_checkpoint(
             f"{path}: was written by {was} processes, this run has {now}, and {here} cuts the optimizer's state for a "
             f"fixed number of them; launch {was}, or start a new run from its weights: --model.path {path / MODEL}"
         )
-    accelerator.load_state(path)
-    ranks = [accelerator.process_index] if was == now else range(was)
-    return manifest, [json.loads((path / _state_file(rank)).read_text()) for rank in ranks]
+    return manifest
 
 
 def export_model(
@@ -211,85 +333,17 @@ def export_model(
     accelerator.wait_for_everyone()
 
 
-def copy_model(checkpoint: Path, folder: Path) -> None:
-    """Put the plain model of `checkpoint` at `folder`, whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint / MODEL, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def is_latest(folder: Path, step: int) -> bool:
-    """Whether the newest checkpoint in `folder` is that of `step`."""
-    return pointed(folder, LATEST) == folder / name_of(step)
-
-
 def point(folder: Path, pointer: str, checkpoint: Path) -> None:
     """Let `pointer` (`latest`, `best`) name `checkpoint`; at no moment does it name nothing."""
     temporary = folder / f".{pointer}.partial"
     temporary.write_text(checkpoint.name)
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, folder / pointer)
-    _flush(folder)
+    flush(folder)
 
 
 def _state_file(rank: int) -> str:
     return f"trainer.rank{rank}.json"
-
-
-def _write_manifest(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Flush all files, then write down what they are; without a manifest there is no checkpoint."""
-    missing = [rank for rank in range(accelerator.num_processes) if not (folder / _state_file(rank)).exists()]
-    if missing:
-        raise OSError(f"the files of ranks {missing} are not there: output_dir must be on a file system that all share")
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in _digests(paths)
-    }
-    manifest = {
-        "step": step,
-        "processes": accelerator.num_processes,
-        "strategy": strategy(accelerator),
-        "files": files,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest_of(manifest)}, indent=1))
-    for path in folder.rglob("*"):
-        _flush(path)
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest; None: it is not what was written."""
-    try:
-        manifest = json.loads(path.read_text())
-        digest = manifest.pop("sha256")
-    except (ValueError, KeyError):
-        return None
-    return manifest if digest == _digest_of(manifest) else None
-
-
-def _digest_of(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-
-
-def _damage(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """What is wrong with the files that the manifest lists."""
-    missing = [name for name in files if not (folder / name).is_file()]
-    present = [folder / name for name in files if name not in missing]
-    changed = [
-        name for path, digest in _digests(present) if digest != files[name := str(path.relative_to(folder))]["sha256"]
-    ]
-    return [f"{name} is missing" for name in missing] + [f"{name} has changed" for name in changed]
-
-
-def _digests(paths: list[Path]) -> Iterable[tuple[Path, str]]:
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter's lock to others
-        return zip(paths, list(threads.map(digest, paths)), strict=True)
 
 
 def _bytes_needed(policy: torch.nn.Module, folder: Path) -> int:
@@ -322,12 +376,3 @@ def _delete_old(folder: Path, limit: int) -> None:
     for old in sorted(folder.glob("step-*"))[:-limit]:
         if old not in kept:
             shutil.rmtree(old)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that `path` is on the disk, not only in the system's cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

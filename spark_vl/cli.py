@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from spark_vl import __version__
 from spark_vl.config import (
@@ -22,13 +22,12 @@ from spark_vl.config import (
     OfflineConfig,
     TrainConfig,
     VerifierConfig,
-    add_config_arguments,
     blamed_on,
     check_eval_config,
     check_train_config,
-    instantiate,
     save_config,
 )
+from spark_vl.config_cli import Parser, add_config_arguments, instantiate
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
@@ -46,17 +45,6 @@ PUBLISH_HELP = "publish a model, judgments, or a demo on the Hugging Face Hub; p
 RECIPES_HELP = "list the shipped data recipes, or check the rows of one"
 DOCTOR_HELP = "say what will not work on this machine, and the fix"
 ESTIMATE_HELP = "say whether a run fits into memory, and what would help; exits with 1 if it does not"
-
-
-class Parser(ArgumentParser):
-    """Whole option names only, and errors without the page of usage that would push them off the screen."""
-
-    def __init__(self, **settings: str) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        """Print `message` and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n(all settings: {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,31 +134,43 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
     templater = Templater.from_config(config.prompts)
 
+    from accelerate import Accelerator
+
     from spark_vl.evaluation import Evaluator
     from spark_vl.hub.background import BackgroundPublisher, check_publish_config
     from spark_vl.hub.cards import write_model_card
     from spark_vl.hub.run import find_model
     from spark_vl.policy.update import NonFiniteUpdateError
     from spark_vl.report import plot_curves, plot_diagnostics, print_summary, summarize
-    from spark_vl.trainer import Trainer
+    from spark_vl.setup import load_trainer
 
     check_publish_config(config.publish)
     evaluator = None
     if config.evaluation.recipes:
         evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
-    trainer = Trainer(config, evaluator, resume, allow_config_change=allow_config_change)
-    folder, is_main = trainer.folder, trainer.accelerator.is_main_process
-    publisher = None
-    if config.publish.repo and is_main:
-        publisher = BackgroundPublisher(config.publish, folder)
-        trainer.publish = publisher
+    folder = Path(config.output_dir)
+    publishers: list[BackgroundPublisher] = []  # one on the main process, if it is asked for
+
+    def sinks(accelerator: Accelerator) -> list[BackgroundPublisher]:
+        if config.publish.repo and accelerator.is_main_process:
+            publishers.append(BackgroundPublisher(config.publish, folder))
+        return publishers
+
+    trainer = load_trainer(
+        config,
+        evaluate=evaluator,
+        sinks=sinks,
+        resume=resume,
+        allow_config_change=allow_config_change,
+    )
+    is_main = trainer.accelerator.is_main_process
     finished = False
     try:
         finished = trainer.train()
     except NonFiniteUpdateError as error:
         raise SystemExit(f"spark-vl: stopped: {error}") from error
     finally:
-        if publisher:
+        for publisher in publishers:
             publisher.finish(wait=finished)
     if finished and is_main:
         if evaluator:

@@ -8,15 +8,14 @@ before anything is loaded, with the path of the field. The defaults are those of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -27,9 +26,6 @@ from jsonargparse.typing import (
 )
 
 from spark_vl.records import KINDS, Kind
-
-# The text below a setting is its help on the command line.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 
@@ -101,7 +97,6 @@ class DataConfig:
 class RolloutConfig:
     """How completions are sampled."""
 
-    engine: Literal["transformers"] = "transformers"
     n: PositiveInt = 8
     """Completions for each prompt: the group size G."""
     temperature: PositiveFloat = 1.0
@@ -238,8 +233,6 @@ class LoggingConfig:
 
     trackers: list[str] = field(default_factory=list)
     """Trackers of Accelerate: tensorboard, wandb, trackio, ..."""
-    rollouts_every: NonNegativeInt = 10
-    """Write the rollouts of every this many steps to `rollouts.jsonl`; 0: never."""
     judgments: bool = True
     """Keep all rollouts, problems' and judges', with images and verdicts in `judgments/`: a dataset that can be
     published (`spark-vl publish judgments`) and recycled anew (`spark-vl recycle`)."""
@@ -276,7 +269,7 @@ class TrainConfig:
     """A training run."""
 
     output_dir: str = "runs/spark"
-    """Folder of the run: config.yaml, metrics.jsonl, rollouts.jsonl, judgments/, checkpoints/, model/, summary.json."""
+    """Folder of the run: config.yaml, metrics.jsonl, judgments/, checkpoints/, model/, summary.json."""
     seed: NonNegativeInt = 0
     steps: PositiveInt | None = None
     """Training steps; null: as many as `epochs` gives."""
@@ -392,64 +385,6 @@ def _check_kind_table(path: str, table: dict[str, Any], least: float) -> None:
             raise ConfigError(f"{path}.{kind}: is {value}; allowed are finite numbers from {least}")
 
 
-def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
-    """Give `parser` a `--config FILE` and one option for each field of `config_class`."""
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    parser.add_class_arguments(config_class, nested_key=None, as_group=True)
-
-
-def instantiate(parser: ArgumentParser, parsed: Namespace, config_class: type) -> Any:
-    """`parsed` as an instance of `config_class`.
-
-    Raises:
-        ConfigError: a YAML file has null or no mapping where it may not.
-    """
-    _check_filled(parsed, config_class)
-    values = parser.instantiate(parsed)
-    config = config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
-    _make_plain(config)
-    return config
-
-
-def _make_plain(config: Any) -> None:
-    """Replace the number types that checked a range by plain ones: torch refuses to read others from a checkpoint."""
-    for setting in fields(config):
-        value = getattr(config, setting.name)
-        if is_dataclass(value):
-            _make_plain(value)
-        else:
-            setattr(config, setting.name, _plain(value))
-
-
-def _check_filled(parsed: Namespace, config_class: type, prefix: str = "") -> None:
-    """Refuse what jsonargparse lets pass in YAML: null for a setting that needs a value, no mapping for a group."""
-    for setting in fields(config_class):
-        path, value = f"{prefix}{setting.name}", parsed[setting.name]
-        if is_dataclass(setting.default_factory):
-            if not isinstance(value, Namespace):
-                raise ConfigError(f"{path}: is {value!r}; allowed is a mapping of settings")
-            _check_filled(value, setting.default_factory, f"{path}.")
-        elif value is None and setting.default is not None:
-            raise ConfigError(f"{path}: is null; allowed is {setting.type}")
-
-
-def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
-    """Read a `TrainConfig` from command-line arguments such as `["--config", "run.yaml", "--seed", "1"]`.
-
-    Raises:
-        SystemExit: with the path of the field in the message, for anything that is wrong.
-    """
-    parser = ArgumentParser(allow_abbrev=False)
-    add_config_arguments(parser, TrainConfig)
-    parsed = parser.parse_args(arguments)
-    try:
-        config = instantiate(parser, parsed, TrainConfig)
-        check_train_config(config)
-    except ConfigError as error:
-        parser.error(str(error))
-    return config
-
-
 def save_config(config: TrainConfig | EvalConfig, path: Path) -> None:
     """Write `config`, all defaults resolved, as YAML that `--config` reads back."""
     path.write_text(dump_config(asdict(config)))
@@ -492,16 +427,6 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.\d][-+.\d_eE:]*$"), list("-+.0123456789"))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool | str) or value is None:
-        return value
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, int) else float(value)
-
-
 __all__ = [
     "CheckpointConfig",
     "ConfigError",
@@ -522,14 +447,11 @@ __all__ = [
     "RolloutConfig",
     "TrainConfig",
     "VerifierConfig",
-    "add_config_arguments",
     "blamed_on",
     "check_eval_config",
     "check_train_config",
     "config_differences",
     "dump_config",
     "flat",
-    "instantiate",
-    "parse_train_config",
     "save_config",
 ]

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics, trackers, rollouts, and the progress that a person watches."""
+"""Metrics of a run, and where they go: files, trackers, and the progress that a person watches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, group_to_json, plain_text, record_to_json
+from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, record_to_json
+from spark_vl.run.sinks import Sink
 
 
 class Means:
@@ -112,36 +113,19 @@ def add_balanced_accuracy(metrics: dict[str, float]) -> None:
             metrics[f"{kind}/balanced_accuracy"] = sum(by_label) / len(by_label)
 
 
-class Timer:
-    """Seconds spent in each phase of a step."""
+class RunLog(Sink):
+    """What a run writes down and shows: metrics, evaluations, trackers, and the progress that a person watches.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Count what runs inside as `phase`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
-
-    def reset(self) -> dict[str, float]:
-        """The seconds so far as `time/phase`, starting anew."""
-        seconds = {f"time/{phase}": value for phase, value in self.seconds.items()}
-        self.seconds.clear()
-        return seconds
-
-
-class RunLog:
-    """The files of a run, its trackers and its progress bar. Only the main process writes.
+    Metrics of a step are gathered here while it runs, and written by `on_metrics`. Only the main process
+    writes and prints.
 
     Args:
         accelerator: its trackers are written to.
-        folder: of the run; `metrics.jsonl`, `evaluations.jsonl` and `rollouts.jsonl` are written there.
+        folder: of the run; `metrics.jsonl` and `evaluations.jsonl` are written there.
         steps: of the whole run.
-        resumed: step of the checkpoint from which the run goes on; later lines, of an interrupted run, are dropped.
-            None: the run begins.
-        heard: hears of each phase, and of each time that it gets on.
+        resumed: step of the checkpoint from which the run goes on; lines of later steps, of an interrupted run, are
+            dropped. None: the run begins.
+        on_progress: is called with the step and what it is doing, each time that either moves on.
     """
 
     def __init__(
@@ -151,12 +135,16 @@ class RunLog:
         *,
         steps: int,
         resumed: int | None = None,
-        heard: Callable[[str], None] = lambda phase: None,
+        on_progress: Callable[[int, str], None] = lambda step, phase: None,
     ) -> None:
         self.accelerator = accelerator
         self.folder = folder
-        self.heard = heard
+        self.on_progress = on_progress
         self.console = Console(quiet=not accelerator.is_main_process, highlight=False)
+        self._means = Means()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._step = resumed or 0
+        self._steps = steps
         self._bar = Progress(
             TextColumn("{task.description:<26}"),
             BarColumn(),
@@ -168,9 +156,8 @@ class RunLog:
         self._rewards = Text()
         # A pipe or a file gets plain lines instead.
         self._live = Live(Group(self._bar, self._rewards), console=self.console) if self.console.is_terminal else None
-        self._steps = steps
         if accelerator.is_main_process:
-            for name in ("metrics", "evaluations", "rollouts"):
+            for name in ("metrics", "evaluations"):
                 _drop_lines_after(self._path(name), -1 if resumed is None else resumed)
 
     def __enter__(self) -> RunLog:
@@ -182,14 +169,21 @@ class RunLog:
         if self._live:
             self._live.stop()
 
+    # ── while a step runs ──
+
+    def begin_step(self, step: int) -> None:
+        """Start gathering the metrics of `step`, counted from 1; those of a step that was abandoned are forgotten."""
+        self._step, self._means = step, Means()
+        self._seconds.clear()
+
     def phase(self, name: str, done: int | None = None, total: int | None = None) -> None:
         """Show what the step is doing."""
         count = "" if total is None else f" {done}/{total}"
         self._bar.update(self._task, description=f"{name}{count}")
-        self.heard(f"{name}{count}")
+        self.on_progress(self._step, f"{name}{count}")
 
-    def counting(self, name: str, total: int) -> Callable[[int], None]:
-        """A callable that hears of finished items and shows `name done/total`."""
+    def progress(self, name: str, total: int) -> Callable[[int], None]:
+        """Start to show `name done/total`. Returns a function that is called with how many more items are done."""
         done = 0
         self.phase(name, 0, total)
 
@@ -200,29 +194,56 @@ class RunLog:
 
         return advance
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a finished step."""
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the seconds spent inside as `time/name`."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def add(self, name: str, total: float, weight: float = 1.0) -> None:
+        """See `Means.add`."""
+        self._means.add(name, total, weight)
+
+    def count(self, group: str, counts: Mapping[str, int]) -> None:
+        """Add to the counts called `group/name`."""
+        for name, n in counts.items():
+            self._means.count(f"{group}/{name}", n)
+
+    def end_step(self, last: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of the step over all processes, with `last`, which are the same on all. Collective."""
+        metrics = self._means.over_processes().result()
+        add_balanced_accuracy(metrics)
+        return metrics | dict(last) | {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+
+    # ── sink ──
+
+    def on_groups(self, step: int, scored: Sequence[tuple[Any, RolloutGroup]]) -> None:
+        """Add the diagnostics of verified groups (`group_metrics`)."""
+        self._means.update(group_metrics([group for _, group in scored]))
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a finished step."""
         self._append("metrics", {"step": step, **metrics})
         self.accelerator.log(dict(metrics), step=step)
         rewards = "  ".join(f"{kind} {metrics[f'{kind}/reward']:.2f}" for kind in KINDS if f"{kind}/reward" in metrics)
         self._bar.update(self._task, completed=step)
         self._rewards.plain = f"reward  {rewards}"
         if not self._live:
-            line = f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s"
-            self.console.print(line, soft_wrap=True)
+            self.say(f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s")
 
-    def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
-        """Record an evaluation: name -> estimate with `value`."""
-        self._append("evaluations", {"step": step, "results": results})
-        self.accelerator.log({f"eval/{name}": result["value"] for name, result in results.items()}, step=step)
-        figures = "  ".join(f"{name} {result['value']:.2f}" for name, result in results.items())
-        self.console.print(f"evaluation after {step} steps: {figures}", soft_wrap=True)
+    # ── beside the steps ──
 
-    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """Write the groups of a step, one a line, with the text of the prompt and all completions."""
-        for group in groups:
-            prompt = "\n".join(plain_text(message.content) for message in group.record.messages)
-            self._append("rollouts", {"step": step, "prompt": prompt, **group_to_json(group)})
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Write an evaluation after `step`: name → estimate with `value`."""
+        self._append("evaluations", {"step": step, "results": figures})
+        self.accelerator.log({f"eval/{name}": figure["value"] for name, figure in figures.items()}, step=step)
+        listed = "  ".join(f"{name} {figure['value']:.2f}" for name, figure in figures.items())
+        self.say(f"evaluation after {step} steps: {listed}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self.console.print(line, soft_wrap=True)
 
     def dump(self, step: int, groups: Sequence[RolloutGroup]) -> Path:
         """Write all of the groups of this process whose update of `step` went wrong, to study. Returns the file."""

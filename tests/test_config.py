@@ -20,9 +20,9 @@ from spark_vl.config import (
     TrainConfig,
     check_eval_config,
     check_train_config,
-    parse_train_config,
     save_config,
 )
+from spark_vl.config_cli import parse_train_config
 from spark_vl.data.recipes import load_recipe
 from spark_vl.prompts import Templater
 from spark_vl.records import KINDS
@@ -289,3 +289,15 @@ def test_the_control_of_the_demo_differs_in_recycling_alone(monkeypatch):
     spark, grpo = (parse_train_config(["--config", file]) for file in files)
     assert spark.recycle.schedule != grpo.recycle.schedule == "none"
     assert asdict(replace(grpo, output_dir=spark.output_dir, recycle=spark.recycle)) == asdict(spark)
+
+
+@pytest.mark.parametrize(
+    ("old", "advice"),
+    [("rollout.rows_at_once", "rollout.decode_batch_size"), ("logging.rollouts_every", "spark-vl show RUN")],
+)
+def test_settings_of_earlier_versions_are_refused_with_what_to_write_instead(old, advice, capsys, tmp_path):
+    assert advice in error_of(capsys, RECIPE, f"--{old}=4")
+    file = tmp_path / "old.yaml"
+    group, name = old.split(".")
+    file.write_text(f"{group}:\n  {name}: 4\n")
+    assert advice in error_of(capsys, RECIPE, "--config", str(file))

@@ -1,8 +1,8 @@
 """The memory of the host stays where it is however many images a run goes through: records refer to them, and what is
 decoded is dropped after each step.
 
-Measured in a process of its own, as Linux counts its resident memory. What is drawn goes the trainer's own way,
-`Trainer._draw` with the sampler, the processor and the quarantine of a real `Trainer`; nothing is sampled or updated.
+Measured in a process of its own, as Linux counts its resident memory. Prompts come from the feed of a real trainer;
+nothing is sampled or updated.
 """
 
 from __future__ import annotations
@@ -70,24 +70,22 @@ def resident_mb() -> float:
 
 
 def draw(recipe: str, output: str, draws: int, forget: bool) -> dict[str, float]:
-    """Draws as `Trainer._train_step` does, up to where it would sample, and drops the images as it does at its end."""
-    from types import SimpleNamespace
-
-    from spark_vl.trainer import Trainer
+    """Takes the prompts of each step, which drops the images of the step before, unless not to `forget` them."""
+    from spark_vl.setup import load_trainer
     from tests.test_trainer import make_config
 
-    trainer = Trainer(make_config(Path(output), f"--data.recipes=[{recipe}]", "--model.max_pixels=100352"))
-    trainer.log = SimpleNamespace(phase=lambda name: None)  # `train` opens it
+    settings = (f"--data.recipes=[{recipe}]", "--model.max_pixels=100352", "--data.prompts_per_step=8")
+    feed = load_trainer(make_config(Path(output), *settings)).feed
+    if not forget:
+        feed.processor.forget_images = lambda: None
     warm, most, drawn = 0.0, 0.0, set()
     for step in range(draws // 8):
-        prompts = trainer._draw(8)
+        prompts = feed.next(feed.phases[0])
         drawn |= {prompt.record.id for prompt in prompts}
         if step == 7:  # each picture has been decoded about twice, under one name or another
             warm = resident_mb()
         most = max(most, resident_mb())
-        if forget:
-            trainer.processor.forget_images()
-    return {"warm_mb": warm, "grown_mb": most - warm, "rows": len(drawn), "bad": trainer.quarantine.rows_bad}
+    return {"warm_mb": warm, "grown_mb": most - warm, "rows": len(drawn), "bad": feed.quarantine.rows_bad}
 
 
 def check(found: dict[str, float], rows: int) -> None:

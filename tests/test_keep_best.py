@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spark_vl.config import ConfigError
-from spark_vl.trainer import Trainer
+from spark_vl.setup import load_trainer
 from tests.test_trainer import make_config
 
 FIGURES = [0.35, 0.3, 0.5, 0.4, 0.5, 0.45, 0.6]
@@ -34,7 +34,7 @@ def run(folder: Path, *overrides: str, stop_at: int | None = None, resume: str =
         value = FIGURES[trainer.step]
         return {"figure": {"value": value, "low": 0.0, "high": 1.0, "n": 9}, "other": {"value": 1 - value}}
 
-    trainer = Trainer(make_config(folder, *KEEP, *overrides), evaluate, resume)
+    trainer = load_trainer(make_config(folder, *KEEP, *overrides), evaluate=evaluate, resume=resume)
     trainer.train()
     return seen
 

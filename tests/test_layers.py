@@ -13,18 +13,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ABOVE_THE_LINE = (
-    *("records", "config", "answers", "prompts", "verifiers", "data", "run", "recycle", "offline"),
+    *("records", "config", "config_cli", "answers", "prompts", "verifiers", "data", "run", "recycle", "offline"),
     *("advantages", "estimate"),
 )
 BELOW_THE_LINE = (
     *(
         "distributed",
+        "log",
         "families",
         "policy",
         "rollout",
-        "log",
-        "checkpoint",
         "feed",
+        "checkpoint",
         "trainer",
         "setup",
         "evaluation",

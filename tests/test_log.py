@@ -10,9 +10,9 @@ from math import log
 import pytest
 from accelerate import Accelerator
 
-from spark_vl.log import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
+from spark_vl.log import Means, RunLog, add_balanced_accuracy, group_metrics
 from spark_vl.records import Origin, Rollout, RolloutGroup, Verdict
-from tests.conftest import make_image, make_record
+from tests.conftest import make_record
 
 
 def make_group(record, scores, *, parsed=None, logprobs=None, finish_reason=None, status=None) -> RolloutGroup:
@@ -80,7 +80,7 @@ def test_kinds_are_kept_apart_and_nothing_gives_nothing():
     assert group_metrics([]).result() == {}
 
 
-def test_trap_4_a_judge_that_always_says_yes_is_a_coin():
+def test_a_judge_that_always_says_yes_is_a_coin():
     """Nine in ten answers are right, so it earns 0.9, has no gradient, and knows nothing."""
     groups = [make_pointwise(f"j{i}", correct=i > 0, says=["Yes"] * 4) for i in range(10)]
     metrics = group_metrics(groups).result()
@@ -140,18 +140,6 @@ def test_means_add_up_over_parts_of_any_size():
     assert pickle.loads(pickle.dumps(total)).result() == total.result(), "gathering over processes pickles"
 
 
-def test_a_timer_adds_up_and_starts_anew():
-    timer = Timer()
-    for _ in range(2):
-        with timer("a"):
-            time.sleep(0.01)
-    with timer("b"):
-        pass
-    assert timer.seconds["a"] >= 0.02
-    assert set(timer.reset()) == {"time/a", "time/b"}
-    assert timer.reset() == {}
-
-
 # ── the files of a run ──
 
 STEP = {"problem/reward": 0.25, "pairwise/reward": 0.5, "time/step": 1.26}
@@ -168,30 +156,23 @@ def lines(path) -> list[dict]:
 
 
 def test_a_resumed_run_drops_later_lines_and_half_a_line(tmp_path, open_log):
-    metrics, rollouts = tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"
-    # Separators that end a line to `str.splitlines`, in a text that a model wrote.
-    group = make_group(make_record("p", "a\u2028b\x85c\x0b?"), [1.0])
+    metrics = tmp_path / "metrics.jsonl"
     log = open_log()
     with log:
         for step in (1, 2, 3, 4):
-            log.step(step, STEP)
-            log.rollouts(step, [group, group])
+            log.on_metrics(step, STEP)
             log.evaluation(step, {"problem": {"value": 0.5}})
-    before = {path: path.read_bytes() for path in (metrics, rollouts)}
+    before = metrics.read_bytes()
     with metrics.open("ab") as file:
         file.write('{"step": 5, "text": "½'.encode()[:-1])  # killed inside a character
 
     log = open_log(resumed=2)
     assert [line["step"] for line in lines(metrics)] == [1, 2]
-    assert [line["step"] for line in lines(rollouts)] == [1, 1, 2, 2]
     assert [line["step"] for line in lines(tmp_path / "evaluations.jsonl")] == [1, 2]
-    assert lines(rollouts)[0]["prompt"] == "a\u2028b\x85c\x0b?"
     with log:
-        log.step(3, STEP)
-        log.rollouts(3, [group, group])
-        log.step(4, STEP)
-        log.rollouts(4, [group, group])
-    assert {path: path.read_bytes() for path in (metrics, rollouts)} == before
+        log.on_metrics(3, STEP)
+        log.on_metrics(4, STEP)
+    assert metrics.read_bytes() == before
 
 
 def test_a_run_that_begins_keeps_nothing_and_a_resumed_one_its_evaluation_at_step_0(tmp_path, open_log):
@@ -203,19 +184,43 @@ def test_a_run_that_begins_keeps_nothing_and_a_resumed_one_its_evaluation_at_ste
     assert lines(evaluations) == []
 
 
-def test_whoever_watches_hears_of_each_phase_and_of_progress_in_it(open_log):
-    heard = []
-    with open_log(heard=heard.append) as log:
+def test_each_phase_and_the_progress_in_it_are_reported_with_their_step(open_log):
+    reported = []
+    with open_log(on_progress=lambda step, phase: reported.append((step, phase))) as log:
         log.phase("loading")
-        log.counting("sampling", 4)(3)
-    assert heard == ["loading", "sampling 0/4", "sampling 3/4"]
+        log.begin_step(1)
+        log.progress("sampling", 4)(3)
+    assert reported == [(0, "loading"), (1, "sampling 0/4"), (1, "sampling 3/4")]
+
+
+def test_the_metrics_of_a_step_are_gathered_and_begin_anew(open_log):
+    group = make_group(make_record("p", "2+3?"), [1.0, 0.0])
+    with open_log() as log:
+        log.begin_step(1)
+        log.on_groups(1, [(None, group)])  # of a step that is abandoned
+        log.begin_step(1)
+        for _ in range(2):
+            with log.timed("a"):
+                time.sleep(0.01)
+        log.on_groups(1, [(None, group)])
+        log.add("update/loss", 6.0, 4.0)
+        log.count("recycle", {"pairwise": 2})
+        log.count("recycle", {"pairwise": 1})
+        metrics = log.end_step({"data/epoch": 0.5})
+        log.begin_step(2)
+        nothing = log.end_step({})
+    assert metrics.pop("time/a") >= 0.02
+    known = {name: metrics.pop(name) for name in ("update/loss", "recycle/pairwise", "data/epoch")}
+    assert known == {"update/loss": 1.5, "recycle/pairwise": 3, "data/epoch": 0.5}
+    assert metrics == group_metrics([group]).result()
+    assert nothing == {}
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
 def test_half_a_line_of_a_finished_step_is_dropped_too(tmp_path, open_log, cut):
     log = open_log()
-    log.step(1, STEP)
-    log.step(2, STEP)
+    log.on_metrics(1, STEP)
+    log.on_metrics(2, STEP)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:-cut])
     open_log(resumed=2)
@@ -228,8 +233,8 @@ def test_steps_are_plain_lines_when_not_on_a_terminal(open_log, capsys, monkeypa
     results = {f"figure_{i}": {"value": 0.25 + i / 8, "low": 0.0, "high": 1.0, "n": 8} for i in range(4)}
     with log:
         log.phase("loading")
-        log.counting("sampling", 4)(3)
-        log.step(3, STEP)
+        log.progress("sampling", 4)(3)
+        log.on_metrics(3, STEP)
         log.evaluation(3, results)
     assert capsys.readouterr().out.splitlines() == [
         "step 3/9  reward: problem 0.25  pairwise 0.50  1.3 s",
@@ -244,8 +249,8 @@ def test_a_terminal_shows_the_progress(open_log, capsys, monkeypatch):
         log.phase("loading")
     assert "2/9" in capsys.readouterr().out, "a resumed run does not begin at 0"
     with open_log(resumed=2) as log:
-        log.step(3, STEP)
-        sampled = log.counting("sampling", 4)
+        log.on_metrics(3, STEP)
+        sampled = log.progress("sampling", 4)
         sampled(1)
         sampled(2)
     shown = capsys.readouterr().out
@@ -253,52 +258,3 @@ def test_a_terminal_shows_the_progress(open_log, capsys, monkeypatch):
     assert "sampling 3/4" in shown
     assert "problem 0.25  pairwise 0.50" in shown
     assert "step 3/9" not in shown
-
-
-def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_log):
-    problem = make_group(
-        make_record("p", make_image(1), "Grösser?"),
-        [1.0, 0.0],
-        parsed=["5", None],
-        finish_reason=["stop", "length"],
-        status=["ok", "unparsable"],
-    )
-    judgment = make_pointwise("p@3#pointwise", correct=True, says=["Yes"])
-    open_log().rollouts(3, [problem, judgment])
-    first, second = lines(tmp_path / "rollouts.jsonl")
-    assert first == {
-        "step": 3,
-        "id": "p",
-        "kind": "problem",
-        "prompt": "<image>Grösser?",
-        "gold": "5",
-        "origin": None,
-        "completions": [
-            {
-                "text": "text 0",
-                "finish_reason": "stop",
-                "score": 1.0,
-                "parsed": "5",
-                "status": "ok",
-                "detail": "",
-                "shaping": {},
-            },
-            {
-                "text": "text 1",
-                "finish_reason": "length",
-                "score": 0.0,
-                "parsed": None,
-                "status": "unparsable",
-                "detail": "",
-                "shaping": {},
-            },
-        ],
-    }
-    assert second["origin"] == {
-        "parent_id": "p",
-        "step": 1,
-        "template": "t",
-        "rollouts": [0],
-        "quoted_correct": True,
-        "completions": [],
-    }

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from spark_vl.policy.update import NonFiniteUpdateError
 from spark_vl.records import Rollout, RolloutGroup, Verdict, record_from_json
+from spark_vl.setup import load_trainer
 from spark_vl.trainer import Trainer
 from tests.test_trainer import make_config, metrics
 
@@ -60,23 +61,26 @@ def assert_second_update_was_skipped(folder: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [compute_nan, spoil_gradient])
 def test_an_update_that_is_not_finite_is_skipped(tmp_path, spoil):
-    trainer = Trainer(make_config(tmp_path / "run", "--steps=3", *LINEAR))
+    trainer = load_trainer(make_config(tmp_path / "run", "--steps=3", *LINEAR))
     spoil(trainer, lambda: trainer.step == 1)
     assert trainer.train()
     assert_second_update_was_skipped(tmp_path / "run")
     first, second = (
         torch.load(tmp_path / "run" / "checkpoints" / f"step-00000{step}" / "optimizer.bin") for step in (1, 2)
     )
-    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)  # AdamW has not heard of it either
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)  # nor did AdamW see it
     assert trainer.updater.skipped_in_a_row == 0
 
 
 def test_several_in_a_row_stop_the_run_and_leave_the_batch(tmp_path):
-    trainer = Trainer(make_config(tmp_path / "run", *LINEAR, "--optimizer.max_skipped_updates=3"))
+    trainer = load_trainer(make_config(tmp_path / "run", *LINEAR, "--optimizer.max_skipped_updates=3"))
     compute_nan(trainer, lambda: trainer.step >= 1)
     tried = []
-    update = trainer.updater.update
-    trainer.updater.update = lambda groups, *args, **kwargs: (tried.append(groups), update(groups, *args, **kwargs))
+    make_batches = trainer.make_batches
+    trainer.make_batches = lambda scored, *args, **kwargs: (
+        tried.append([group for _, group in scored]),
+        make_batches(scored, *args, **kwargs),
+    )[1]
     with pytest.raises(NonFiniteUpdateError, match=r"3 updates in a row.*step 4 is in .*step-000004\.rank0\.jsonl"):
         trainer.train()
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000003"
@@ -95,10 +99,10 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
         return {}
 
     config = make_config(tmp_path / "run", *LINEAR, "--evaluation.every=2")
-    trainer = Trainer(config, stop_after_two_steps)
+    trainer = load_trainer(config, evaluate=stop_after_two_steps)
     compute_nan(trainer, lambda: True)
     assert not trainer.train()
-    trainer = Trainer(config, resume="auto")
+    trainer = load_trainer(config, resume="auto")
     compute_nan(trainer, lambda: True)
     with pytest.raises(NonFiniteUpdateError, match=r"3 updates in a row.*step 3 is in"):
         trainer.train()

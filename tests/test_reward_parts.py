@@ -14,7 +14,8 @@ from spark_vl.data.recipes import load_recipe
 from spark_vl.log import group_metrics
 from spark_vl.prompts import Templater
 from spark_vl.records import Rollout, RolloutGroup
-from spark_vl.trainer import Trainer
+from spark_vl.run.sinks import Sink
+from spark_vl.setup import load_trainer
 from spark_vl.verifiers import VerifierPool, verify_groups
 from tests.test_trainer import make_config, metrics
 
@@ -111,10 +112,14 @@ def test_a_run_is_trained_on_the_sum_and_recycled_by_the_score(tmp_path):
     """The digits with a bonus for format: rewards go above 1, and what is right stays what the verifier says."""
     recipe = {"base": "digits", "verifier": {"number": 1.0, "format": 0.25}}
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(recipe))
-    trainer = Trainer(make_config(tmp_path / "run", f"--data.recipes=[{tmp_path / 'digits.yaml'}]", "--steps=2"))
     groups = []
-    write_down = trainer._write_down
-    trainer._write_down = lambda sampled: (groups.extend(sampled), write_down(sampled))
+
+    class Listener(Sink):
+        def on_groups(self, step, scored):
+            groups.extend(group for _, group in scored)
+
+    config = make_config(tmp_path / "run", f"--data.recipes=[{tmp_path / 'digits.yaml'}]", "--steps=2")
+    trainer = load_trainer(config, sinks=lambda accelerator: [Listener()])
     trainer.train()
     problems = [group for group in groups if group.record.kind == "problem"]
     assert any(reward == 1.25 for group in problems for reward in group.rewards)

@@ -19,7 +19,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from spark_vl.config import parse_train_config
+from spark_vl.config_cli import parse_train_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"

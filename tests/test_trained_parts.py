@@ -11,7 +11,7 @@ from spark_vl.config import LoraConfig, ModelConfig, ObjectiveConfig
 from spark_vl.demo.tiny import CHECKPOINT, random_tiny
 from spark_vl.policy.packing import PackItem, make_pack
 from spark_vl.policy.policy import load_policy
-from spark_vl.trainer import Trainer
+from spark_vl.setup import load_trainer
 from tests.conftest import make_image, make_record
 from tests.test_trainer import make_config, metrics, weights
 from tests.test_update import make_groups, run_update, sgd_updater
@@ -111,8 +111,8 @@ def test_adapters_merged_by_us_equal_adapters_merged_by_peft(folder, processor):
 
 def test_a_run_with_adapters_resumes_and_exports_a_plain_model(tmp_path):
     lora = "--model.lora={rank: 4, alpha: 16}"
-    Trainer(make_config(tmp_path / "whole", lora, "--steps=4", "--checkpoint.every=2")).train()
-    cut = Trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"))
+    load_trainer(make_config(tmp_path / "whole", lora, "--steps=4", "--checkpoint.every=2")).train()
+    cut = load_trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"))
     log_step = cut._train_step
 
     def stop_after_two():
@@ -123,7 +123,7 @@ def test_a_run_with_adapters_resumes_and_exports_a_plain_model(tmp_path):
     cut._train_step = stop_after_two
     with pytest.raises(KeyboardInterrupt):
         cut.train()
-    Trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"), resume="auto").train()
+    load_trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"), resume="auto").train()
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
     whole, cut, start = (

@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spark_vl.checkpoint import CheckpointError, find_checkpoint
-from spark_vl.config import ConfigError, parse_train_config
+from spark_vl.config import ConfigError
+from spark_vl.config_cli import parse_train_config
 from spark_vl.demo.tiny import CHECKPOINT
+from spark_vl.run.manifest import read_manifest, write_manifest
 from spark_vl.run.quarantine import TooManyBadRowsError
-from spark_vl.trainer import Trainer
+from spark_vl.run.sinks import Sink
+from spark_vl.setup import load_trainer
 
 TEMPLATES = Path(CHECKPOINT).parent / "templates.yaml"
 
@@ -67,16 +70,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
-    Trainer(make_config(tmp_path / "whole", *overrides)).train()
+    load_trainer(make_config(tmp_path / "whole", *overrides)).train()
 
     # The interrupted run: its folder is as a run leaves it that is killed in step 5, after the checkpoint of step 3.
-    Trainer(make_config(tmp_path / "cut", *overrides, "--steps=5")).train()
+    load_trainer(make_config(tmp_path / "cut", *overrides, "--steps=5")).train()
     checkpoints = tmp_path / "cut" / "checkpoints"
     shutil.rmtree(checkpoints / "step-000005")
     (checkpoints / "latest").write_text("step-000003")
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "half a li')
-    Trainer(make_config(tmp_path / "cut", *overrides), resume="auto", allow_config_change=True).train()
+    load_trainer(make_config(tmp_path / "cut", *overrides), resume="auto", allow_config_change=True).train()
 
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
@@ -87,16 +90,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
     assert any(not torch.equal(whole[name], start[name]) for name in whole), "nothing was trained"
 
 
-def test_trap_7_the_recycled_prompts_are_in_the_checkpoint(tmp_path):
-    trainer = Trainer(make_config(tmp_path / "run", "--steps=3"))
+def test_the_prompts_that_wait_are_in_the_checkpoint(tmp_path):
+    trainer = load_trainer(make_config(tmp_path / "run", "--steps=3"))
     trainer.train()
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
-    state = json.loads((checkpoint / "trainer.rank0.json").read_text())
+    state = json.loads((checkpoint / "trainer.rank0.json").read_text())["feed"]
     assert json.loads((checkpoint / "manifest.json").read_text())["step"] == 3
-    assert [record["id"] for record in state["waiting"]] == [record.id for record in trainer.waiting]
+    assert state == trainer.feed.state_dict()
     assert state["waiting"], "the run recycled nothing"
-    resumed = Trainer(make_config(tmp_path / "run", "--steps=3"), resume=str(checkpoint))
-    assert resumed.waiting == trainer.waiting
+    resumed = load_trainer(make_config(tmp_path / "run", "--steps=3"), resume=str(checkpoint))
+    assert resumed.feed.state_dict() == state
+    assert [prompt.record.id for prompt in resumed.feed.next("recycled")] == [each["id"] for each in state["waiting"]]
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_in_words(tmp_path):
+    load_trainer(make_config(tmp_path / "run", "--steps=1")).train()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    manifest = read_manifest(checkpoint)
+    facts = {name: value for name, value in manifest.items() if name not in ("format", "files")}
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, facts)  # as the first format had it
+    with pytest.raises(CheckpointError, match=r"has format 1, .* reads format 2; start a new run .*--model\.path"):
+        load_trainer(make_config(tmp_path / "run", "--steps=1"), resume="auto")
 
 
 def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
@@ -108,7 +123,7 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
     first = {}
     for name, overrides in runs.items():
         AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision otherwise
-        Trainer(make_config(tmp_path / name, *overrides, "--steps=1", "--recycle.schedule=none")).train()
+        load_trainer(make_config(tmp_path / name, *overrides, "--steps=1", "--recycle.schedule=none")).train()
         first[name] = metrics(tmp_path / name)[0]
     AcceleratorState._reset_state(reset_partial_state=True)
     assert first["checkpointing"]["update/grad_norm"] == pytest.approx(first["plain"]["update/grad_norm"], rel=1e-5)
@@ -127,28 +142,28 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
 def test_evaluations_are_before_after_and_every_so_many_steps(tmp_path):
     seen = []
 
-    def evaluate(engine, processor, verifiers, counting):
+    def evaluate(engine, processor, verifiers, progress):
         seen.append(trainer.step)
         return {"figure": {"value": trainer.step / 10, "low": 0.0, "high": 1.0, "n": 5}}
 
-    trainer = Trainer(make_config(tmp_path / "run", "--steps=5", "--evaluation.every=2"), evaluate)
+    trainer = load_trainer(make_config(tmp_path / "run", "--steps=5", "--evaluation.every=2"), evaluate=evaluate)
     trainer.train()
     assert seen == [0, 2, 4, 5]
     lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
     assert [(line["step"], line["results"]["figure"]["value"]) for line in lines] == [(s, s / 10) for s in seen]
 
 
-def test_schedules_sample_what_they_say(tmp_path):
+def test_schedules_sample_what_they_say(tmp_path, monkeypatch):
     kinds = {}
     for schedule in ("none", "merged", "sequential"):
-        trainer = Trainer(make_config(tmp_path / schedule, f"--recycle.schedule={schedule}", "--steps=2"))
+        trainer = load_trainer(make_config(tmp_path / schedule, f"--recycle.schedule={schedule}", "--steps=2"))
         calls = []
 
         def generate(prompts, *args, calls=calls, engine=trainer.engine, **kwargs):
             calls.append([prompt.record.kind for prompt in prompts])
             return type(engine).generate(engine, prompts, *args, **kwargs)
 
-        trainer.engine.generate = generate
+        monkeypatch.setattr(trainer.engine, "generate", generate)
         trainer.train()
         kinds[schedule] = [sorted(set(call)) for call in calls]
     assert kinds["none"] == [["problem"], ["problem"]]
@@ -160,9 +175,9 @@ def test_schedules_sample_what_they_say(tmp_path):
     assert all("problem" not in call for call in kinds["sequential"][1::2])
 
 
-def test_trap_7_the_learning_rate_counts_optimizer_updates(tmp_path):
+def test_the_learning_rate_counts_optimizer_updates(tmp_path):
     overrides = ("--steps=4", "--optimizer.schedule=linear", "--optimizer.updates_per_batch=2", "--optimizer.lr=1e-4")
-    trainer = Trainer(make_config(tmp_path / "run", *overrides, "--recycle.schedule=none"))
+    trainer = load_trainer(make_config(tmp_path / "run", *overrides, "--recycle.schedule=none"))
     trainer.train()
     assert trainer.updater.scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
     # The mean of a step's two rates: 8 updates from 1e-4 down to 1e-4/8.
@@ -170,25 +185,57 @@ def test_trap_7_the_learning_rate_counts_optimizer_updates(tmp_path):
     assert [line["update/lr"] for line in metrics(tmp_path / "run")] == pytest.approx(expected)
 
 
-def test_dynamic_sampling_replaces_groups_without_variance(tmp_path):
+def test_dynamic_sampling_replaces_groups_without_variance(tmp_path, monkeypatch):
     rounds = "--objective.refill_rounds={problem: 3}"
-    trainer = Trainer(make_config(tmp_path / "run", rounds, "--rollout.n=2", "--recycle.schedule=none", "--steps=4"))
-    sizes, updated = [], []
-    update, sample = trainer.updater.update, trainer._sample
-    trainer._sample = lambda prompts: (sizes.append(len(prompts)), sample(prompts))[1]
-    trainer.updater.update = lambda groups, *a, **k: (updated.append(groups), update(groups, *a, **k))[1]
+    settings = (rounds, "--rollout.n=2", "--recycle.max_judge=50", "--recycle.max_reflection=50", "--steps=4")
+    trainer = load_trainer(make_config(tmp_path / "run", *settings))
+    sizes, trained, told = [], [], []
+    sample, make_batches = trainer.collector.sample_and_verify, trainer.make_batches
+
+    def counted(prompts, *, seed):
+        sizes.append(len(prompts))
+        return sample(prompts, seed=seed)
+
+    def watched(scored, advantages, *, seed):
+        trained.append([group for _, group in scored if group.record.kind == "problem"])
+        return make_batches(scored, advantages, seed=seed)
+
+    class Listener(Sink):
+        def on_groups(self, step, scored):
+            told.append([group for _, group in scored])
+
+    monkeypatch.setattr(trainer.collector, "sample_and_verify", counted)
+    monkeypatch.setattr(trainer, "make_batches", watched)
+    trainer.sinks.append(Listener())
     trainer.train()
-    assert all(len(groups) == 4 for groups in updated)
+    assert all(len(groups) == 4 for groups in trained)
     flat_at_first = [line["problem/zero_variance"] for line in metrics(tmp_path / "run")]
-    flat_updated = sum(group.zero_variance for groups in updated for group in groups) / 16
+    flat_trained = sum(group.zero_variance for groups in trained for group in groups) / 16
     assert len(sizes) > 4, "no group was refilled"
-    assert all(size <= 4 for size in sizes)
     assert len(sizes) <= 4 * (1 + 3)
-    assert flat_updated < sum(flat_at_first) / 4
+    assert flat_trained < sum(flat_at_first) / 4
+    # All that was sampled is told and recycled, also what is not trained on.
+    assert sum(map(len, told)) == sum(sizes)
+    assert any(len(all_of) > 4 for all_of in told)
+    parents = {group.record.origin.parent_id for groups in told for group in groups if group.record.kind != "problem"}
+    kept = {group.record.id for groups in trained for group in groups}
+    replaced = {g.record.id for groups in told for g in groups if g.record.kind == "problem"} - kept
+    assert parents & replaced, "nothing was recycled from the groups that were replaced"
+
+
+def test_each_prompt_is_trained_with_its_own_group_though_ids_repeat(tmp_path):
+    rows = [{"id": "same", "question": f"Which is larger, {i} or 5?", "answer": str(i)} for i in range(6, 10)]
+    recipe = write_rows(
+        tmp_path, rows, verifier="number", columns={"question": "question", "answer": "answer", "id": "id"}
+    )
+    settings = (f"--data.recipes=[{recipe}]", "--recycle.schedule=none", "--steps=2")
+    load_trainer(make_config(tmp_path / "run", *settings)).train()
+    gaps = [line["rollout/sampler_logprob_gap"] for line in metrics(tmp_path / "run")]
+    assert max(gaps) < 1e-5
 
 
 def test_the_exported_model_loads_with_plain_transformers_and_sees(tmp_path, processor):
-    Trainer(make_config(tmp_path / "run", "--steps=1")).train()
+    load_trainer(make_config(tmp_path / "run", "--steps=1")).train()
     folder = tmp_path / "run" / "model"
     model, hf_processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     from spark_vl.data.images import load_image
@@ -207,7 +254,7 @@ def test_the_exported_model_loads_with_plain_transformers_and_sees(tmp_path, pro
 def test_trackers_get_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    Trainer(make_config(tmp_path / "run", "--steps=2", "--logging.trackers=[tensorboard]")).train()
+    load_trainer(make_config(tmp_path / "run", "--steps=2", "--logging.trackers=[tensorboard]")).train()
     (events,) = {path.parent for path in (tmp_path / "run").rglob("events.*") if path.parent.name == "spark-vl"}
     accumulator = EventAccumulator(str(events)).Reload()
     tracked = [event.value for event in accumulator.Scalars("problem/reward")]
@@ -216,13 +263,13 @@ def test_trackers_get_the_metrics(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     config = make_config(tmp_path / "run", "--steps=1")
-    Trainer(config).train()
+    load_trainer(config).train()
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume auto"):
-        Trainer(config)
+        load_trainer(config)
 
 
 def test_no_half_written_checkpoint_is_resumed_from(tmp_path):
-    Trainer(
+    load_trainer(
         make_config(tmp_path / "run", "--steps=3", "--checkpoint.every=1", "--checkpoint.save_total_limit=2")
     ).train()
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -253,13 +300,13 @@ def test_bad_rows_are_quarantined_and_too_many_stop_the_run(tmp_path):
         "columns: {question: question, answer: answer, images: image}\nverifier: number\n"
     )
     run = ("--steps=7", f"--data.recipes=[{recipe}]", "--recycle.schedule=none")
-    trainer = Trainer(make_config(tmp_path / "run", *run, "--data.max_quarantined_fraction=0.2"))
+    trainer = load_trainer(make_config(tmp_path / "run", *run, "--data.max_quarantined_fraction=0.2"))
     trainer.train()
     bad = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert len(bad) == 2
     assert metrics(tmp_path / "run")[-1]["data/quarantined"] == 2
     with pytest.raises(TooManyBadRowsError, match=r"quarantine\.jsonl"):
-        Trainer(make_config(tmp_path / "strict", *run, "--data.max_quarantined_fraction=0")).train()
+        load_trainer(make_config(tmp_path / "strict", *run, "--data.max_quarantined_fraction=0")).train()
 
 
 def write_rows(folder: Path, rows: list[dict], **fields) -> Path:
@@ -278,7 +325,7 @@ def test_a_run_without_any_row_that_can_be_used_ends(tmp_path):
     recipe = write_rows(tmp_path, [{"question": "", "answer": "5"}] * 5, verifier="number")
     settings = (f"--data.recipes=[{recipe}]", "--data.max_quarantined_fraction=1", "--steps=1")
     with pytest.raises(TooManyBadRowsError, match=r"none of 6 rows can be used: .*'question' is empty"):
-        Trainer(make_config(tmp_path / "run", *settings)).train()
+        load_trainer(make_config(tmp_path / "run", *settings)).train()
 
 
 def test_rows_whose_verifier_fails_on_every_completion_are_bad(tmp_path):
@@ -286,6 +333,6 @@ def test_rows_whose_verifier_fails_on_every_completion_are_bad(tmp_path):
     recipe = write_rows(tmp_path, rows, verifier="number")
     settings = (f"--data.recipes=[{recipe}]", "--data.max_quarantined_fraction=0.2", "--steps=20")
     with pytest.raises(TooManyBadRowsError, match=r"number verifier fails on every completion: .*gold 'blue' is not"):
-        Trainer(make_config(tmp_path / "run", *settings)).train()
+        load_trainer(make_config(tmp_path / "run", *settings)).train()
     listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {line["id"] for line in listed} <= {f"mine/train/#{i}" for i in (1, 3, 5, 7)}

@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from transformers import AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from spark_vl.advantages import group_advantages
 from spark_vl.config import ObjectiveConfig, OptimizerConfig
 from spark_vl.data.images import load_image
 from spark_vl.demo.tiny import random_tiny
+from spark_vl.policy.batch import BatchMaker
 from spark_vl.policy.policy import Policy
 from spark_vl.policy.update import Updater
 from spark_vl.records import Rollout, RolloutGroup, Verdict
@@ -36,7 +38,13 @@ def run_update(updater, groups, prompts):
         sums[name][0] += total
         sums[name][1] += weight
 
-    updater.update(groups, prompts, seed="0", add=add)
+    scored = [(prompts[group.record.id], group) for group in groups]
+    normalize = updater.objective.loss != "dr_grpo"
+    advantages = [group_advantages(group.rewards, normalize=normalize) for group in groups]
+    make_batches = BatchMaker(
+        updater.accelerator, updater.processor, updater.objective, updater.settings, max_new_tokens=10
+    )
+    updater.update(make_batches(scored, advantages, seed="0"), add=add)
     return sums
 
 
@@ -165,7 +173,6 @@ def test_loss_and_gradient_equal_trl(tmp_path, processor, objective, trl_options
         processor,
         ObjectiveConfig(loss=objective, beta=beta),
         OptimizerConfig(max_grad_norm=1e9, tokens_per_pack=60),
-        max_new_tokens=10,
     )
     sums = run_update(updater, groups, prompts)
 
@@ -206,7 +213,6 @@ def sgd_updater(policy, processor, objective, *, lr, **settings):
         processor,
         objective,
         OptimizerConfig(max_grad_norm=1e9, **settings),
-        max_new_tokens=10,
     )
 
 

@@ -27,9 +27,9 @@ from PIL import Image
 from transformers import AutoProcessor
 from trl import GRPOConfig, GRPOTrainer
 
-from spark_vl.config import parse_train_config
+from spark_vl.config_cli import parse_train_config
 from spark_vl.demo.tiny import build_model, build_processor
-from spark_vl.trainer import Trainer
+from spark_vl.setup import load_trainer
 
 QUESTION = "Describe in a few words what this picture shows, then name the largest digit that stands in it."
 
@@ -75,7 +75,7 @@ def time_ours(folder: Path, arguments: argparse.Namespace) -> list[float]:
             "--prompts.reasoning_suffix=",
         ]
     )
-    Trainer(config).train()
+    load_trainer(config).train()
     lines = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         print({name: round(line[name], 1) for name in line if name.startswith(("time/", "problem/length"))})

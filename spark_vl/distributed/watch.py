@@ -31,6 +31,7 @@ class Place:
     """Where a process is."""
 
     step: int = 0
+    """Counted from 1; 0: before the first."""
     phase: str = "starting"
     progress: int = 0
     """Goes up with everything that is done."""
@@ -78,7 +79,10 @@ class Watch:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        # Communication that failed, maybe because another process is gone: say which.
+        if self.processes > 1 and isinstance(error, RuntimeError | OSError):
+            error.add_note(f"rank {self.rank}: {self.explain()}")
         self._ended.set()
         if self.processes > 1:
             self._thread.join()
@@ -149,7 +153,7 @@ class Watch:
 
         def place(rank: int) -> str:
             where = self._here if rank == self.rank else self._seen[rank].place
-            return f"step {where.step + 1}, {where.phase}"
+            return f"step {where.step}, {where.phase}"
 
         if silent:
             ranks = "; ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,11 +53,11 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
         Progress(*columns, TimeRemainingColumn()) as bar,
     ):
 
-        def counting(name: str, total: int):
+        def progress(name: str, total: int) -> Callable[[int], None]:
             task = bar.add_task(name, total=total)
             return lambda finished: bar.advance(task, finished)
 
-        return evaluator(engine, processor, verifiers, counting)
+        return evaluator(engine, processor, verifiers, progress)
 
 
 def find_templater(prompts: PromptConfig, model: ModelConfig) -> Templater:

@@ -24,8 +24,8 @@ from spark_vl.verifiers import VerifierPool, verify_groups
 Ask = Callable[[Iterable[PromptRecord]], list[RolloutGroup]]
 """Records → a verified group of one greedy completion for each that can be processed."""
 
-Counting = Callable[[str, int], Callable[[int], None]]
-"""Name and size of a phase → what hears how many more of its items are done."""
+Progress = Callable[[str, int], Callable[[int], None]]
+"""Starts a progress bar: name and size of a phase → advance(how many more are done)."""
 
 
 class Evaluator:
@@ -65,12 +65,12 @@ class Evaluator:
         engine: RolloutEngine,
         processor: Processor,
         verifiers: VerifierPool,
-        counting: Counting = lambda name, total: lambda finished: None,
+        progress: Progress = lambda name, total: lambda finished: None,
     ) -> dict[str, Estimate]:
         """The figures of `score`, and `unusable`, the share of the rows drawn that could not be used.
 
         Args:
-            counting: gives the listener that hears of finished completions, for each phase of the evaluation.
+            progress: counts completions, in each phase of the evaluation.
 
         Raises:
             ValueError: a recipe has no row that can be used.
@@ -79,8 +79,8 @@ class Evaluator:
 
         def generate(phase: str, prompts: Sequence[ProcessedPrompt], n: int, temperature: float) -> list[RolloutGroup]:
             sampling = Sampling(temperature, self.rollout.top_p, self.rollout.max_new_tokens, self.seed)
-            progress = counting(f"evaluating, {phase}", n * len(prompts))
-            groups = engine.generate(prompts, n, sampling, progress)
+            advance = progress(f"evaluating, {phase}", n * len(prompts))
+            groups = engine.generate(prompts, n, sampling, advance)
             return verify_groups(verifiers, groups, self.rollout.max_new_tokens)
 
         def ask(records: Iterable[PromptRecord]) -> list[RolloutGroup]:

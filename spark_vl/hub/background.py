@@ -17,6 +17,7 @@ from rich.console import Console
 from spark_vl.config import ConfigError, PublishConfig
 from spark_vl.hub.client import HubError, check_repo_name, find_token
 from spark_vl.run.paths import CHECKPOINTS, CONFIG, MODEL
+from spark_vl.run.sinks import Sink
 
 _WAITS_S = (30.0, 60.0, 120.0, 300.0, 600.0)
 """Before a checkpoint is tried again; the last one from then on. A newer checkpoint takes its place."""
@@ -37,8 +38,8 @@ def check_publish_config(config: PublishConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-class BackgroundPublisher:
-    """Hears of checkpoints and publishes every `config.every`-th; failures are tried again, counted, and written to
+class BackgroundPublisher(Sink):
+    """Publishes every `config.every`-th checkpoint; failures are tried again, counted, and written to
     `publish.jsonl` in the run's folder.
 
     Args:
@@ -64,8 +65,8 @@ class BackgroundPublisher:
         self._thread = threading.Thread(target=self._work, name="publishing", daemon=True)
         self._thread.start()
 
-    def __call__(self, checkpoint: Path) -> None:
-        """A checkpoint was saved. Returns at once."""
+    def on_checkpoint(self, step: int, checkpoint: Path) -> None:
+        """See `Sink.on_checkpoint`. Returns at once."""
         self._heard += 1
         self._last = checkpoint
         if self._heard % self.config.every == 0:

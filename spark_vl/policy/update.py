@@ -1,46 +1,36 @@
-"""The policy update: verified groups → packs → gradients → optimizer steps.
+"""The policy update: batches → gradients → optimizer steps.
 
-Shapes: R completions of the step on this process, N completion tokens of a pack.
+Shapes: R completions of an optimizer step on this process, N completion tokens of a pack.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from spark_vl.advantages import group_advantages
 from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.distributed.launch import check_launch, strategy
 from spark_vl.distributed.step import GradientStep
-from spark_vl.families import ProcessedPrompt, Processor, padding_prompt
-from spark_vl.policy.losses import StepTotals, policy_loss
-from spark_vl.policy.packing import Pack, PackItem, make_pack, pack_items
+from spark_vl.families import Processor, padding_prompt
+from spark_vl.policy.batch import Batch
+from spark_vl.policy.losses import policy_loss
+from spark_vl.policy.packing import Pack, PackItem, make_pack
 from spark_vl.policy.policy import load_policy
-from spark_vl.records import RolloutGroup
 
 Add = Callable[[str, float, float], None]
-"""(name, sum, number of observations in it): as `Means.add`."""
-Counting = Callable[[str, int], Callable[[int], None]]
-"""(what is counted, how many there are) → a callable that hears of finished ones."""
+"""Adds to a mean: (name, sum, number of observations in it), as `Means.add`."""
+Progress = Callable[[str, int], Callable[[int], None]]
+"""Starts a progress bar: (what is counted, how many there are) → advance(how many more are done)."""
 
 
-class NonFiniteUpdateError(RuntimeError):
-    """So many updates in a row had a loss or gradient that is not finite that something is wrong.
-
-    Args:
-        groups: of the last of them, on this process.
-    """
-
-    def __init__(self, message: str, groups: Sequence[RolloutGroup]) -> None:
-        super().__init__(message)
-        self.groups = groups
+class NonFiniteUpdateError(ArithmeticError):
+    """The loss or the gradient of so many updates in a row was not finite that something is wrong."""
 
 
 def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Processor, *, updates: int) -> Updater:
@@ -84,7 +74,6 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
         processor,
         config.objective,
         settings,
-        max_new_tokens=config.rollout.max_new_tokens,
     )
 
 
@@ -113,7 +102,6 @@ class Updater:
         reference: the frozen policy of the KL penalty; None: the policy without its adapters, if `objective.beta` asks
             for one.
         processor: knows the image token and the dummy image of a pack without images.
-        max_new_tokens: normalizer of Dr. GRPO.
     """
 
     def __init__(
@@ -126,8 +114,6 @@ class Updater:
         processor: Processor,
         objective: ObjectiveConfig,
         settings: OptimizerConfig,
-        *,
-        max_new_tokens: int,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
@@ -137,7 +123,6 @@ class Updater:
         self.processor = processor
         self.objective = objective
         self.settings = settings
-        self.max_new_tokens = max_new_tokens
         self.skipped_in_a_row = 0
         self._step = GradientStep(accelerator, policy, optimizer, max_grad_norm=settings.max_grad_norm)
         # One token, at weight 0.
@@ -158,88 +143,50 @@ class Updater:
 
     def update(
         self,
-        groups: Sequence[RolloutGroup],
-        prompts: Mapping[str, ProcessedPrompt],
+        batches: Sequence[Batch],
         *,
-        seed: str,
         add: Add,
-        counting: Counting = lambda name, total: lambda finished: None,
+        progress: Progress = lambda name, total: lambda finished: None,
     ) -> None:
-        """Take `updates_per_batch` optimizer steps on verified `groups`, each on its own part of them.
+        """Take one optimizer step on each of `batches`, in order. Collective.
 
         Args:
-            groups: of this process, maybe none. None of them may be empty of rollouts.
-            prompts: the processed prompt of each group, by record id.
-            seed: fixes which groups make up which part.
+            batches: of one `BatchMaker` call, so as many on each process.
             add: takes the metrics.
-            counting: hears of the progress, as `RunLog.counting`.
+            progress: counts forward passes.
 
         Raises:
             NonFiniteUpdateError: `max_skipped_updates` updates in a row were skipped.
         """
-        groups = list(groups)
-        random.Random(seed).shuffle(groups)
-        parts = [groups[i :: self.settings.updates_per_batch] for i in range(self.settings.updates_per_batch)]
-        batches = [batch for part in parts if (batch := self._pack(part, prompts)).totals.completions]
-        # The first update is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
+        # The first step is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
         old = [None if i == 0 else self._scores(batch) for i, batch in enumerate(batches)]
-        advance = counting("updating", sum(len(batch.passes) for batch in batches))
+        advance = progress("updating", sum(len(batch.passes) for batch in batches))
         for batch, old_logprobs in zip(batches, old, strict=True):
             moved = self._optimizer_step(batch, old_logprobs, add, advance)
             self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
             if self.skipped_in_a_row >= self.settings.max_skipped_updates:
                 raise NonFiniteUpdateError(
                     f"the loss or the gradient of {self.skipped_in_a_row} updates in a row was not finite "
-                    "(optimizer.max_skipped_updates)",
-                    groups,
+                    "(optimizer.max_skipped_updates)"
                 )
 
-    def _pack(self, groups: Sequence[RolloutGroup], prompts: Mapping[str, ProcessedPrompt]) -> _Batch:
-        """Lay `groups` out in packs, with the advantages of their completions. Collective.
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizer's own state lacks."""
+        return {"skipped_in_a_row": self.skipped_in_a_row}
 
-        Every process makes the same number of passes, and at least one: some run padding.
-        """
-        # Without a KL term or an entropy bonus, equal rewards mean no gradient at all.
-        skip_flat = self.objective.beta == 0 and self.objective.entropy_bonus == 0
-        items, advantages, weights, kinds, engine_logprobs = [], [], [], [], []
-        for group in groups:
-            rows = range(len(advantages), len(advantages) + len(group.rollouts))
-            advantages += group_advantages(group.rewards, normalize=self.objective.loss != "dr_grpo")
-            weights += [self.objective.weights[group.record.kind]] * len(rows)
-            kinds += [group.record.kind] * len(rows)
-            engine_logprobs += [rollout.logprobs for rollout in group.rollouts]
-            if not (skip_flat and group.zero_variance):
-                completions = [rollout.token_ids for rollout in group.rollouts]
-                items.append(PackItem(prompts[group.record.id], completions, rows))
-        packs = pack_items(
-            items,
-            tokens_per_pack=self.settings.tokens_per_pack,
-            dummy_image=self.processor.dummy_image,
-            image_token_id=self.processor.image_token_id,
-        )
-        device = self.accelerator.device
-        sizes = torch.tensor([len(kinds), sum(map(len, engine_logprobs)), len(packs)], device=device)
-        sizes = self.accelerator.gather(sizes[None])
-        completions, tokens, _ = sizes.sum(0).tolist()
-        passes = max(1, int(sizes[:, 2].max()))
-        return _Batch(
-            [*packs, *[None] * (passes - len(packs))],
-            torch.tensor(advantages, device=device),
-            torch.tensor(weights, device=device),
-            kinds,
-            engine_logprobs,
-            StepTotals(completions, tokens, self.max_new_tokens),
-        )
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was made."""
+        self.skipped_in_a_row = state["skipped_in_a_row"]
 
     def _optimizer_step(
-        self, batch: _Batch, old_logprobs: list[torch.Tensor] | None, add: Add, advance: Callable[[int], None]
+        self, batch: Batch, old_logprobs: list[torch.Tensor] | None, add: Add, advance: Callable[[int], None]
     ) -> bool:
-        """Whether the weights were moved: not so where the gradient is not finite."""
+        """Returns whether the weights were moved; they are not where the gradient is not finite."""
         step_loss = 0.0
         nothing = torch.zeros(1, device=self.accelerator.device)
         for i, real in enumerate(batch.passes):
-            # Padding takes the same way: under ZeRO-3 every module must be called in the same order on all processes,
-            # in the backward pass too.
+            # Padding runs through the same code: under ZeRO-3 every module must be called in the same order on all
+            # processes, in the backward pass too.
             pack = (real or self._padding).to(self.accelerator.device)
             reference = self._reference_score(pack)
             with self._step.micro_batch(last=i + 1 == len(batch.passes)):
@@ -263,8 +210,8 @@ class Updater:
             if real:
                 step_loss += float(loss.detach())
                 _report(batch, row_sums, add)
-                if old_logprobs is None:  # the policy has not moved since the engine sampled: both say the same
-                    gap = scores.logprobs.detach() - batch.engine_logprobs_of(pack)
+                if old_logprobs is None:  # the policy has not moved since the engine sampled: both should agree
+                    gap = scores.logprobs.detach() - batch.sampler_logprobs_of(pack)
                     add("rollout/sampler_logprob_gap", float(gap.abs().sum()), len(gap))
                     add("rollout/sampler_ratio", float(gap.exp().sum()), len(gap))
             advance(1)
@@ -288,12 +235,12 @@ class Updater:
         return self.reference(pack).logprobs
 
     @torch.no_grad()
-    def _scores(self, batch: _Batch) -> list[torch.Tensor]:
+    def _scores(self, batch: Batch) -> list[torch.Tensor]:
         """What the policy says now, for each pass of `batch`; padding is run too."""
         return [self.policy((pack or self._padding).to(self.accelerator.device)).logprobs for pack in batch.passes]
 
 
-def _report(batch: _Batch, row_sums: Mapping[str, torch.Tensor], add: Add) -> None:
+def _report(batch: Batch, row_sums: Mapping[str, torch.Tensor], add: Add) -> None:
     """The metrics of one pack, from its sums over the tokens of each completion; KL also for each kind of prompt."""
     lengths = row_sums["tokens"].tolist()
     for name, values in row_sums.items():
@@ -302,26 +249,3 @@ def _report(batch: _Batch, row_sums: Mapping[str, torch.Tensor], add: Add) -> No
     if "kl" in row_sums:
         for kind, value, length in zip(batch.kinds, row_sums["kl"].tolist(), lengths, strict=True):
             add(f"{kind}/kl", value, length)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What one optimizer step is made of, on this process."""
-
-    passes: list[Pack | None]
-    """The packs, and None for the padding that makes them as many on every process."""
-    advantages: torch.Tensor
-    """[R]"""
-    weights: torch.Tensor
-    """[R] of the kind of prompt."""
-    kinds: list[str]
-    """[R]"""
-    engine_logprobs: list[tuple[float, ...]]
-    """[R] ragged: what the rollout engine said of each token."""
-    totals: StepTotals
-
-    def engine_logprobs_of(self, pack: Pack) -> torch.Tensor:
-        """[N] what the rollout engine said of the tokens of `pack`."""
-        rows = torch.unique_consecutive(pack.row_N).tolist()
-        flat = [value for row in rows for value in self.engine_logprobs[row]]
-        return torch.tensor(flat, device=pack.row_N.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spark_vl.records import BadRecordError
@@ -16,7 +17,7 @@ _DEVIATIONS = 4
 by chance a run of rows often has more of them."""
 
 
-class TooManyBadRowsError(RuntimeError):
+class TooManyBadRowsError(ValueError):
     """So many rows cannot be used that something other than a few rows must be wrong."""
 
 
@@ -67,6 +68,19 @@ class Quarantine:
         """Something that is no row was bad. It is listed as rows are, counted apart, and stops no run."""
         self.prompts_bad += 1
         self._list(error)
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts of this process."""
+        return {"rows_seen": self.rows_seen, "rows_bad": self.rows_bad, "prompts_bad": self.prompts_bad}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting where `state_dict` was made."""
+        self.rows_seen, self.rows_bad, self.prompts_bad = state["rows_seen"], state["rows_bad"], state["prompts_bad"]
+
+    @staticmethod
+    def merge(states: Sequence[Mapping[str, int]]) -> dict[str, int]:
+        """The counts of several processes together; of none, zeros."""
+        return {name: sum(state[name] for state in states) for name in ("rows_seen", "rows_bad", "prompts_bad")}
 
     def _list(self, error: BadRecordError) -> None:
         if error.record_id not in self._listed:

@@ -23,8 +23,8 @@ def nan(trainer: Trainer) -> None:
 
 
 def held(trainer: Trainer) -> None:
-    ids = [record.id for record in trainer.waiting]
-    (trainer.folder / f"held.rank{trainer.accelerator.process_index}.json").write_text(json.dumps(ids))
+    ids = [record["id"] for record in trainer.feed.state_dict()["waiting"]]
+    (trainer.log.folder / f"held.rank{trainer.accelerator.process_index}.json").write_text(json.dumps(ids))
 
 
 def room(trainer: Trainer) -> None:

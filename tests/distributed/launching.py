@@ -55,7 +55,6 @@ SMALL = (
     "--evaluation.samples=2",
     "--evaluation.every=4",
     "--checkpoint.every=3",
-    "--logging.rollouts_every=1",
 )
 """The digits run in seconds; it needs an `--output_dir`."""
 NO_EVALUATION = "--evaluation.recipes=[]"

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
-from spark_vl.config import parse_train_config
+from spark_vl.config_cli import parse_train_config
 from spark_vl.distributed.launch import start_accelerator, strategy
 from spark_vl.families import load_processor
 from spark_vl.policy.update import load_updater
 from spark_vl.records import RolloutGroup, Verdict
 from spark_vl.rollout import Sampling, load_engine
 from tests.conftest import make_image, make_record
-from tests.distributed.updates import SETTINGS
+from tests.distributed.updates import SETTINGS, run_update
 
 QUESTIONS = ["Which digit is larger?", "Which?", "By how much do the digits differ?"]
 PROMPTS = [
@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
     groups = [group.verified((Verdict(1.0, None), Verdict(0.0, None))) for group in groups]
     by_id = {prompt.record.id: prompt for prompt in prompts}
     norms = []
-    updater.update(groups, by_id, seed="0", add=lambda name, total, n: norms.append(total) if "norm" in name else None)
+    run_update(updater, groups, by_id, lambda name, total, n: norms.append(total) if "norm" in name else None)
     results["norm"] = norms[0]
     if accelerator.is_main_process:
         (folder / "completions.json").write_text(json.dumps(results))

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from spark_vl.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from spark_vl.checkpoint import CheckpointError, find_checkpoint
 from spark_vl.cli import main
-from spark_vl.config import parse_train_config
+from spark_vl.config_cli import parse_train_config
+from spark_vl.setup import load_trainer
 from spark_vl.trainer import Trainer
 from tests.distributed.launching import (
     NO_EVALUATION,
@@ -75,7 +76,7 @@ def copy(whole, tmp_path) -> Path:
 
 def make_trainer(folder: Path, *overrides: str, resume: str = "auto", **settings) -> Trainer:
     """In this process, without evaluation (which changes nothing else)."""
-    return Trainer(parse_train_config([*SMALL, *overrides, f"--output_dir={folder}"]), resume=resume, **settings)
+    return load_trainer(parse_train_config([*SMALL, *overrides, f"--output_dir={folder}"]), resume=resume, **settings)
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -229,7 +230,7 @@ def test_a_process_that_computes_nan(tmp_path, monkeypatch):
 
 def test_damage_is_found_in_every_file(copy):
     trainer = make_trainer(copy)
-    load = partial(load_checkpoint, trainer.accelerator, config=trainer.config, allow_config_change=False)
+    load = partial(trainer.checkpoints.load, allow_config_change=False)
     checkpoint = latest(copy)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     assert len(files) > 10
@@ -272,10 +273,11 @@ def test_two_processes_then_one_then_two(tmp_path, monkeypatch):
 
     trainer = make_trainer(folder, NO_EVALUATION, evaluate=stop_after_eight_steps)
     assert trainer.step in (4, 5)
-    assert round(trainer.sampler.epoch * len(trainer.sampler)) == 4 * trainer.step
+    sampler = trainer.feed.sampler
+    assert round(sampler.epoch * len(sampler)) == 4 * trainer.step
     ids = waiting(latest(folder))
     assert len(ids) > 3
-    assert sorted(record.id for record in trainer.waiting) == sorted(ids)
+    assert sorted(record["id"] for record in trainer.feed.state_dict()["waiting"]) == sorted(ids)
     assert not trainer.train()
 
     monkeypatch.setenv("ADD", "held")
@@ -286,14 +288,14 @@ def test_two_processes_then_one_then_two(tmp_path, monkeypatch):
     assert abs(len(held[0]) - len(held[1])) <= 1
 
     assert [line["step"] for line in metrics(folder)] == list(range(1, 13))
-    drawn = [line["data/epoch"] * len(trainer.sampler) for line in metrics(folder)]
+    drawn = [line["data/epoch"] * len(sampler) for line in metrics(folder)]
     assert drawn == pytest.approx(range(4, 49, 4))
 
 
 def waiting(checkpoint: Path) -> list[str]:
     """The ids of the prompts that wait, of all processes."""
     states = [json.loads(path.read_text()) for path in checkpoint.glob("trainer.rank*.json")]
-    return [record["id"] for state in states for record in state["waiting"]]
+    return [record["id"] for state in states for record in state["feed"]["waiting"]]
 
 
 def test_sharded_state_is_not_cut_anew(whole_zero3, tmp_path):

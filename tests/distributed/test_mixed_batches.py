@@ -56,7 +56,6 @@ def test_no_process_waits_for_ever(tmp_path, recipe, strategy, problems, setting
         "--rollout.n=4",
         "--steps=5",
         "--checkpoint.every=2",
-        "--logging.rollouts_every=1",
         *settings,
     )
     ended = launch(2, strategy, *arguments, f"--output_dir={folder}", deadline_s=150.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_vl.trainer import Trainer
+from spark_vl.setup import load_trainer
 from tests.distributed.launching import NO_EVALUATION, SHARDED, SMALL, Run, assert_same_run, latest, launch, start
 from tests.test_trainer import make_config
 
@@ -90,11 +90,11 @@ def test_a_signal_to_one_of_two_workers_or_to_their_launcher_stops_both(whole_ze
 )
 def test_a_step_is_abandoned_or_finished(tmp_path, schedule, call, stops_after):
     """The signal comes in the third step, at one certain point."""
-    overrides = (f"--recycle.schedule={schedule}", "--steps=4", "--logging.rollouts_every=1")
+    overrides = (f"--recycle.schedule={schedule}", "--steps=4")
     uninterrupted = make_config(tmp_path / "whole", *overrides)
-    Trainer(uninterrupted).train()
+    load_trainer(uninterrupted).train()
 
-    trainer = Trainer(make_config(tmp_path / "cut", *overrides))
+    trainer = load_trainer(make_config(tmp_path / "cut", *overrides))
     owner = trainer.updater if call == "update" else trainer.engine
     name = call.split()[0]
     original, calls = getattr(owner, name), []
@@ -110,5 +110,5 @@ def test_a_step_is_abandoned_or_finished(tmp_path, schedule, call, stops_after):
     setattr(owner, name, interrupted)
     assert not trainer.train()
     assert latest(tmp_path / "cut").name == f"step-{stops_after:06d}"
-    assert Trainer(make_config(tmp_path / "cut", *overrides), resume="auto").train()
+    assert load_trainer(make_config(tmp_path / "cut", *overrides), resume="auto").train()
     assert_same_run(tmp_path / "cut", tmp_path / "whole", same_files=False)

@@ -19,11 +19,13 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 
-from spark_vl.config import parse_train_config
+from spark_vl.advantages import group_advantages
+from spark_vl.config_cli import parse_train_config
 from spark_vl.demo.tiny import random_tiny
 from spark_vl.distributed.launch import start_accelerator, strategy
-from spark_vl.families import load_processor
-from spark_vl.policy.update import load_updater
+from spark_vl.families import ProcessedPrompt, load_processor
+from spark_vl.policy.batch import BatchMaker
+from spark_vl.policy.update import Add, Updater, load_updater
 from spark_vl.records import Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
 
@@ -57,6 +59,16 @@ def make_groups() -> list[RolloutGroup]:
     return groups
 
 
+def run_update(updater: Updater, groups: list[RolloutGroup], prompts: dict[str, ProcessedPrompt], add: Add) -> None:
+    """One update phase on `groups` of this process."""
+    normalize = updater.objective.loss != "dr_grpo"
+    advantages = [group_advantages(group.rewards, normalize=normalize) for group in groups]
+    make_batches = BatchMaker(
+        updater.accelerator, updater.processor, updater.objective, updater.settings, max_new_tokens=16
+    )
+    updater.update(make_batches([(prompts[g.record.id], g) for g in groups], advantages, seed="0"), add=add)
+
+
 def main(folder: Path) -> None:
     """Run all scenarios."""
     scenarios = json.loads((folder / "scenarios.json").read_text())
@@ -79,7 +91,7 @@ def main(folder: Path) -> None:
                 sums[key][0] += total
                 sums[key][1] += weight
 
-            updater.update(mine, prompts, seed="0", add=add)
+            run_update(updater, mine, prompts, add)
             totals = torch.tensor([sums[key] for key in ("update/loss", "update/grad_norm", "update/skipped")])
             totals = accelerator.reduce(totals.to(accelerator.device))
             metrics.append((totals[:, 0] / totals[:, 1]).tolist())

@@ -1,0 +1,101 @@
+"""Settings from YAML files and the command line (jsonargparse): `--config run.yaml --optimizer.lr 1e-6`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from spark_vl.config import ConfigError, TrainConfig, check_train_config
+
+# The text below a setting is its help on the command line.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_RENAMED = {
+    "rollout.rows_at_once": "it is called rollout.decode_batch_size now",
+    "rollout.engine": "there is one engine; leave it out",
+    "logging.rollouts_every": "all rollouts are in judgments/, which `spark-vl show RUN` prints; leave it out",
+}
+"""Settings of earlier versions, and what to write instead."""
+
+
+class Parser(ArgumentParser):
+    """Whole option names only, and errors without the page of usage that would push them off the screen."""
+
+    def __init__(self, **settings: str) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Print `message` and exit with status 2."""
+        advice = "".join(f"\n{old}: {new}" for old, new in _RENAMED.items() if old in message)
+        self.exit(2, f"{self.prog}: error: {message}{advice}\n(all settings: {self.prog} --help)\n")
+
+
+def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:
+    """Give `parser` a `--config FILE` and one option for each field of `config_class`."""
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(config_class, nested_key=None, as_group=True)
+
+
+def instantiate(parser: ArgumentParser, parsed: Namespace, config_class: type) -> Any:
+    """`parsed` as an instance of `config_class`.
+
+    Raises:
+        ConfigError: a YAML file has null or no mapping where it may not.
+    """
+    _check_filled(parsed, config_class)
+    values = parser.instantiate(parsed)
+    config = config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
+    _make_plain(config)
+    return config
+
+
+def _make_plain(config: Any) -> None:
+    """Replace the number types that checked a range by plain ones: torch refuses to read others from a checkpoint."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if is_dataclass(value):
+            _make_plain(value)
+        else:
+            setattr(config, setting.name, _plain(value))
+
+
+def _check_filled(parsed: Namespace, config_class: type, prefix: str = "") -> None:
+    """Refuse what jsonargparse lets pass in YAML: null for a setting that needs a value, no mapping for a group."""
+    for setting in fields(config_class):
+        path, value = f"{prefix}{setting.name}", parsed[setting.name]
+        if is_dataclass(setting.default_factory):
+            if not isinstance(value, Namespace):
+                raise ConfigError(f"{path}: is {value!r}; allowed is a mapping of settings")
+            _check_filled(value, setting.default_factory, f"{path}.")
+        elif value is None and setting.default is not None:
+            raise ConfigError(f"{path}: is null; allowed is {setting.type}")
+
+
+def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
+    """Read a `TrainConfig` from command-line arguments such as `["--config", "run.yaml", "--seed", "1"]`.
+
+    Raises:
+        SystemExit: with the path of the field in the message, for anything that is wrong.
+    """
+    parser = Parser()
+    add_config_arguments(parser, TrainConfig)
+    parsed = parser.parse_args(arguments)
+    try:
+        config = instantiate(parser, parsed, TrainConfig)
+        check_train_config(config)
+    except ConfigError as error:
+        parser.error(str(error))
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, int) else float(value)

@@ -1,0 +1,89 @@
+"""Sampling and verifying: processed prompts → prompts with their verified groups."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from accelerate import Accelerator
+
+from spark_vl.distributed.gather import any_process
+from spark_vl.families import ProcessedPrompt
+from spark_vl.log import RunLog
+from spark_vl.policy.batch import Scored
+from spark_vl.records import Kind
+from spark_vl.rollout.engine import RolloutEngine, Sampling
+from spark_vl.verifiers.groups import verify_groups
+from spark_vl.verifiers.pool import VerifierPool
+
+
+class Collector:
+    """Samples the completions that a step learns from, and verifies them.
+
+    Args:
+        engine: samples.
+        verifiers: score completions against the prompt's known answer.
+        accelerator: of the run.
+        log: is told of progress and times.
+        sampling: temperature, top-p and length; its seed is replaced for each call.
+        n: completions per prompt, G.
+        refill_rounds: see `ObjectiveConfig`.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        verifiers: VerifierPool,
+        accelerator: Accelerator,
+        log: RunLog,
+        sampling: Sampling,
+        *,
+        n: int,
+        refill_rounds: Mapping[Kind, int],
+    ) -> None:
+        self.engine = engine
+        self.verifiers = verifiers
+        self.accelerator = accelerator
+        self.log = log
+        self.sampling = sampling
+        self.n = n
+        self.refill_rounds = refill_rounds
+
+    def sample_and_verify(self, prompts: Sequence[ProcessedPrompt], *, seed: str) -> list[Scored]:
+        """Each prompt with its group of G completions and their verdicts. Collective."""
+        sampling = replace(self.sampling, seed=zlib.crc32(seed.encode()))
+        with self.log.timed("generate"), self.accelerator.autocast():
+            advance = self.log.progress("sampling", len(prompts) * self.n)
+            groups = self.engine.generate(prompts, self.n, sampling, advance)
+        with self.log.timed("verify"):
+            self.log.phase("verifying")
+            groups = verify_groups(self.verifiers, groups, sampling.max_new_tokens)
+        return list(zip(prompts, groups, strict=True))
+
+    def refill(
+        self, scored: Sequence[Scored], more: Callable[[Kind, int], list[ProcessedPrompt]], *, seed: str
+    ) -> tuple[list[Scored], list[Scored]]:
+        """Dynamic sampling: replace groups whose rewards are all equal, which have no gradient, by fresh ones that
+        vary, for as many rounds as `refill_rounds` allows for their kind of prompt. Collective.
+
+        Args:
+            more: gives up to so many more prompts of a kind (`PromptFeed.more`).
+
+        Returns:
+            All that was sampled, and what is trained on, which is as long as `scored`.
+        """
+        sampled, chosen = list(scored), list(scored)
+        for kind, rounds in self.refill_rounds.items():
+            for turn in range(1, rounds + 1):
+                flat = [i for i, (_, g) in enumerate(chosen) if g.record.kind == kind and g.zero_variance]
+                with self.log.timed("load"):
+                    prompts = more(kind, len(flat))
+                if not any_process(self.accelerator, bool(prompts)):
+                    break
+                fresh = self.sample_and_verify(prompts, seed=f"{seed}/{kind}/{turn}")
+                sampled += fresh
+                varied = [pair for pair in fresh if not pair[1].zero_variance]
+                for i, pair in zip(flat, varied, strict=False):
+                    chosen[i] = pair
+        return sampled, chosen

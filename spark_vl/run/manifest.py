@@ -1,0 +1,69 @@
+"""The list of a folder's files with their hashes: a folder with one is whole, and damage to it shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write `facts`, size and SHA-256 of every file in `folder`, and a SHA-256 of all this; then flush everything."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in _digests(paths)
+    }
+    manifest = {**facts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest_of(manifest)}, indent=1))
+    for path in folder.rglob("*"):
+        flush(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What `write_manifest` wrote; None if it has been changed since."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        digest = manifest.pop("sha256")
+    except (ValueError, KeyError):
+        return None
+    return manifest if digest == _digest_of(manifest) else None
+
+
+def find_damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files that `manifest` lists."""
+    files = manifest["files"]
+    missing = [name for name in files if not (folder / name).is_file()]
+    present = [folder / name for name in files if name not in missing]
+    changed = [
+        name for path, digest in _digests(present) if digest != files[name := str(path.relative_to(folder))]["sha256"]
+    ]
+    return [f"{name} is missing" for name in missing] + [f"{name} has changed" for name in changed]
+
+
+def flush(path: Path) -> None:
+    """Make sure that `path`, a file or a folder, is on the disk and not only in the system's cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def _digests(paths: list[Path]) -> Iterable[tuple[Path, str]]:
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
+        return zip(paths, list(threads.map(digest, paths)), strict=True)

@@ -1,0 +1,190 @@
+"""Builds the trainer and all its parts from a configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint
+from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, save_config
+from spark_vl.data.problems import open_recipe
+from spark_vl.data.recipes import load_recipes
+from spark_vl.data.sampler import PromptSampler
+from spark_vl.distributed.launch import describe_launch, start_accelerator
+from spark_vl.distributed.stop import StopRequest
+from spark_vl.distributed.watch import Watch
+from spark_vl.families import load_processor
+from spark_vl.feed import PHASES, PromptFeed
+from spark_vl.log import RunLog
+from spark_vl.policy.batch import BatchMaker
+from spark_vl.policy.update import load_updater
+from spark_vl.prompts import Templater
+from spark_vl.rollout import Collector, Sampling, load_engine
+from spark_vl.rollout.distributed import DistributedEngine, DistributedVerifiers
+from spark_vl.run.paths import CHECKPOINTS, CONFIG, JUDGMENTS
+from spark_vl.run.provenance import note_environment, public_name, write_recipes
+from spark_vl.run.quarantine import Quarantine
+from spark_vl.run.shards import ShardWriter
+from spark_vl.run.sinks import JudgmentSink, Sink
+from spark_vl.trainer import Trainer
+from spark_vl.verifiers.pool import VerifierPool
+
+Evaluate = Callable[..., Mapping[str, Any]]
+"""Held-out evaluation of the current policy: (engine, processor, verifiers, progress=RunLog.progress) → name → estimate
+(`value`, `low`, `high`, `n`)."""
+
+
+def load_trainer(
+    config: TrainConfig,
+    *,
+    evaluate: Evaluate | None = None,
+    sinks: Callable[[Accelerator], Sequence[Sink]] = lambda accelerator: (),
+    resume: str = "none",
+    allow_config_change: bool = False,
+) -> Trainer:
+    """Everything that a run needs, ready to train. Its folder is claimed: no other run can use it meanwhile.
+
+    Args:
+        config: of the run, checked (`check_train_config`).
+        evaluate: is called before and after the run and, with `config.evaluation.every`, while it goes on.
+        sinks: makes, on each process and once the folder is claimed, what is told of groups, metrics and checkpoints
+            beside the run's own files.
+        resume: `auto` (from the run's latest checkpoint, if it has one), `none`, or the path of a checkpoint.
+        allow_config_change: go on although the checkpoint was written under other settings.
+
+    Raises:
+        ConfigError: `output_dir` holds a run that is not to be resumed, cannot be written, or is in use.
+        CheckpointError: there is no whole checkpoint at `resume`, or it does not go with this run.
+        LaunchError: what runs is not what the launch asked for.
+    """
+    folder = Path(config.output_dir)
+    checkpoint = find_checkpoint(folder / CHECKPOINTS, resume)
+    if resume == "none" and (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"output_dir: {folder} already holds a run; name another folder, or go on with --resume auto")
+    # Before the accelerator: under ZeRO-3 transformers then shards every model that is made, also one without weights.
+    processor = load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
+    accelerator = start_accelerator(config, folder)
+    claim: AbstractContextManager[Any] = claim_folder(folder) if accelerator.is_main_process else nullcontext()
+    set_seed(config.seed)
+
+    # What is asked.
+    rank = accelerator.process_index
+    templater = Templater.from_config(config.prompts)
+    with blamed_on("data.recipes"):
+        problems = [open_recipe(recipe, "train", templater) for recipe in load_recipes(config.data.recipes)]
+    sampler = PromptSampler(problems, seed=config.seed)
+    quarantine = Quarantine(
+        folder / (f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"), config.data.max_quarantined_fraction
+    )
+    feed = PromptFeed(
+        sampler, processor, templater, quarantine, accelerator, config.data, config.recycle, seed=config.seed
+    )
+
+    # What answers, and learns.
+    steps = config.steps or math.ceil(config.epochs * len(sampler) / config.data.prompts_per_step)
+    updates = steps * len(PHASES[config.recycle.schedule]) * config.optimizer.updates_per_batch
+    updater = load_updater(config, accelerator, processor, updates=updates)
+    engine = load_engine(config.rollout, accelerator, updater.policy, processor)
+    verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
+    limit = config.rollout.max_new_tokens
+    make_batches = BatchMaker(accelerator, processor, config.objective, config.optimizer, max_new_tokens=limit)
+
+    # Where it stands.
+    best = BestFigure(config.checkpoint.keep_best)
+    parts = {"updater": updater, "best": best}
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS, accelerator, updater.policy, processor, templater, config, feed, parts
+    )
+    resumed = None
+    if checkpoint:
+        resumed = checkpoints.load(checkpoint, allow_config_change=allow_config_change)
+        updater.use_settings()
+
+    # What is written down.
+    watch, stop = Watch(accelerator, timeout_s=config.distributed.timeout_s), StopRequest()
+    log = RunLog(accelerator, folder, steps=steps, resumed=resumed, on_progress=watch.at)
+    own: list[Sink] = [log]
+    if config.logging.judgments:
+        with blamed_on("output_dir"):
+            shards = ShardWriter(
+                folder / JUDGMENTS,
+                rank=rank,
+                model=public_name(config.model.path),
+                model_revision=processor.commit,
+                resumed=resumed,
+            )
+        own.append(JudgmentSink(shards, quarantine))
+    _describe_run(config, accelerator, folder, resumed)
+
+    def evaluate_after(step: int) -> Mapping[str, Any]:
+        if evaluate is None:
+            return {}
+        with accelerator.autocast():
+            figures = evaluate(
+                DistributedEngine(engine, accelerator),
+                processor,
+                DistributedVerifiers(verifiers, accelerator),
+                progress=log.progress,
+            )
+        log.evaluation(step, figures)
+        return figures
+
+    @contextmanager
+    def session() -> Iterator[None]:
+        with claim, verifiers, closing(engine), watch, stop, log:
+            yield
+
+    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, limit)
+    return Trainer(
+        config=config,
+        accelerator=accelerator,
+        feed=feed,
+        engine=engine,
+        collector=Collector(
+            engine,
+            verifiers,
+            accelerator,
+            log,
+            sampling,
+            n=config.rollout.n,
+            refill_rounds=config.objective.refill_rounds,
+        ),
+        make_batches=make_batches,
+        updater=updater,
+        checkpoints=checkpoints,
+        best=best,
+        log=log,
+        sinks=[*own, *sinks(accelerator)],
+        evaluate=evaluate_after,
+        stop=stop,
+        session=session(),
+        steps=steps,
+        resumed=resumed,
+        step=resumed or 0,
+    )
+
+
+def _describe_run(config: TrainConfig, accelerator: Accelerator, folder: Path, resumed: int | None) -> None:
+    """Write down settings, data and machine of this start, and tell the trackers of the settings."""
+    if accelerator.is_main_process:
+        written = folder / CONFIG  # by the start before this one
+        changed: list[str] = []
+        if resumed is not None and written.exists():
+            changed = config_differences(yaml.safe_load(written.read_text()), config)
+        save_config(config, written)
+        write_recipes(folder, [*config.data.recipes, *config.evaluation.recipes])
+        note_environment(folder, resumed or 0, describe_launch(accelerator), changed)
+    if config.logging.trackers:
+        settings = {
+            name: value if isinstance(value, int | float) else str(value)
+            for name, value in flat(asdict(config)).items()
+        }
+        accelerator.init_trackers("spark-vl", config=settings)
