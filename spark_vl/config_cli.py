@@ -29,8 +29,14 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Print `message` and exit with status 2."""
-        advice = "".join(f"\n{old}: {new}" for old, new in _RENAMED.items() if old in message)
+        advice = "".join(f"\n{old}: {new}" for old, new in _RENAMED.items() if _names(message, old))
         self.exit(2, f"{self.prog}: error: {message}{advice}\n(all settings: {self.prog} --help)\n")
+
+
+def _names(message: str, setting: str) -> bool:
+    """Whether an error of jsonargparse is about `setting`: as an option, or as a key in a YAML file."""
+    group, name = setting.split(".")
+    return setting in message or f"Group {group!r} does not accept option {name!r}" in message
 
 
 def add_config_arguments(parser: ArgumentParser, config_class: type) -> None:

@@ -83,7 +83,7 @@ class Trainer:
 
     def _run(self) -> bool:
         if self.resumed is None:
-            self.evaluate(self.step)
+            self.best.improved(self.step, self.evaluate(self.step))
         while self.step < self.steps:
             if self._asked_to_stop() or not self._train_step(self.step + 1):
                 return self._stop()

@@ -79,7 +79,7 @@ def test_failures_are_retried_counted_and_reported(hub, publisher, capsys):
     hub.misbehave("POST", "/api/repos/create", times=1, status=403, body="not yet")
     it = publisher()
     start = time.monotonic()
-    it(it.run / "checkpoints" / "step-000003")
+    it.on_checkpoint(3, it.run / "checkpoints" / "step-000003")
     assert time.monotonic() - start < 0.5, "training does not wait"
     it.finish(wait=True)
     assert (it.published, it.failures) == (1, 1)
@@ -94,10 +94,10 @@ def test_failures_are_retried_counted_and_reported(hub, publisher, capsys):
 def test_a_newer_checkpoint_takes_the_place_of_one_that_waits_and_deleted_files_are_kept(hub, publisher):
     it = publisher()
     paused = hub.pause("POST", "/api/repos/create")
-    it(it.run / "checkpoints" / "step-000003")
+    it.on_checkpoint(3, it.run / "checkpoints" / "step-000003")
     assert paused.reached.wait(60)
     shutil.rmtree(it.run / "checkpoints" / "step-000003")  # the run keeps only the newest
-    it(it.run / "checkpoints" / "step-000004")
+    it.on_checkpoint(4, it.run / "checkpoints" / "step-000004")
     paused.release()
     it.finish(wait=True)
     assert [line["checkpoint"] for line in lines(it.run)] == ["step-000003", "step-000004"]
@@ -110,7 +110,7 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_waits_and_deleted_files_
 
 def test_every_so_many_checkpoints_and_the_last_one(hub, publisher):
     it = publisher(every=2)
-    it(it.run / "checkpoints" / "step-000003")
+    it.on_checkpoint(3, it.run / "checkpoints" / "step-000003")
     assert it._target is None
     it.finish(wait=True)
     assert [line["checkpoint"] for line in lines(it.run)] == ["step-000003"]
@@ -119,7 +119,7 @@ def test_every_so_many_checkpoints_and_the_last_one(hub, publisher):
 def test_a_run_that_is_told_to_stop_does_not_wait(hub, publisher, capsys):
     it = publisher()
     paused = hub.pause("POST", "/api/repos/create")
-    it(it.run / "checkpoints" / "step-000004")
+    it.on_checkpoint(4, it.run / "checkpoints" / "step-000004")
     assert paused.reached.wait(60)
     start = time.monotonic()
     it.finish(wait=False)
@@ -129,7 +129,7 @@ def test_a_run_that_is_told_to_stop_does_not_wait(hub, publisher, capsys):
 
 def test_files_that_cannot_be_kept_are_a_failure_of_publishing_only(hub, publisher, capsys):
     it = publisher()
-    it(it.run / "checkpoints" / "step-000099")
+    it.on_checkpoint(99, it.run / "checkpoints" / "step-000099")
     it.finish(wait=True)
     [line] = lines(it.run)
     assert line["problem"].startswith("its files cannot be kept: ")
@@ -142,7 +142,7 @@ def test_files_are_copied_where_they_cannot_be_linked(hub, publisher, monkeypatc
 
     monkeypatch.setattr("os.link", link)
     it = publisher()
-    it(it.run / "checkpoints" / "step-000004")
+    it.on_checkpoint(4, it.run / "checkpoints" / "step-000004")
     it.finish(wait=True)
     assert (it.published, it.failures) == (1, 0)
 
@@ -160,7 +160,7 @@ def test_neither_a_full_disk_nor_a_full_process_table_reaches_training(hub, publ
 
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", start)
-    it(it.run / "checkpoints" / "step-000004")
+    it.on_checkpoint(4, it.run / "checkpoints" / "step-000004")
     it.finish(wait=True)
     assert (it.published, it.failures) == (1, 1)
     said = capsys.readouterr().out
