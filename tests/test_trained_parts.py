@@ -109,18 +109,18 @@ def test_adapters_merged_by_us_equal_adapters_merged_by_peft(folder, processor):
             torch.testing.assert_close(merged[name.replace(".base_layer", "")], tensor, rtol=1e-5, atol=1e-7)
 
 
-def test_a_run_with_adapters_resumes_and_exports_a_plain_model(tmp_path):
+def test_a_run_with_adapters_resumes_and_exports_a_plain_model(tmp_path, monkeypatch):
     lora = "--model.lora={rank: 4, alpha: 16}"
     load_trainer(make_config(tmp_path / "whole", lora, "--steps=4", "--checkpoint.every=2")).train()
     cut = load_trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"))
-    log_step = cut._train_step
+    sample = cut.collector.sample_and_verify
 
-    def stop_after_two():
+    def stop_after_two(prompts, *, seed):
         if cut.step == 2:
             raise KeyboardInterrupt
-        return log_step()
+        return sample(prompts, seed=seed)
 
-    cut._train_step = stop_after_two
+    monkeypatch.setattr(cut.collector, "sample_and_verify", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     load_trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"), resume="auto").train()
