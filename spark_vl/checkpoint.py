@@ -277,10 +277,10 @@ def _checked_manifest(
     Raises:
         CheckpointError: see `Checkpoints.load`.
     """
-    manifest = read_manifest(path)
-    damage = [f"{MANIFEST} has changed"]
-    if manifest:
-        damage = find_damage(path, manifest) if accelerator.is_main_process else []
+    manifest = read_manifest(path) or {}
+    damage = [] if manifest else [f"{MANIFEST} has changed"]
+    if manifest and accelerator.is_main_process:
+        damage = find_damage(path, manifest)
     whole = [other.parent.name for other in sorted(path.parent.glob(f"step-*/{MANIFEST}")) if other.parent != path]
     advice = f"; resume from another one with --resume PATH ({', '.join(whole)})" if whole else ""
     _raise_together(f"{path}: is damaged: {'; '.join(damage)}{advice}" if damage else "")

@@ -338,8 +338,8 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
                 bad.append(found)
             elif rows - len(bad) <= show:
                 print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
-    for error in bad[:20]:
-        print(f"cannot be used: {error}")
+    for fault in bad[:20]:
+        print(f"cannot be used: {fault}")
     print(f"{rows - len(bad)} of {rows} rows can be used")
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from jsonargparse.typing import (
@@ -27,7 +27,10 @@ from jsonargparse.typing import (
 
 from spark_vl.records import KINDS, Kind
 
-PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
+if TYPE_CHECKING:
+    PositiveShare = float
+else:
+    PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 
 DEFAULT_REASONING_SUFFIX = "\nWork through this step by step, then write only your final answer inside \\boxed{}."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
@@ -24,10 +24,10 @@ _RENAMED = {
 class Parser(ArgumentParser):
     """Whole option names only, and errors without the page of usage that would push them off the screen."""
 
-    def __init__(self, **settings: str) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` and exit with status 2."""
         advice = "".join(f"\n{old}: {new}" for old, new in _RENAMED.items() if _names(message, old))
         self.exit(2, f"{self.prog}: error: {message}{advice}\n(all settings: {self.prog} --help)\n")
@@ -53,7 +53,7 @@ def instantiate(parser: ArgumentParser, parsed: Namespace, config_class: type) -
     """
     _check_filled(parsed, config_class)
     values = parser.instantiate(parsed)
-    config = config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
+    config = config_class(**{field.name: values[field.name] for field in fields(config_class)})
     _make_plain(config)
     return config
 

@@ -13,7 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint
+from spark_vl.checkpoint import BestFigure, Checkpoints, Stateful, claim_folder, find_checkpoint
 from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
@@ -99,7 +99,7 @@ def load_trainer(
 
     # Where it stands.
     best = BestFigure(config.checkpoint.keep_best)
-    parts = {"updater": updater, "best": best}
+    parts: dict[str, Stateful] = {"updater": updater, "best": best}
     checkpoints = Checkpoints(
         folder / CHECKPOINTS, accelerator, updater.policy, processor, templater, config, feed, parts
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
@@ -51,7 +51,7 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
     optimizer = torch.optim.AdamW(
         [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=settings.lr,
-        betas=tuple(settings.betas),
+        betas=(settings.betas[0], settings.betas[1]),
         weight_decay=settings.weight_decay,
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
@@ -110,7 +110,7 @@ class Updater:
         policy: torch.nn.Module,
         reference: torch.nn.Module | None,
         optimizer: torch.optim.Optimizer,
-        scheduler: LRScheduler,
+        scheduler: LambdaLR,
         processor: Processor,
         objective: ObjectiveConfig,
         settings: OptimizerConfig,

@@ -12,7 +12,7 @@ from spark_vl.distributed.gather import any_process
 from spark_vl.families import ProcessedPrompt
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import Scored
-from spark_vl.records import Kind
+from spark_vl.records import KINDS, Kind
 from spark_vl.rollout.engine import RolloutEngine, Sampling
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
@@ -40,7 +40,7 @@ class Collector:
         sampling: Sampling,
         *,
         n: int,
-        refill_rounds: Mapping[Kind, int],
+        refill_rounds: Mapping[str, int],
     ) -> None:
         self.engine = engine
         self.verifiers = verifiers
@@ -74,8 +74,8 @@ class Collector:
             All that was sampled, and what is trained on, which is as long as `scored`.
         """
         sampled, chosen = list(scored), list(scored)
-        for kind, rounds in self.refill_rounds.items():
-            for turn in range(1, rounds + 1):
+        for kind in KINDS:
+            for turn in range(1, self.refill_rounds.get(kind, 0) + 1):
                 flat = [i for i, (_, g) in enumerate(chosen) if g.record.kind == kind and g.zero_variance]
                 with self.log.timed("load"):
                     prompts = more(kind, len(flat))
