@@ -39,7 +39,8 @@ from spark_vl.distributed.gather import any_process, each_process
 from spark_vl.distributed.launch import describe_launch, start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
-from spark_vl.families import ProcessedPrompt, load_processor
+from spark_vl.families.base import ProcessedPrompt
+from spark_vl.families.registry import find_family
 from spark_vl.log import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
 from spark_vl.policy.update import NonFiniteUpdateError, load_updater
 from spark_vl.prompts import Templater
@@ -98,11 +99,12 @@ class Trainer:
                 f"output_dir: {self.folder} already holds a run; name another folder, or go on with --resume auto"
             )
         # First: after the start under ZeRO-3 transformers shards every model that is made, also one without weights.
-        self.processor = load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
+        family = find_family(config.model)
+        self.processor = family.load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
         self.accelerator = start_accelerator(config, self.folder)
         self._lock = claim_folder(self.folder) if self.accelerator.is_main_process else None
         set_seed(config.seed)
-        self.templater = Templater.from_config(config.prompts)
+        self.templater = Templater.from_config(config.prompts, family.reserved)
         with blamed_on("data.recipes"):
             problems = [open_recipe(r, "train", self.templater) for r in load_recipes(config.data.recipes)]
         rank = self.accelerator.process_index
@@ -417,7 +419,6 @@ class Trainer:
                 DistributedVerifiers(self.verifiers, self.accelerator),
                 counting=self.log.counting,
             )
-        self.processor.forget_images()
         self.log.evaluation(self.step, results)
         name = self.config.checkpoint.keep_best
         if name is None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**26
-"""Elements of the largest logits tensor (256 MiB in float32): 440 tokens of Qwen's 152k-word vocabulary."""
+"""Elements of the largest logits tensor (256 MiB in float32): 440 tokens of a vocabulary of 152k words."""
 
 
 class TokenScores(NamedTuple):
