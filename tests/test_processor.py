@@ -317,6 +317,6 @@ def test_a_saved_processor_loads_and_does_the_same(tiny, processor, tmp_path):
 def test_a_checkpoint_of_another_family_or_with_files_missing_is_named(tmp_path, text, reason):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
+    config = ModelConfig(path=str(tmp_path))
     with pytest.raises(ConfigError, match=rf"(?s)^model\.path: {tmp_path} {reason}"):
-        config = ModelConfig(path=str(tmp_path))
         find_family(config).load_processor(config, max_prompt_tokens=60)

@@ -9,8 +9,8 @@ prompt. Several short groups share a pack; a long one is cut into packs that rep
 the prompt's last token predicts the first token of every completion. The loss is normalized over the whole optimizer
 step, so where packs are cut changes no gradient.
 
-Shapes: T tokens of a pack, N completion tokens (each is a target). Position ids have the leading dimensions of the model
-family (`...`).
+Shapes: T tokens of a pack, N completion tokens (each is a target). Position ids have the leading dimensions (`...`) of
+the model family.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _cut(item: PackItem, tokens_per_pack: int) -> list[PackItem]:
 def make_pack(items: Sequence[PackItem], *, padding: ModelInputs) -> Pack:
     """Lay `items` out in one sequence.
 
-    A pack without an image gets the one of `padding`, isolated: its tokens attend only to themselves and nothing attends
+    A pack without an image gets that of `padding`, isolated: its tokens attend only to themselves, and nothing attends
     to them. Every pack then runs the vision tower, forward and backward, which ZeRO-3 and DDP need to be the same on
     every process. A model family without a vision tower has padding without an image.
     """
