@@ -88,13 +88,7 @@ class Qwen2_5VL:
         shown: Sequence[int],
     ) -> tuple[torch.Tensor, DynamicCache]:
         """See `Family.prefill`."""
-        embeds_BSH = model.get_input_embeddings()(input_ids)
-        if images:
-            inputs = _vision_inputs(images, input_ids.device)
-            features = model.model.get_image_features(*inputs, return_dict=True).pooler_output
-            in_order = torch.cat([features[i] for i in shown] or [features[0][:0]])
-            is_image = (input_ids == model.config.image_token_id) & mask.bool()
-            embeds_BSH = embeds_BSH.masked_scatter(is_image[..., None], in_order.to(embeds_BSH.dtype))
+        embeds_BSH = self._embed(model, input_ids, mask, images, shown)
         cache = DynamicCache(config=model.config.text_config)
         return self._run(model, embeds_BSH, position_ids, mask, cache), cache
 
@@ -109,6 +103,25 @@ class Qwen2_5VL:
         """See `Family.decode`."""
         embeds_R1H = model.get_input_embeddings()(token_R[:, None])
         return self._run(model, embeds_R1H, position_R[None, :, None].expand(3, -1, 1), mask_RS, cache)
+
+    @staticmethod
+    def _embed(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        images: Sequence[ProcessedImage],
+        shown: Sequence[int],
+    ) -> torch.Tensor:
+        """[B, S, H] embeddings of the tokens, with the features of the images in their places."""
+        embeds = model.get_input_embeddings()(input_ids)
+        if not images:
+            return embeds
+        features = model.model.get_image_features(
+            *_vision_inputs(images, input_ids.device), return_dict=True
+        ).pooler_output
+        in_order = torch.cat([features[i] for i in shown] or [features[0][:0]])
+        is_image = (input_ids == model.config.image_token_id) & mask.bool()
+        return embeds.masked_scatter(is_image[..., None], in_order.to(embeds.dtype))
 
     @staticmethod
     def _run(
