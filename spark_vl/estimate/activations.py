@@ -1,4 +1,4 @@
-"""What a pass computes with: activations of the update, and the key-value cache and the rest of a rollout.
+"""What a pass computes with: the activations of an update; the key-value cache and the rest of a rollout.
 
 Estimates, mostly upper bounds, compared with what torch allocates in `tests/test_estimate.py`. Where attention or a
 convolution needs room inside its kernel, that is not counted. All results are bytes on one GPU.
@@ -31,8 +31,8 @@ def activation_bytes(shape: Shape, model: ModelConfig, *, tokens: int, patches: 
     ends, with its last MLP. Without, all layers keep everything.
 
     The head takes 5 tensors of `LOGITS_AT_ONCE` float32 numbers and the gradient of its weight. Beside it all there are
-    pixels (float32, and b; without a trained vision tower only until it has run), the boolean mask, T², and four tensors
-    of the size of the hidden states.
+    pixels (float32, and b; if the vision tower is not trained, only until it has run), the boolean mask, T², and four
+    tensors of the size of the hidden states.
 
     Args:
         cast: whether autocast computes (`autocast`).

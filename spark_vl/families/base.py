@@ -5,7 +5,7 @@ turns records into inputs. A step decodes, resizes and tokenizes nothing twice: 
 prompt, and the rollout engine and the policy update share its result.
 
 Shapes: T tokens, B prompts, S tokens of the longest, R rows being decoded, H hidden values. Position ids have the
-family's own leading dimensions (`...`), such as time, height and width; none if it counts tokens.
+family's own leading dimensions (`...`): time, height and width, or none where positions count tokens.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ class QwenVLProcessor:
         return self.hf.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """See `Processor.save`. What is saved resizes as this does: the limits of the base model may be far away."""
+        """See `Processor.save`. The saved processor resizes as this one does; the base model's may have other limits."""
         saved = copy.deepcopy(self.hf)
         saved.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         saved.save_pretrained(folder)
@@ -261,13 +261,13 @@ class QwenVLProcessor:
                     {"image": decoded, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels},
                     image_patch_size=self._patch,
                 )
-            except ValueError as error:  # a long and narrow image, of which too little height would be left
+            except ValueError as error:  # a long and narrow image, whose shorter side would vanish
                 raise BadRecordError(
                     record_id,
                     f"image {ref}: {decoded.width}×{decoded.height} cannot be resized to {self.min_pixels} to "
                     f"{self.max_pixels} pixels (model.min_pixels, model.max_pixels): {error}",
                 ) from error
-            # No second resize: the processor's own pixel budget need not be ours.
+            # Not resized again: the Hugging Face processor has limits of its own.
             inputs = self.hf.image_processor(images=[resized], do_resize=False, return_tensors="pt")
             grid_thw = inputs["image_grid_thw"][0]
             _, height, width = (self._patch * int(side) for side in grid_thw)

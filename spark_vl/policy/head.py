@@ -14,7 +14,7 @@ LOGITS_AT_ONCE = 2**26
 
 
 class TokenScores(NamedTuple):
-    """What the policy says of given tokens."""
+    """The policy's scores of given tokens."""
 
     logprobs: torch.Tensor
     """[N] natural-log probabilities, float32 (float64 for a float64 model)."""

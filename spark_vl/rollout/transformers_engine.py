@@ -45,9 +45,10 @@ class TransformersEngine:
         policy: sampled from, unwrapped.
         processor: names the stop and pad tokens, and decodes.
         decode_batch_size: completions decoded together; bounds the key-value cache.
-        weights: makes the context in which the policy's weights are there, where they are sharded.
-        any_process: whether its argument is true on any process. Given where each call of the policy is a collective
-            one: then all processes make as many, those with nothing left to decode on rows that are dropped.
+        weights: makes the context in which sharded weights are gathered.
+        any_process: whether its argument is true on any process. Given if each call of the policy is collective: all
+            processes then make the same number of calls, and those with nothing left to decode run rows that are
+            dropped.
     """
 
     def __init__(
