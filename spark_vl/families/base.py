@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache, PreTrainedModel
 
@@ -27,9 +27,9 @@ from spark_vl.records import ImageSize, PromptRecord
 class ProcessedImage:
     """One image as a vision tower takes it. Prompts that show the same image share one object."""
 
-    pixel_values: torch.Tensor
+    pixel_values: Tensor
     """[P, D] float32: P patches of D values."""
-    grid_thw: torch.Tensor
+    grid_thw: Tensor
     """[3] int64: patches along time (1), height and width; T·H·W = P."""
     tokens: int
     """Features that the vision tower makes of it, and so image tokens in the prompt."""
@@ -41,9 +41,9 @@ class ProcessedImage:
 class ModelInputs:
     """One prompt as a language model takes it."""
 
-    input_ids: torch.Tensor
+    input_ids: Tensor
     """[T] int64, with as many image tokens as the vision tower makes features."""
-    position_ids: torch.Tensor
+    position_ids: Tensor
     """[..., T] int64: rotary positions."""
     images: tuple[ProcessedImage, ...]
 
@@ -118,11 +118,11 @@ class Family(Protocol):
     def hidden_states(
         self,
         model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        mask: torch.Tensor | BlockMask,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | BlockMask,
         images: Sequence[ProcessedImage],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The last hidden states [T, H] of one packed sequence.
 
         Args:
@@ -135,12 +135,12 @@ class Family(Protocol):
     def prefill(
         self,
         model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        mask: torch.Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
         images: Sequence[ProcessedImage],
         shown: Sequence[int],
-    ) -> tuple[torch.Tensor, DynamicCache]:
+    ) -> tuple[Tensor, DynamicCache]:
         """Run prompts that are padded on the left: the hidden state [B, H] of each last token, and the cache.
 
         Args:
@@ -153,11 +153,6 @@ class Family(Protocol):
         """
 
     def decode(
-        self,
-        model: PreTrainedModel,
-        token_R: torch.Tensor,
-        position_R: torch.Tensor,
-        mask_RS: torch.Tensor,
-        cache: DynamicCache,
-    ) -> torch.Tensor:
+        self, model: PreTrainedModel, token_R: Tensor, position_R: Tensor, mask_RS: Tensor, cache: DynamicCache
+    ) -> Tensor:
         """Run one more token of each row: its hidden state [R, H]. The cache grows by it."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from qwen_vl_utils.vision_process import fetch_image
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
@@ -62,11 +63,11 @@ class Qwen2_5VL:
     def hidden_states(
         self,
         model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        mask: torch.Tensor | BlockMask,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | BlockMask,
         images: Sequence[ProcessedImage],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """See `Family.hidden_states`."""
         pixel_values, grid_thw = _vision_inputs(images, input_ids.device)
         return model.model(
@@ -81,37 +82,28 @@ class Qwen2_5VL:
     def prefill(
         self,
         model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        mask: torch.Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
         images: Sequence[ProcessedImage],
         shown: Sequence[int],
-    ) -> tuple[torch.Tensor, DynamicCache]:
+    ) -> tuple[Tensor, DynamicCache]:
         """See `Family.prefill`."""
         embeds_BSH = self._embed(model, input_ids, mask, images, shown)
         cache = DynamicCache(config=model.config.text_config)
         return self._run(model, embeds_BSH, position_ids, mask, cache), cache
 
     def decode(
-        self,
-        model: PreTrainedModel,
-        token_R: torch.Tensor,
-        position_R: torch.Tensor,
-        mask_RS: torch.Tensor,
-        cache: DynamicCache,
-    ) -> torch.Tensor:
+        self, model: PreTrainedModel, token_R: Tensor, position_R: Tensor, mask_RS: Tensor, cache: DynamicCache
+    ) -> Tensor:
         """See `Family.decode`."""
         embeds_R1H = model.get_input_embeddings()(token_R[:, None])
         return self._run(model, embeds_R1H, position_R[None, :, None].expand(3, -1, 1), mask_RS, cache)
 
     @staticmethod
     def _embed(
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        mask: torch.Tensor,
-        images: Sequence[ProcessedImage],
-        shown: Sequence[int],
-    ) -> torch.Tensor:
+        model: PreTrainedModel, input_ids: Tensor, mask: Tensor, images: Sequence[ProcessedImage], shown: Sequence[int]
+    ) -> Tensor:
         """[B, S, H] embeddings of the tokens, with the features of the images in their places."""
         embeds = model.get_input_embeddings()(input_ids)
         if not images:
@@ -124,13 +116,7 @@ class Qwen2_5VL:
         return embeds.masked_scatter(is_image[..., None], in_order.to(embeds.dtype))
 
     @staticmethod
-    def _run(
-        model: PreTrainedModel,
-        embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        mask: torch.Tensor,
-        cache: DynamicCache,
-    ) -> torch.Tensor:
+    def _run(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """The hidden state of each row's last token."""
         return model.model.language_model(
             inputs_embeds=embeds,
@@ -141,7 +127,7 @@ class Qwen2_5VL:
         ).last_hidden_state[:, -1]
 
 
-def _vision_inputs(images: Sequence[ProcessedImage], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _vision_inputs(images: Sequence[ProcessedImage], device: torch.device) -> tuple[Tensor, Tensor]:
     """What the vision tower takes: the patches of all images [P, D], and their grids [I, 3]."""
     pixel_values = torch.cat([image.pixel_values for image in images])
     grid_thw = torch.stack([image.grid_thw for image in images])
@@ -245,7 +231,7 @@ class QwenVLProcessor:
         return self.hf.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """See `Processor.save`. The saved processor resizes as this one does; the base model's may have other limits."""
+        """See `Processor.save`. What is saved resizes as this processor does, not as the base model's."""
         saved = copy.deepcopy(self.hf)
         saved.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         saved.save_pretrained(folder)
