@@ -32,7 +32,7 @@ from accelerate.utils import broadcast_object_list
 from spark_vl import __version__
 from spark_vl.config import ConfigError, TrainConfig, config_differences, save_config
 from spark_vl.distributed.launch import strategy
-from spark_vl.families import Processor
+from spark_vl.families.base import Processor
 from spark_vl.feed import PromptFeed
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
 from spark_vl.run.manifest import MANIFEST, find_damage, flush, read_manifest, write_manifest
@@ -321,9 +321,9 @@ def export_model(
     """
     state = accelerator.get_state_dict(policy)
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(policy)
-        state = {name: tensor.to(dtype) for name, tensor in model.plain_state_dict(state).items()}
-        model.model.save_pretrained(folder, state_dict=state)
+        unwrapped = accelerator.unwrap_model(policy)
+        state = {name: tensor.to(dtype) for name, tensor in unwrapped.plain_state_dict(state).items()}
+        unwrapped.model.save_pretrained(folder, state_dict=state)
         # save_pretrained names the type of the weights in memory, and `dtype="auto"` believes it.
         named = {"dtype": str(dtype).removeprefix("torch.")}
         config = (folder / "config.json").read_text()

@@ -132,11 +132,12 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
     check_train_config(config)
     _check_recipes("data.recipes", config.data.recipes, "train")
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
-    templater = Templater.from_config(config.prompts)
+    Templater.from_config(config.prompts)  # a mistake there is found before anything heavy is loaded
 
     from accelerate import Accelerator
 
     from spark_vl.evaluation import Evaluator
+    from spark_vl.families.registry import find_family
     from spark_vl.hub.background import BackgroundPublisher, check_publish_config
     from spark_vl.hub.cards import write_model_card
     from spark_vl.hub.run import find_model
@@ -147,6 +148,7 @@ def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False
     check_publish_config(config.publish)
     evaluator = None
     if config.evaluation.recipes:
+        templater = Templater.from_config(config.prompts, find_family(config.model).reserved)
         evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
     folder = Path(config.output_dir)
     publishers: list[BackgroundPublisher] = []  # one on the main process, if it is asked for

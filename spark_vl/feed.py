@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from spark_vl.config import DataConfig, RecycleConfig
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.distributed.gather import each_process
-from spark_vl.families import ProcessedPrompt, Processor
+from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.policy.batch import Scored
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, record_from_json, record_to_json

@@ -59,7 +59,7 @@ def recycle_rollouts(
         for shard, row in found:
             progress(1)
             try:
-                group = group_of(row, shard.config)
+                group = group_of(row, shard.config, neutralize=templater.neutralize)
             except ValueError as error:
                 logger.warning("left out: %s: row %r: %s", shard.path, row["id"], error)
                 counts["unusable"] += 1

@@ -69,6 +69,10 @@ class ImageSize:
     """As the model sees it, after resizing: patches times their side."""
 
 
+Coordinates = Literal["resized", "thousand", "original"]
+"""How a reply points into an image: in pixels of the image as the model sees it, in thousandths of width and height, or
+in pixels of the original image."""
+
 Content = tuple[str | ImageRef, ...]
 """Text and images in reading order."""
 
@@ -134,6 +138,8 @@ class PromptRecord:
     """Names and weights of what is added to the reward and says nothing of correctness (`verifiers.shaping`)."""
     image_sizes: tuple[ImageSize, ...] = ()
     """Of `images`, in their order, once a processor has processed the record."""
+    coordinates: Coordinates | None = None
+    """How the model writes coordinates in its replies, once a processor has processed the record."""
     license: str = ""
     """Of the data, which what is recycled from it carries on."""
 
@@ -212,7 +218,8 @@ class RolloutGroup:
 
 
 def record_to_json(record: PromptRecord) -> dict[str, Any]:
-    """`record` as JSON values, image bytes in base64; without `image_sizes`, which processing gives again."""
+    """`record` as JSON values, image bytes in base64; without `image_sizes` and `coordinates`, which processing
+    finds out again."""
     origin = record.origin
     return {
         "id": record.id,

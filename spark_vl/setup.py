@@ -21,7 +21,7 @@ from spark_vl.data.sampler import PromptSampler
 from spark_vl.distributed.launch import describe_launch, start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
-from spark_vl.families import load_processor
+from spark_vl.families.registry import find_family
 from spark_vl.feed import PHASES, PromptFeed
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import BatchMaker
@@ -70,14 +70,15 @@ def load_trainer(
     if resume == "none" and (folder / "metrics.jsonl").exists():
         raise ConfigError(f"output_dir: {folder} already holds a run; name another folder, or go on with --resume auto")
     # Before the accelerator: under ZeRO-3 transformers then shards every model that is made, also one without weights.
-    processor = load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
+    family = find_family(config.model)
+    processor = family.load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
     accelerator = start_accelerator(config, folder)
     claim: AbstractContextManager[Any] = claim_folder(folder) if accelerator.is_main_process else nullcontext()
     set_seed(config.seed)
 
     # What is asked.
     rank = accelerator.process_index
-    templater = Templater.from_config(config.prompts)
+    templater = Templater.from_config(config.prompts, family.reserved)
     with blamed_on("data.recipes"):
         problems = [open_recipe(recipe, "train", templater) for recipe in load_recipes(config.data.recipes)]
     sampler = PromptSampler(problems, seed=config.seed)

@@ -18,7 +18,7 @@ from hypothesis import settings
 from PIL import Image
 
 from spark_vl.demo.tiny import random_tiny
-from spark_vl.families import QwenVLProcessor
+from spark_vl.families.qwen2_5_vl import QwenVLProcessor
 from spark_vl.policy.policy import Policy
 from spark_vl.records import ImageRef, Message, PromptRecord
 from spark_vl.verifiers import VerifierPool

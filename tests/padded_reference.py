@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from spark_vl.families import ProcessedPrompt
+from spark_vl.families.base import ProcessedPrompt
 
 
 def padded_logprobs(

@@ -105,10 +105,10 @@ def test_a_config_as_on_the_hub_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "llama"}', "model_type is 'llama'; allowed is 'qwen2_5_vl'"),
+        ('{"model_type": "llama"}', "model_type is 'llama'; allowed: 'qwen2_5_vl'"),
         ('{"model_type": "qwen2_5_vl"}', "vocab_size is missing"),
         ("{", "Expecting property name"),
-        (None, "is no shape; allowed are 3b, 7b, 32b, 72b"),
+        (None, "is not a shape; allowed are 3b, 7b, 32b, 72b"),
     ],
 )
 def test_a_folder_that_is_no_model_is_named(config, message, tmp_path):
@@ -172,7 +172,7 @@ def test_activations_are_what_a_pass_allocates(wide, processor, kind, images, se
     item = PackItem(processor.process(record), [[40] * 48] * 4, range(4))
 
     def run() -> None:
-        pack = make_pack([item], dummy_image=processor.dummy_image, image_token_id=processor.image_token_id)
+        pack = make_pack([item], padding=processor.padding)
         with torch.autocast("cpu", torch.bfloat16, enabled=TYPES[kind][1]):
             scores = policy(pack)
         (scores.logprobs.sum() + 0 * scores.entropy.sum()).backward()
@@ -202,7 +202,8 @@ def test_the_rollout_is_what_the_engine_allocates(wide, processor, kind, n, new,
         shape, config, prompts=4, n=n, prompt=longest, image=16, new=new, cast=kind == "autocast"
     )
     copies = weights.cast_bytes(shape, config) if kind == "autocast" else 0
-    # A CPU without instructions for bfloat16 computes in float32 buffers, which no GPU needs: they are not estimated.
+    # A CPU without instructions for bfloat16 computes in buffers of float32, which a GPU does not need: they are not
+    # estimated.
     least = 0.8 if kind == "bfloat16" else 0.93
     assert least < (cache + working + copies) / allocated(run) < 1.1
 
@@ -272,12 +273,12 @@ def test_the_shape_is_that_of_the_configured_model_unless_one_is_named(tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model=8b", "--model: '8b' is no shape; allowed are 3b, 7b, 32b, 72b"),
-        ("--model.path=me/mine", "model.path: 'me/mine' is no shape"),
-        ("--model=7b --fsdp --zero=2", "zero: is 2, beside fsdp"),
-        ("--model=7b --offload=optimizer", "offload: is 'optimizer', which takes ZeRO or FSDP2"),
-        ("--model=7b --fsdp --offload=optimizer", "FSDP2 allows 'none' and 'optimizer+weights'"),
-        ("--model=7b --zero=2 --offload=optimizer+weights", "with ZeRO-2; allowed are 'none' and 'optimizer'"),
+        ("--model=8b", "--model: '8b' is not a shape; allowed are 3b, 7b, 32b, 72b"),
+        ("--model.path=me/mine", "model.path: 'me/mine' is not a shape"),
+        ("--model=7b --fsdp --zero=2", "zero: found 2 together with fsdp"),
+        ("--model=7b --offload=optimizer", "offload: found 'optimizer', which needs ZeRO or FSDP2"),
+        ("--model=7b --fsdp --offload=optimizer", "found 'optimizer' with FSDP2; allowed: 'none', 'optimizer+weights'"),
+        ("--model=7b --zero=2 --offload=optimizer+weights", "with ZeRO-2; allowed: 'none', 'optimizer'"),
         ("--model=7b --gpus=0", 'Parser key "gpus"'),
     ],
 )

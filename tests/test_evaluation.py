@@ -627,7 +627,10 @@ def test_a_checkpoint_by_itself(make_policy, processor, verifiers, tmp_path):
 def test_a_model_is_asked_in_the_words_it_was_trained_on_unless_others_are_asked_for(tmp_path, capsys):
     def suffix(prompts: PromptConfig) -> str:
         return (
-            find_templater(prompts, ModelConfig(path=str(tmp_path))).problem(("?",))[-1].content[-1].removeprefix("?")
+            find_templater(prompts, ModelConfig(path=str(tmp_path)), ("<|",))
+            .problem(("?",))[-1]
+            .content[-1]
+            .removeprefix("?")
         )
 
     assert suffix(PromptConfig()) == PromptConfig().reasoning_suffix

@@ -159,6 +159,18 @@ def test_coordinates_are_scaled(coordinates: str, reply: str) -> None:
     assert verify("iou", "[40, 80, 120, 240]", "[20, 20, 60, 60]", **sizes).score == 1, "resized is the default"
 
 
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_the_record_says_how_the_model_writes_and_a_recipe_can_ask_for_something_else(coordinates: str) -> None:
+    replies = {"resized": "[40, 80, 120, 240]", "thousand": "[100, 200, 300, 600]", "original": "[20, 20, 60, 60]"}
+    sizes, settings = (ImageSize(SIZE, PROCESSED),), {"threshold": 0.99}
+    for written, reply in replies.items():
+        record = grounded("iou", "[20, 20, 60, 60]", image_sizes=sizes, coordinates=coordinates)
+        asked = replace(record, settings=(*settings.items(), ("coordinates", written)))
+        record = replace(record, settings=tuple(settings.items()))
+        assert get_verifier("iou")(reply, record).score == float(written == coordinates)
+        assert get_verifier("iou")(reply, asked).score == 1
+
+
 def test_a_point_is_scaled_too() -> None:
     for coordinates, reply in (("resized", "(80, 160)"), ("thousand", "(200, 400)"), ("original", "(40, 40)")):
         options = {"coordinates": coordinates, "processed_size": PROCESSED}
@@ -172,6 +184,7 @@ def test_the_image_is_chosen_by_its_index() -> None:
         "[20, 20, 60, 60]",
         settings=(("image", 1),),
         image_sizes=(ImageSize((10, 10), (10, 10)), ImageSize(SIZE, PROCESSED)),
+        coordinates="resized",
     )
     assert get_verifier("iou")("[40, 80, 120, 240]", record).score == 1
     for index in (2, -1):
@@ -409,7 +422,7 @@ def test_the_most_boxes_that_are_read_are_matched_in_time() -> None:
     ],
 )
 def test_a_gold_that_means_nothing_is_a_bad_record(kind: str, gold: str) -> None:
-    record = grounded(kind, gold, image_sizes=(ImageSize(SIZE, PROCESSED),))
+    record = grounded(kind, gold, image_sizes=(ImageSize(SIZE, PROCESSED),), coordinates="resized")
     for reply in ("[1, 2, 3, 4]", "nothing"):
         with pytest.raises(BadRecordError, match=r"^toy/7: gold"):
             get_verifier(kind)(reply, record)
@@ -445,6 +458,13 @@ def test_without_a_size_nothing_is_guessed(kind: str, coordinates: str) -> None:
         get_verifier(kind)("[1, 2, 3, 4]", record)
 
 
+@pytest.mark.parametrize("kind", ["iou", "point", "detection"])
+def test_of_a_record_that_no_model_has_been_asked_no_coordinates_are_guessed(kind: str) -> None:
+    record = grounded(kind, "[1, 2, 3, 4]", image_sizes=(ImageSize(SIZE, PROCESSED),))
+    with pytest.raises(BadRecordError, match=rf"^toy/7: how coordinates are written is missing, which {kind} needs"):
+        get_verifier(kind)("[1, 2, 3, 4]", record)
+
+
 @pytest.mark.parametrize(
     ("kind", "wrong", "message"),
     [
@@ -453,7 +473,7 @@ def test_without_a_size_nothing_is_guessed(kind: str, coordinates: str) -> None:
         ("iou", {"threshold": float("nan")}, "threshold: found nan; allowed: a finite number"),
         ("iou", {"threshold": "0.5"}, "threshold: found '0.5'"),
         ("iou", {"distance": 0.1}, "'distance' is no setting; allowed: image, coordinates, gold_boxes, threshold"),
-        ("iou", {"coordinates": "pixels"}, "'resized', 'thousand', 'original'"),
+        ("iou", {"coordinates": "pixels"}, "'model', 'resized', 'thousand', 'original'"),
         ("iou", {"image": 1}, "the size of image 1 is missing"),
         ("iou", {"image": True}, "image: found True"),
         ("iou", {"treshold": 0.5}, "'treshold' is no setting"),

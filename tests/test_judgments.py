@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def a_row(config: str) -> dict[str, Any]:
 
 
 def read(row: dict[str, Any], config: str) -> PromptRecord:
-    return record_of(row, config, id="x", recipe="r", verifiers={"number", "choice", "math"})
+    verifiers = {"number", "choice", "math"}
+    return record_of(row, config, id="x", recipe="r", verifiers=verifiers, neutralize=TEMPLATER.neutralize)
 
 
 # ── what a row is ──
@@ -182,7 +184,14 @@ def test_the_settings_of_the_verifier_come_along():
     )
     row = as_row(sampled(record, (1,)))
     assert row["settings"] == '{"relative": 0.05, "mode": "x"}'
-    again = record_of(row, "rollouts", id=record.id, recipe=record.recipe, verifiers=("my.own:check",))
+    again = record_of(
+        row,
+        "rollouts",
+        id=record.id,
+        recipe=record.recipe,
+        verifiers=("my.own:check",),
+        neutralize=TEMPLATER.neutralize,
+    )
     assert again.settings == record.settings
 
 
@@ -254,7 +263,7 @@ def test_problems_come_back_as_groups(published: Path):
             config = config_of(group.record)
             if config not in ("rollouts", "reflection"):
                 continue
-            back = group_of(as_row(group, step), config)
+            back = group_of(as_row(group, step), config, neutralize=TEMPLATER.neutralize)
             assert (back.record.id, back.record.recipe) == (group.record.id, group.record.recipe)
             assert back.record.kind == group.record.kind
             assert plain_text(back.record.question) == plain_text(group.record.question)
@@ -437,7 +446,7 @@ def test_a_missing_column_is_named(config: str):
     ],
 )
 def test_a_bad_group_is_refused(config: str, changes: dict[str, Any], expected: str):
-    assert expected in refusal(group_of, config, changes)
+    assert expected in refusal(partial(group_of, neutralize=TEMPLATER.neutralize), config, changes)
 
 
 def test_special_tokens_in_a_row_have_no_effect():

@@ -36,12 +36,7 @@ def make_items(processor):
 
 
 def pack(processor, items, tokens_per_pack):
-    return pack_items(
-        items,
-        tokens_per_pack=tokens_per_pack,
-        dummy_image=processor.dummy_image,
-        image_token_id=processor.image_token_id,
-    )
+    return pack_items(items, tokens_per_pack=tokens_per_pack, padding=processor.padding)
 
 
 def packed_rows(policy, packs, n_rows):
@@ -129,10 +124,10 @@ def test_chunks_of_the_head_change_nothing(processor, make_policy, monkeypatch):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
 
 
-def test_trap_9_a_pack_without_images_runs_the_vision_tower_and_is_not_changed_by_it(processor, make_policy):
+def test_a_pack_without_images_runs_the_vision_tower_and_is_not_changed_by_it(processor, make_policy):
     prompt = make_prompts(processor)[1]
     (one,) = pack(processor, [PackItem(prompt, RAGGED, range(5))], 4096)
-    assert one.image_grid_thw.tolist() == [[1, 4, 4]]
+    assert [image.grid_thw.tolist() for image in one.images] == [[1, 4, 4]]
     policy = make_policy(torch.float64, suppress=False)
     reference, _ = random_tiny(seed=0, dtype=torch.float64)
     expected = padded_logprobs(reference, prompt, RAGGED, processor.image_token_id)

@@ -17,7 +17,8 @@ from transformers import AutoProcessor
 
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import load_image
-from spark_vl.families import QwenVLProcessor, load_processor
+from spark_vl.families.qwen2_5_vl import QwenVLProcessor
+from spark_vl.families.registry import find_family
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, Message, PromptRecord
 from tests.conftest import make_image, make_record
@@ -81,8 +82,9 @@ RECORDS = [
 def test_inputs_are_those_of_the_hugging_face_processor(tiny, processor, record):
     expected = hugging_face(tiny[1], record)
     prompt = processor.process(record)
-    assert replace(prompt.record, image_sizes=()) == record
+    assert replace(prompt.record, image_sizes=(), coordinates=None) == record
     assert len(prompt.record.image_sizes) == len(record.images)
+    assert prompt.record.coordinates == "resized"
     assert torch.equal(prompt.input_ids, expected["input_ids"][0])
     assert len(prompt.images) == len(record.images)
     if prompt.images:
@@ -158,12 +160,14 @@ def test_images_stay_in_the_budget(tiny, short, ratio, upright, low, span):
     assert image.pixel_values.dtype == torch.float32
 
 
-def test_the_dummy_image_is_one_that_the_vision_tower_takes(tiny, processor):
-    dummy = processor.dummy_image
+def test_padding_is_an_image_that_the_vision_tower_takes(tiny, processor):
+    (dummy,) = processor.padding.images
     assert not dummy.pixel_values.any()
     with torch.no_grad():
         features = tiny[0].model.get_image_features(dummy.pixel_values, dummy.grid_thw[None], return_dict=True)
     assert len(features.pooler_output[0]) == dummy.tokens == int(dummy.grid_thw.prod()) // 4
+    assert processor.padding.input_ids.tolist() == [processor.image_token_id] * dummy.tokens
+    assert processor.padding.position_ids.shape == (3, dummy.tokens)
 
 
 # ── nothing is decoded twice, nothing is kept ──
@@ -278,7 +282,7 @@ def test_a_saved_processor_loads_and_does_the_same(tiny, processor, tmp_path):
     model.generation_config.save_pretrained(tmp_path)
     processor.save(tmp_path)
     config = ModelConfig(path=str(tmp_path), min_pixels=28 * 28, max_pixels=448 * 448)
-    loaded = load_processor(config, max_prompt_tokens=300)
+    loaded = find_family(config).load_processor(config, max_prompt_tokens=300)
     assert loaded.stop_token_ids == processor.stop_token_ids
     assert loaded.suppressed_token_ids == processor.suppressed_token_ids
     for record in RECORDS[:3]:
@@ -301,8 +305,8 @@ def test_a_saved_processor_loads_and_does_the_same(tiny, processor, tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"model_type": "qwen2_vl"}', r"holds a 'qwen2_vl' model; allowed is 'qwen2_5_vl'"),
-        ('{"model_type": "qwen2"}', r"holds a 'qwen2' model; allowed is 'qwen2_5_vl'"),
+        ('{"model_type": "qwen2_vl"}', r"holds a 'qwen2_vl' model; allowed: 'qwen2_5_vl'$"),
+        ('{"model_type": "qwen2"}', r"holds a 'qwen2' model; allowed: 'qwen2_5_vl'$"),
         ('{"model_type": "no_such_family"}', r"cannot be loaded \(AutoConfig\): .*no_such_family"),
         ("{}", r"cannot be loaded \(AutoConfig\)"),
         ('{"model_type": ', r"cannot be loaded \(AutoConfig\)"),
@@ -313,5 +317,6 @@ def test_a_saved_processor_loads_and_does_the_same(tiny, processor, tmp_path):
 def test_a_checkpoint_of_another_family_or_with_files_missing_is_named(tmp_path, text, reason):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
+    config = ModelConfig(path=str(tmp_path))
     with pytest.raises(ConfigError, match=rf"(?s)^model\.path: {tmp_path} {reason}"):
-        load_processor(ModelConfig(path=str(tmp_path)), max_prompt_tokens=60)
+        find_family(config).load_processor(config, max_prompt_tokens=60)

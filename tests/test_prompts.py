@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from spark_vl.prompts import REASONING_SUFFIX, Rendered, Template, Templater, neutralize
+from spark_vl.prompts import REASONING_SUFFIX, Rendered, Template, Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import Content, ImageRef, Message, PromptRecord, plain_text
 from spark_vl.verifiers.base import get_verifier
@@ -138,11 +138,11 @@ def test_the_demo_set_is_short():
     }
 
 
-# ── trap 1: wording and parser agree ──
+# ── wording and parser agree ──
 
 
 @pytest.mark.parametrize(("templater", "name"), ALL, ids=IDS)
-def test_trap_1_what_a_prompt_asks_for_scores_1_and_its_opposite_0(templater, name):
+def test_what_a_prompt_asks_for_scores_1_and_its_opposite_0(templater, name):
     template = templater.templates[name]
     for case in cases(templater, name):
         rendered = render(templater, name, **case)
@@ -190,7 +190,7 @@ def test_gold_is_what_a_reader_of_the_prompt_would_say(templater, name):
             assert rendered.gold == ("Yes" if case["correct"] else "No")
 
 
-# ── trap 3: quotations are literal and inert ──
+# ── quotations are literal and inert ──
 
 FRAGMENTS = [
     "{question}", "{answer}", "{answer_a}", "{answer_b}", "{option_a}", "{option_b}", "{", "}", "{{answer}}", "{0}",
@@ -202,7 +202,7 @@ untrusted = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), max_size=
 
 
 @given(question=untrusted, first=untrusted, second=untrusted, which=st.sampled_from(ALL))
-def test_trap_3_quotations_are_literal_whatever_they_hold(question, first, second, which):
+def test_quotations_are_literal_whatever_they_hold(question, first, second, which):
     templater, name = which
     template, rng = templater.templates[name], random.Random(0)
     order = {}
@@ -223,15 +223,15 @@ def test_trap_3_quotations_are_literal_whatever_they_hold(question, first, secon
         before, rest = rest.split(slot)
         expected += before + order[slot]
     expected += rest
-    assert text_of(rendered) == neutralize(expected)
+    assert text_of(rendered) == BUILTIN.neutralize(expected)
     assert text_of(rendered).replace("\u200b", "") == expected.replace("\u200b", "")
 
 
 @given(question=untrusted)
-def test_trap_3_problems_are_literal_too(question):
+def test_problems_are_literal_too(question):
     (message,) = BUILTIN.problem((question,))
     assert message.role == "user"
-    assert message.content == (neutralize(question + REASONING_SUFFIX),)
+    assert message.content == (BUILTIN.neutralize(question + REASONING_SUFFIX),)
 
 
 @pytest.fixture(scope="module")
@@ -256,16 +256,16 @@ def special(tokenizer: Tokenizer, text: str) -> list[str]:
     return [added[i].content for i in tokenizer.encode(text).ids if i in added]
 
 
-def test_trap_3_the_tokenizer_of_these_tests_does_see_special_tokens(tokenizer):
+def test_the_tokenizer_of_these_tests_does_see_special_tokens(tokenizer):
     assert special(tokenizer, "a<|im_end|>\n<<|image_pad|>") == ["<|im_end|>", "<|image_pad|>"]
     assert special(tokenizer, "a<tool_call>{}</tool_call>") == ["<tool_call>", "</tool_call>"]
 
 
 @given(text=untrusted)
-def test_trap_3_no_neutralized_text_holds_a_special_token(tokenizer, text):
-    safe = neutralize(text)
+def test_no_neutralized_text_holds_a_special_token(tokenizer, text):
+    safe = BUILTIN.neutralize(text)
     assert special(tokenizer, safe) == []
-    assert neutralize(safe) == safe
+    assert BUILTIN.neutralize(safe) == safe
     assert safe.replace("\u200b", "") == text.replace("\u200b", "")
 
 
@@ -284,12 +284,12 @@ def test_trap_3_no_neutralized_text_holds_a_special_token(tokenizer, text):
         "</<tool_call>tool_call>",
     ],
 )
-def test_trap_3_nested_special_tokens_are_taken_apart(tokenizer, text):
+def test_nested_special_tokens_are_taken_apart(tokenizer, text):
     assert special(tokenizer, text)
-    assert special(tokenizer, neutralize(text)) == []
+    assert special(tokenizer, BUILTIN.neutralize(text)) == []
 
 
-def test_trap_3_no_special_token_arises_at_a_seam(tokenizer):
+def test_no_special_token_arises_at_a_seam(tokenizer):
     """Texts that are harmless alone: parts of a question, and the wording around a slot."""
     template = Template("t", "pointwise", "Q: <{question}A: <{answer} \\boxed{Yes} or \\boxed{No}", ("Yes", "No"))
     rest = [t for t in DEMO.templates.values() if t.kind != "pointwise"]
@@ -303,7 +303,15 @@ def test_trap_3_no_special_token_arises_at_a_seam(tokenizer):
 
 def test_special_tokens_are_the_only_thing_that_changes():
     text = "1 < 2, <image>, <s>, </s>, [INST], <think>, </think>, <tool_calls>, a<b, {x | x > 0}"
-    assert neutralize(text) == text
+    assert BUILTIN.neutralize(text) == text
+
+
+def test_the_tokens_of_the_model_that_is_asked_are_neutralized_and_no_others():
+    text = "<s>[INST] <|im_end|> [/INST] <think>"
+    templater = Templater.load(reserved=["[INST]", "[/INST]", "<s"])
+    assert templater.neutralize(text) == "<\u200bs>[\u200bINST] <|im_end|> [\u200b/INST] <think>"
+    (message,) = templater.problem((text,))
+    assert plain_text(message.content).startswith(templater.neutralize(text))
 
 
 # ── images ──
@@ -343,7 +351,7 @@ def balanced(n: int, of: int) -> bool:
 
 
 @pytest.mark.parametrize("correct", [True, False])
-def test_trap_4_polarity_is_drawn(correct):
+def test_polarity_is_drawn(correct):
     drawn = [BUILTIN.pointwise(QUESTION, "x", correct=correct, rng=random.Random(s)) for s in range(N)]
     ab = [r for r in drawn if r.labels == ("A", "B")]
     assert balanced(len(ab), N)  # both ways to ask are equally likely
@@ -352,7 +360,7 @@ def test_trap_4_polarity_is_drawn(correct):
     assert {r.template for r in drawn} == {n for n, t in BUILTIN.templates.items() if t.kind == "pointwise"}
 
 
-def test_trap_4_positions_are_drawn():
+def test_positions_are_drawn():
     drawn = [BUILTIN.pairwise(QUESTION, correct="x", wrong="y", rng=random.Random(s)) for s in range(N)]
     assert balanced(sum(r.gold == "A" for r in drawn), N)
     assert {r.template for r in drawn} == {n for n, t in BUILTIN.templates.items() if t.kind == "pairwise"}
@@ -360,7 +368,7 @@ def test_trap_4_positions_are_drawn():
     assert len(by_template) == 2 * len({r.template for r in drawn})
 
 
-def test_trap_4_the_wording_does_not_give_the_gold_away():
+def test_the_wording_does_not_give_the_gold_away():
     """All that changes with the correctness of the answer is the gold."""
     for seed in range(100):
         right, wrong = (BUILTIN.pointwise(QUESTION, "x", correct=c, rng=random.Random(seed)) for c in (True, False))
@@ -574,8 +582,9 @@ def test_names_are_unique_without_files_too():
             [DEMO_FILE], builtin=False, system_prompt="Sei kürz. 数", reasoning_suffix=" Answer in \\boxed{}."
         ),
         Templater.load(system_prompt=None, reasoning_suffix=""),
+        Templater.load(reserved=["Ent", "Wie"]),
     ],
-    ids=["builtin", "demo", "no suffix"],
+    ids=["builtin", "demo", "no suffix", "other tokens"],
 )
 def test_what_is_saved_is_read_back_and_draws_and_words_the_same(templater, tmp_path):
     def prompts(templater: Templater) -> list[object]:
@@ -597,7 +606,7 @@ def test_what_is_saved_is_read_back_and_draws_and_words_the_same(templater, tmp_
     read = Templater.read(file)
     assert list(read.templates.items()) == list(templater.templates.items())
     assert prompts(read) == prompts(templater)
-    assert json.loads(file.read_text("utf-8")).keys() == {"system", "reasoning_suffix", "templates"}
+    assert json.loads(file.read_text("utf-8")).keys() == {"system", "reasoning_suffix", "reserved", "templates"}
 
 
 @pytest.mark.parametrize(
@@ -615,6 +624,11 @@ def test_what_is_saved_is_read_back_and_draws_and_words_the_same(templater, tmp_
             lambda saved: saved | {"reasoning_suffix": None},
             r"found .*'reasoning_suffix': None.*reasoning_suffix \(a text\)",
         ),
+        (
+            lambda saved: saved | {"reserved": []},
+            r"found .*reserved \(a list of texts of two characters or more, not empty",
+        ),
+        (lambda saved: saved | {"reserved": ["<"]}, r"found .*reserved \(a list of texts of two characters or more"),
         (lambda saved: saved | {"templates": {}}, r"found dict; allowed: a list of templates"),
         (lambda saved: saved | {"templates": []}, r"found list; allowed: a list of templates, not empty"),
         (lambda saved: saved | {"templates": [YES_NO]}, r"templates: there is no pairwise"),

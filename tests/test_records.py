@@ -87,7 +87,10 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
             "completions": [r"So \boxed{7}"],
         },
     }
-    assert record_to_json(record).keys() == {field.name for field in fields(PromptRecord)} - {"image_sizes"}
+    assert record_to_json(record).keys() == {field.name for field in fields(PromptRecord)} - {
+        "image_sizes",
+        "coordinates",
+    }
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,7 @@ def test_sampled_logprobs_equal_the_trainers(engine, policy, processor, prompts)
         PackItem(p, [r.token_ids for r in g.rollouts], range(6 * i, 6 * i + 6))
         for i, (p, g) in enumerate(zip(prompts, groups, strict=True))
     ]
-    (pack,) = pack_items(
-        items, tokens_per_pack=4096, dummy_image=processor.dummy_image, image_token_id=processor.image_token_id
-    )
+    (pack,) = pack_items(items, tokens_per_pack=4096, padding=processor.padding)
     engine_logprobs = torch.tensor([value for r in rows(groups) for value in r.logprobs])
     torch.testing.assert_close(policy(pack).logprobs, engine_logprobs, rtol=1e-4, atol=1e-4)
 
@@ -111,7 +109,7 @@ def test_stop_tokens_end_a_completion_and_the_limit_cuts_it(engine, policy, proc
     assert len(lengths) > 3
 
 
-def test_trap_10_vision_tokens_are_never_sampled(make_policy, processor, prompts):
+def test_vision_tokens_are_never_sampled(make_policy, processor, prompts):
     sampled = {}
     for suppress in (False, True):
         policy = make_policy(suppress=suppress)

@@ -54,7 +54,9 @@ FENCE = "```json\n{}\n```"
 )
 def test_format_goes_by_what_the_verifier_reads(kind: str, gold: str, reply: str, expected: float) -> None:
     sizes = (ImageSize((200, 100), (200, 100)),)
-    record = PromptRecord("r", "problem", (), (), gold, kind, "toy", image_sizes=sizes, shaping=(("format", 0.1),))
+    record = PromptRecord(
+        "r", "problem", (), (), gold, kind, "toy", image_sizes=sizes, coordinates="original", shaping=(("format", 0.1),)
+    )
     with VerifierPool() as pool:
         [verified] = verify_groups(pool, [RolloutGroup(record, (rollout(3, reply),))])
     assert verified.verdicts[0].shaping == (("format", expected),)

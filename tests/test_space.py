@@ -22,7 +22,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from spark_vl.config import ModelConfig
 from spark_vl.demo import digits
-from spark_vl.families.qwen2_5_vl import VISION_TOKENS, load_processor
+from spark_vl.families.qwen2_5_vl import VISION_TOKENS
+from spark_vl.families.registry import find_family
 from spark_vl.hub.space import MODULES, stage_space
 from spark_vl.policy.policy import Policy
 from spark_vl.prompts.templater import PROMPTS_FILE
@@ -111,7 +112,8 @@ def test_nothing_is_written_over_and_no_folder_is_named_as_the_model(tmp_path):
 @pytest.mark.parametrize("prompts", ["yes_no", "a_b"])
 def test_it_says_what_the_kit_itself_generates(prompts, models, assistants, monkeypatch):
     """The kit's own processor and engine, given the same prompts, find the same words."""
-    processor = load_processor(ModelConfig(path=str(models[prompts])), max_prompt_tokens=512)
+    config = ModelConfig(path=str(models[prompts]))
+    processor = find_family(config).load_processor(config, max_prompt_tokens=512)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(models[prompts])
     policy = Policy(model, attention="sdpa", temperature=1.0, suppressed_token_ids=processor.suppressed_token_ids)
     engine = TransformersEngine(policy, processor, decode_batch_size=1)

@@ -33,7 +33,7 @@ def load(folder, **settings):
 def pack_of(processor):
     prompt = processor.process(make_record("p", make_image(1), "Which digit is larger?"))
     item = PackItem(prompt, [[25, 26, 27], [28, 29]], [0, 1])
-    return make_pack([item], dummy_image=processor.dummy_image, image_token_id=processor.image_token_id)
+    return make_pack([item], padding=processor.padding)
 
 
 def moved_by_one_update(policy, processor, *, beta=0.0):

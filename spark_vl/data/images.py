@@ -37,7 +37,7 @@ MAX_PIXELS = 64_000_000
 """Largest width × height; below the size at which Pillow warns of a decompression bomb (89 million)."""
 
 MAX_ASPECT = 200
-"""Largest ratio of the longer to the shorter side: what the resizing of the Qwen-VL family accepts."""
+"""Largest ratio of the longer to the shorter side that processors resize."""
 
 MAX_SCANS = 100
 """Most passes over the pixels of a JPEG. A progressive one has about ten; each costs as much as decoding the image."""

@@ -19,7 +19,6 @@ from spark_vl.answers import last_boxed, match_choices
 from spark_vl.data.cells import cell, options, text, type_name, unicode
 from spark_vl.data.images import ImageError
 from spark_vl.data.sources import Row
-from spark_vl.prompts import neutralize
 from spark_vl.records import (
     JUDGMENTS,
     BadRecordError,
@@ -207,7 +206,15 @@ def _quoted(record: PromptRecord) -> dict[str, Any]:
 # ── row → record, group ──
 
 
-def record_of(row: Row, config: Config, *, id: str, recipe: str, verifiers: Collection[str]) -> PromptRecord:
+def record_of(
+    row: Row,
+    config: Config,
+    *,
+    id: str,
+    recipe: str,
+    verifiers: Collection[str],
+    neutralize: Callable[[str], str],
+) -> PromptRecord:
     """The prompt of a row, which is not trusted: nothing that it names is read or imported.
 
     Args:
@@ -229,7 +236,7 @@ def record_of(row: Row, config: Config, *, id: str, recipe: str, verifiers: Coll
     return PromptRecord(
         id=id,
         kind=_kind_of(config),
-        messages=_messages(row, images),
+        messages=_messages(row, images, neutralize),
         question=_question(text(row, "question"), images),
         gold=gold,
         verifier=verifier,
@@ -241,7 +248,7 @@ def record_of(row: Row, config: Config, *, id: str, recipe: str, verifiers: Coll
     )
 
 
-def group_of(row: Row, config: Config = "rollouts") -> RolloutGroup:
+def group_of(row: Row, config: Config = "rollouts", *, neutralize: Callable[[str], str]) -> RolloutGroup:
     """The verified group of a row of `rollouts` or `reflection`, to recycle; its tokens are not known.
 
     Its record may name any verifier, since recycling runs none. Do not run it.
@@ -255,6 +262,7 @@ def group_of(row: Row, config: Config = "rollouts") -> RolloutGroup:
         id=text(row, "parent_id" if config == "rollouts" else "id"),
         recipe=text(row, "recipe"),
         verifiers=(text(row, "verifier"),),
+        neutralize=neutralize,
     )
     columns = (completions_column(config), "reward", "parsed", "status", "finish_reason")
     lists = [_list(row, column) for column in columns]
@@ -307,7 +315,7 @@ def _images(row: Row) -> list[ImageRef]:
     return images
 
 
-def _messages(row: Row, images: Sequence[ImageRef]) -> tuple[Message, ...]:
+def _messages(row: Row, images: Sequence[ImageRef], neutralize: Callable[[str], str]) -> tuple[Message, ...]:
     """The messages with their images, and texts as harmless as those that a templater renders."""
     refs = iter(images)
     places = 0

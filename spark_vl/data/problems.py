@@ -95,7 +95,14 @@ class ProblemSet:
     def _record(self, row: Row, record_id: str) -> PromptRecord:
         recipe, columns = self.recipe, self.recipe.columns
         if isinstance(columns, JudgmentColumns):
-            return record_of(row, columns.judgments, id=record_id, recipe=recipe.name, verifiers=self._verifiers)
+            return record_of(
+                row,
+                columns.judgments,
+                id=record_id,
+                recipe=recipe.name,
+                verifiers=self._verifiers,
+                neutralize=self._templater.neutralize,
+            )
         question, gold = text(row, columns.question).strip(), _gold(answer(row, columns.answer))
         choices = () if columns.choices is None else options(row, columns.choices)
         if columns.verifier is not None and cell(row, columns.verifier) is not None:
@@ -181,7 +188,8 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
                     raise BadRecordError(record.id, f"row {index} has the id of an earlier row")
                 seen.add(record.id)
                 sizes = [load_image(ref).size for ref in record.images]
-                sized.append(replace(record, image_sizes=tuple(ImageSize(size, size) for size in sizes)))
+                image_sizes = tuple(ImageSize(size, size) for size in sizes)
+                sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
                 rows.append(record)
             except ImageError as error:
                 rows.append(BadRecordError(record.id, str(error)))

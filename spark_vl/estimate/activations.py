@@ -1,4 +1,4 @@
-"""What a pass computes with: activations of the update, and the key-value cache and the rest of a rollout.
+"""What a pass computes with: the activations of an update; the key-value cache and the rest of a rollout.
 
 Estimates, mostly upper bounds, compared with what torch allocates in `tests/test_estimate.py`. Where attention or a
 convolution needs room inside its kernel, that is not counted. All results are bytes on one GPU.
@@ -31,7 +31,8 @@ def activation_bytes(shape: Shape, model: ModelConfig, *, tokens: int, patches: 
     ends, with its last MLP. Without, all layers keep everything.
 
     The head takes 5 tensors of `LOGITS_AT_ONCE` float32 numbers and the gradient of its weight. Beside it all there are
-    pixels (float32, and b), the boolean mask, T², and four tensors of the size of the hidden states.
+    pixels (float32, and b; if the vision tower is not trained, only until it has run), the boolean mask, T², and four
+    tensors of the size of the hidden states.
 
     Args:
         cast: whether autocast computes (`autocast`).
@@ -57,14 +58,14 @@ def activation_bytes(shape: Shape, model: ModelConfig, *, tokens: int, patches: 
     if not model.lora:
         head += shape.embedding * (4 if cast else low)
     pixels = vision.patch_values * patches
-    always = 4 * pixels + mask + 4 * tokens * width * stream
+    always = mask + 4 * tokens * width * stream
     copies = cast_bytes(shape, model) + 3 * low * inner * tokens if cast else 0
     trained_vision = not (model.lora or "vision" in model.freeze)
     if trained_vision:
-        always += low * pixels if low < 4 else 0
+        always += 4 * pixels + (low * pixels if low < 4 else 0)
         block_inputs = vision.depth * patches * vision.hidden_size * stream
     else:
-        block, block_gradients, block_inputs = patches * vision_forward_bytes(shape, low, stream), 0, 0
+        block, block_gradients, block_inputs = 4 * pixels + patches * vision_forward_bytes(shape, low, stream), 0, 0
     largest = max(gradients, head, copies, block + block_gradients)
     if not model.gradient_checkpointing:
         return always + shape.num_hidden_layers * layer + (vision.depth * block if trained_vision else 0) + largest

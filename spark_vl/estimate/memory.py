@@ -53,7 +53,7 @@ def estimate(shape: Shape, config: TrainConfig, setup: Setup) -> Estimate:
     """The memory of a run with the settings `config` on `setup`.
 
     Raises:
-        ConfigError: there is no such way of holding weights.
+        ConfigError: the parts of `setup` do not go together.
     """
     _check(setup)
     prompt = prompt_tokens(shape, config, setup)
@@ -71,13 +71,13 @@ def estimate(shape: Shape, config: TrainConfig, setup: Setup) -> Estimate:
 
 def _check(setup: Setup) -> None:
     if setup.fsdp and setup.zero:
-        raise ConfigError(f"zero: is {setup.zero}, beside fsdp; allowed is one of them")
+        raise ConfigError(f"zero: found {setup.zero} together with fsdp; allowed: one of the two")
     if setup.offload != "none" and not (setup.fsdp or setup.zero):
-        raise ConfigError(f"offload: is {setup.offload!r}, which takes ZeRO or FSDP2; allowed is 'none'")
+        raise ConfigError(f"offload: found {setup.offload!r}, which needs ZeRO or FSDP2; allowed: 'none'")
     if setup.offload == "optimizer" and setup.fsdp:
-        raise ConfigError("offload: is 'optimizer'; FSDP2 allows 'none' and 'optimizer+weights'")
+        raise ConfigError("offload: found 'optimizer' with FSDP2; allowed: 'none', 'optimizer+weights'")
     if setup.offload == "optimizer+weights" and not setup.sharded:
-        raise ConfigError(f"offload: is 'optimizer+weights' with ZeRO-{setup.zero}; allowed are 'none' and 'optimizer'")
+        raise ConfigError(f"offload: found 'optimizer+weights' with ZeRO-{setup.zero}; allowed: 'none', 'optimizer'")
 
 
 def prompt_tokens(shape: Shape, config: TrainConfig, setup: Setup) -> int:

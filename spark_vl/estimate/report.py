@@ -45,7 +45,7 @@ def print_estimate(shape: Shape, config: TrainConfig, setup: Setup, console: Con
         Whether it fits.
 
     Raises:
-        ConfigError: there is no such way of holding weights.
+        ConfigError: the parts of `setup` do not go together.
     """
     needed = estimate(shape, config, setup)
 

@@ -1,9 +1,9 @@
-"""Models of the Qwen2.5-VL family in numbers, and how many weights follow from them."""
+"""A model in numbers, and how many weights follow from them: a vision tower, its merger and a language model."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ class VisionShape:
     hidden_size: int
     intermediate_size: int
     out_hidden_size: int
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    in_channels: int = 3
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    in_channels: int
 
     @property
     def patch_values(self) -> int:
@@ -103,50 +103,64 @@ class Shape:
 
 def shapes() -> dict[str, Shape]:
     """The shipped shapes, by their short names."""
-    return {name: _shape(name, config) for name, config in _shipped().items()}
+    return {
+        name: _shape(name, config, family)
+        for family in _families().values()
+        for name, config in family["shapes"].items()
+    }
 
 
 def load_shape(model: str) -> Shape:
     """The shape of `model`: short name or Hub id of a shipped one, or a folder with a Hugging Face `config.json`.
 
     Raises:
-        ValueError: there is none, or it is of another model family.
+        ValueError: there is none, or it is of a model family that the kit does not know.
     """
-    for name, config in _shipped().items():
-        if model in (name, config["hub"]):
-            return _shape(name, config)
+    families = _families()
+    for family in families.values():
+        for name, config in family["shapes"].items():
+            if model in (name, config["hub"]):
+                return _shape(name, config, family)
     file = Path(model) / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"{model!r} is no shape; allowed are {', '.join(_shipped())}, their Hub ids, or a folder with a config.json"
+            f"{model!r} is not a shape; allowed are {', '.join(shapes())}, their Hub ids, or a folder with a "
+            "config.json"
         )
     config = json.loads(file.read_text())
-    if config.get("model_type") != "qwen2_5_vl":
-        raise ValueError(f"{file}: model_type is {config.get('model_type')!r}; allowed is 'qwen2_5_vl'")
+    family = families.get(config.get("model_type"))
+    if family is None:
+        allowed = ", ".join(map(repr, families))
+        raise ValueError(f"{file}: model_type is {config.get('model_type')!r}; allowed: {allowed}")
     try:
-        return _shape(model, config)
+        return _shape(model, config, family)
     except KeyError as error:
         raise ValueError(f"{file}: {error.args[0]} is missing") from error
 
 
-def _shipped() -> dict[str, dict[str, Any]]:
-    return yaml.safe_load(files("spark_vl.estimate").joinpath("shapes.yaml").read_text())
+def _families() -> dict[str, dict[str, Any]]:
+    """`model_type` → what the YAML file beside the model family's code says."""
+    found = sorted(files("spark_vl.families").iterdir(), key=lambda file: file.name)
+    return {
+        file.name.removesuffix(".yaml"): yaml.safe_load(file.read_text("utf-8"))
+        for file in found
+        if file.name.endswith(".yaml")
+    }
 
 
-def _shape(name: str, config: dict[str, Any]) -> Shape:
+def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
     """From a `config.json`: flat as on the Hub, or with a `text_config` as transformers 5 writes it."""
     return Shape(
         name=name,
         **_numbers(Shape, config.get("text_config", config)),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
-        vision=VisionShape(**_numbers(VisionShape, config["vision_config"])),
+        vision=VisionShape(**_numbers(VisionShape, family["vision_config"] | config["vision_config"])),
     )
 
 
 def _numbers(cls: type, config: dict[str, Any]) -> dict[str, int]:
-    """The numbers of `cls` that `config` gives, or has to."""
-    numbers = [field for field in fields(cls) if field.type == "int"]
-    return {field.name: config[field.name] for field in numbers if field.name in config or field.default is MISSING}
+    """The fields of `cls` that are numbers."""
+    return {field.name: config[field.name] for field in fields(cls) if field.type == "int"}
 
 
 def _linear(inputs: int, outputs: int) -> int:

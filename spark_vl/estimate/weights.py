@@ -1,4 +1,4 @@
-"""What is held for the weights: the weights, their gradients, the optimizer, and the weights as they are computed with.
+"""What is held for the weights: the weights, their gradients, the optimizer, and copies that a pass computes with.
 
 Exact to DeepSpeed's padding, and measured in `tests/distributed/test_estimate.py`. All results are bytes on one GPU.
 """
@@ -25,7 +25,7 @@ ZERO3_SUB_GROUP = 1_000_000_000
 
 @dataclass
 class Setup:
-    """What `accelerate launch`, the GPUs and the data decide, and no setting of a run."""
+    """What `accelerate launch`, the GPUs and the data decide, rather than a setting of the run."""
 
     gpus: PositiveInt = 1
     """Processes, one for each GPU."""
@@ -48,7 +48,7 @@ class Setup:
 
     @property
     def sharded(self) -> bool:
-        """Whether a GPU holds but a part of the weights."""
+        """Whether a GPU holds only a part of the weights."""
         return self.fsdp or self.zero == 3
 
 
@@ -151,7 +151,7 @@ def reference(shape: Shape, model: ModelConfig, beta: float, setup: Setup) -> Ph
 
 
 def computing(shape: Shape, model: ModelConfig, rollout: RolloutConfig, setup: Setup) -> Phases:
-    """Weights as they are computed with, where they are not held so.
+    """Copies of weights that a pass computes with, where they are held in another form.
 
     - ZeRO-3: in a pass up to `stage3_max_live_parameters` (or the embedding, if it is larger) and what is prefetched.
     - FSDP2: what belongs to no layer, and two layers.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spark_vl.config import DataConfig, EvalConfig, ModelConfig, PromptConfig, blamed_on
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
-from spark_vl.families import load_processor
+from spark_vl.families.registry import find_family
 from spark_vl.policy.policy import load_policy
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
@@ -28,10 +28,11 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
         folder: gets `samples.jsonl`, and `PROMPTS_FILE` with the words in which the model was asked.
 
     Raises:
-        ConfigError, ValueError: see `Evaluator`, `load_processor` and `Templater`.
+        ConfigError, ValueError: see `Evaluator`, `find_family` and `Templater`.
     """
-    processor = load_processor(config.model, max_prompt_tokens=DataConfig.max_prompt_tokens)
-    templater = find_templater(config.prompts, config.model)
+    family = find_family(config.model)
+    processor = family.load_processor(config.model, max_prompt_tokens=DataConfig.max_prompt_tokens)
+    templater = find_templater(config.prompts, config.model, family.reserved)
     templater.save(folder / PROMPTS_FILE)
     evaluator = Evaluator(
         config.evaluation,
@@ -60,19 +61,22 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
         return evaluator(engine, processor, verifiers, progress)
 
 
-def find_templater(prompts: PromptConfig, model: ModelConfig) -> Templater:
+def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence[str]) -> Templater:
     """The words to ask a model in: those of `prompts`; if nothing is set there, those that the model was trained on,
     which a run saves in its folder, or repository, as `PROMPTS_FILE`.
+
+    Args:
+        reserved: see `Templater`.
 
     Raises:
         ConfigError: a template file, or that file, cannot be used, or the Hub cannot be asked for it.
     """
     if prompts != PromptConfig():
-        return Templater.from_config(prompts)
+        return Templater.from_config(prompts, reserved)
     with blamed_on("model.path"):
         file = _find_prompts(model)
         print(f"asked in the words {'of the shipped templates' if file is None else 'that the model was trained on'}")
-        return Templater.from_config(prompts) if file is None else Templater.read(file)
+        return Templater.from_config(prompts, reserved) if file is None else Templater.read(file)
 
 
 def _find_prompts(model: ModelConfig) -> Path | None:

@@ -15,7 +15,7 @@ from spark_vl.data.recipes import load_recipes
 from spark_vl.evaluation.figures import Estimate, estimate, score
 from spark_vl.evaluation.prompts import draw_problems, judge_and_reflect, process_all, wrong_answers
 from spark_vl.evaluation.samples import append_samples
-from spark_vl.families import ProcessedPrompt, Processor
+from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
 from spark_vl.records import PromptRecord, RolloutGroup
 from spark_vl.rollout import RolloutEngine, Sampling
@@ -101,6 +101,7 @@ class Evaluator:
         }
         if self.samples_file is not None:
             append_samples(self.samples_file, groups | {"test_time_steps": steps})
+        processor.forget_images()
         return score(groups) | {"unusable": estimate(1 - self._used / self._drawn, self._drawn)}
 
     def _prompts(self, processor: Processor, verifiers: VerifierPool) -> list[ProcessedPrompt]:

@@ -15,7 +15,7 @@ from string import ascii_uppercase
 
 from spark_vl.answers import last_boxed
 from spark_vl.data.problems import ProblemSet
-from spark_vl.families import ProcessedPrompt, Processor
+from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, plain_text
 from spark_vl.verifiers import VerifierPool, boxed_gold, check_golds

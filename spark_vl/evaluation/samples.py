@@ -56,6 +56,7 @@ def _to_json(group: RolloutGroup) -> dict[str, Any]:
         "choices": record.choices,
         "settings": dict(record.settings),
         "image_sizes": [asdict(size) for size in record.image_sizes],
+        "coordinates": record.coordinates,
         **group_to_json(group),
     }
 
@@ -73,6 +74,7 @@ def _from_json(line: Mapping[str, Any]) -> RolloutGroup:
         choices=tuple(line["choices"]),
         settings=tuple(line["settings"].items()),
         image_sizes=tuple(ImageSize(tuple(s["original"]), tuple(s["processed"])) for s in line["image_sizes"]),
+        coordinates=line["coordinates"],
         origin=None if line["origin"] is None else Origin(**line["origin"]),
     )
     return RolloutGroup(record, tuple(Rollout((), (), c["text"], c["finish_reason"]) for c in line["completions"]))

@@ -1,10 +1,17 @@
-"""Processors turn a `PromptRecord` into a model's inputs. The only place that knows a model family.
+"""All that the kit knows of a model family, in one file for each family.
 
-A step decodes, resizes and tokenizes nothing twice: a processor is called once for each unique prompt, and the
-rollout engine and the policy update share its result.
+`base.py` has the protocol, `registry.py` finds the family of a checkpoint. What the rest of the kit needs of a family
+before torch is loaded is data: a YAML file beside the family's own, named for its `model_type`.
 """
 
-from spark_vl.families.base import ProcessedImage, ProcessedPrompt, Processor, padding_prompt
-from spark_vl.families.qwen2_5_vl import QwenVLProcessor, load_processor
+from __future__ import annotations
 
-__all__ = ["ProcessedImage", "ProcessedPrompt", "Processor", "QwenVLProcessor", "load_processor", "padding_prompt"]
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+
+def read_facts(model_type: str) -> dict[str, Any]:
+    """The YAML file of the family."""
+    return yaml.safe_load(files("spark_vl.families").joinpath(f"{model_type}.yaml").read_text("utf-8"))

@@ -1,14 +1,25 @@
-"""What a processor gives, whatever the model family."""
+"""What a model family is to the rest of the kit.
+
+A `Family` knows the model's modules: how to run a pack, a prefill and a decoding step. The `Processor` that it loads
+turns records into inputs. A step decodes, resizes and tokenizes nothing twice: a processor is called once for each
+prompt, and the rollout engine and the policy update share its result.
+
+Shapes: T tokens, B prompts, S tokens of the longest, R rows being decoded, H hidden values. Position ids have the
+family's own leading dimensions (`...`): time, height and width, or none where positions count tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import DynamicCache, PreTrainedModel
 
+from spark_vl.config import ModelConfig
 from spark_vl.records import ImageSize, PromptRecord
 
 
@@ -16,32 +27,38 @@ from spark_vl.records import ImageSize, PromptRecord
 class ProcessedImage:
     """One image as a vision tower takes it. Prompts that show the same image share one object."""
 
-    pixel_values: torch.Tensor
+    pixel_values: Tensor
     """[P, D] float32: P patches of D values."""
-    grid_thw: torch.Tensor
+    grid_thw: Tensor
     """[3] int64: patches along time (1), height and width; T·H·W = P."""
     tokens: int
     """Features that the vision tower makes of it, and so image tokens in the prompt."""
     size: ImageSize
-    """Before and after resizing, which verifiers of coordinates need."""
+    """Before and after resizing."""
 
 
-@dataclass(frozen=True, eq=False)
-class ProcessedPrompt:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelInputs:
     """One prompt as a language model takes it."""
 
-    record: PromptRecord | None
-    """None: padding, which is nobody's prompt."""
-    input_ids: torch.Tensor
-    """[T] int64, with as many image tokens as the vision tower gives features."""
-    position_ids: torch.Tensor
-    """[3, T] int64: multimodal rotary positions (time, height, width)."""
+    input_ids: Tensor
+    """[T] int64, with as many image tokens as the vision tower makes features."""
+    position_ids: Tensor
+    """[..., T] int64: rotary positions."""
     images: tuple[ProcessedImage, ...]
 
     @property
     def next_position(self) -> int:
-        """Rotary position of the first completion token (the same in all three components)."""
+        """Rotary position of the first completion token (the same in all components)."""
         return int(self.position_ids.max()) + 1
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ProcessedPrompt(ModelInputs):
+    """A record with its inputs."""
+
+    record: PromptRecord
+    """With what processing found out: `image_sizes` and `coordinates`."""
 
 
 class Processor(Protocol):
@@ -49,14 +66,14 @@ class Processor(Protocol):
 
     commit: str | None
     """Commit of the Hub that it was loaded from; None: it was in a folder."""
-    image_token_id: int
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
     """Tokens that end a completion."""
     suppressed_token_ids: tuple[int, ...]
-    """Vision tokens, which are never sampled: one in a completion would corrupt the next forward pass."""
-    dummy_image: ProcessedImage
-    """The smallest image, all zeros: lets a batch without images run the vision tower."""
+    """Tokens that are never sampled: a vision token in a completion would corrupt the next forward pass."""
+    padding: ModelInputs
+    """What a process runs that has nothing to do, so that all processes make the same calls. With a vision tower it is
+    the smallest image, all zeros, and nothing else; packs without an image get it too."""
 
     def process(self, record: PromptRecord) -> ProcessedPrompt:
         """The inputs of `record`.
@@ -66,7 +83,7 @@ class Processor(Protocol):
         """
 
     def forget_images(self) -> None:
-        """Drop the decoded images of this step."""
+        """Drop the decoded images, which prompts share until then: called at the end of a step or an evaluation."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
@@ -75,12 +92,67 @@ class Processor(Protocol):
         """Write the Hugging Face processor's files into `folder`."""
 
 
-def padding_prompt(processor: Processor) -> ProcessedPrompt:
-    """The dummy image alone. A process that has nothing left to do runs it, so that all make the same calls."""
-    image = processor.dummy_image
-    return ProcessedPrompt(
-        record=None,
-        input_ids=torch.full((image.tokens,), processor.image_token_id),
-        position_ids=torch.arange(image.tokens).expand(3, -1),
-        images=(image,),
-    )
+class Family(Protocol):
+    """The models of one `model_type`.
+
+    Rotary positions are always given: a model that is left to find them may take them from its previous call.
+    """
+
+    reserved: tuple[str, ...]
+    """Texts that are or begin a special token, which no quotation may contain (see `Templater`)."""
+    model_class: Any
+    """Class of transformers whose `from_pretrained` loads the model."""
+    adapter_targets: str
+    """Regular expression for the names of the layers that low-rank adapters go to."""
+
+    def load_processor(self, config: ModelConfig, *, max_prompt_tokens: int) -> Processor:
+        """The processor that lies beside the weights of `config.path`; it refuses longer prompts.
+
+        Raises:
+            ConfigError: a file is missing or cannot be read.
+        """
+
+    def freeze_vision(self, model: PreTrainedModel) -> None:
+        """Leave the vision tower out of the training."""
+
+    def hidden_states(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | BlockMask,
+        images: Sequence[ProcessedImage],
+    ) -> Tensor:
+        """The last hidden states [T, H] of one packed sequence.
+
+        Args:
+            input_ids: [1, T]
+            position_ids: [..., 1, T]
+            mask: who sees whom, see `packing.attention_mask`.
+            images: those that the sequence shows, in order.
+        """
+
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        images: Sequence[ProcessedImage],
+        shown: Sequence[int],
+    ) -> tuple[Tensor, DynamicCache]:
+        """Run prompts that are padded on the left: the hidden state [B, H] of each last token, and the cache.
+
+        Args:
+            input_ids: [B, S]
+            position_ids: [..., B, S]
+            mask: [B, S] 1 for tokens, 0 for padding.
+            images: to run through the vision tower, each once.
+            shown: index into `images` of each image of the prompts, in order. Empty where the vision tower runs only
+                because other processes run theirs.
+        """
+
+    def decode(
+        self, model: PreTrainedModel, token_R: Tensor, position_R: Tensor, mask_RS: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """Run one more token of each row: its hidden state [R, H]. The cache grows by it."""

@@ -9,52 +9,129 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from qwen_vl_utils.vision_process import fetch_image
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
 
-from spark_vl.config import ConfigError, ModelConfig
+from spark_vl.config import ModelConfig
 from spark_vl.data.images import ImageError, load_image
-from spark_vl.families.base import ProcessedImage, ProcessedPrompt
+from spark_vl.families import read_facts
+from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
+from spark_vl.families.registry import load_part, loaded_commit
 from spark_vl.records import BadRecordError, ImageRef, ImageSize, PromptRecord
 
+COORDINATES = "resized"
+"""Pixels of the image as the model sees it:
+https://github.com/QwenLM/Qwen2.5-VL/blob/main/cookbooks/spatial_understanding.ipynb."""
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def load_processor(config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProcessor:
-    """The processor that lies beside the weights of `config.path`.
+class Qwen2_5VL:
+    """`Family` of Qwen2.5-VL."""
 
-    Raises:
-        ConfigError: there is no whole checkpoint, or it is of another model family.
-    """
-    hf_config = _load(AutoConfig, config)
-    if hf_config.model_type != "qwen2_5_vl":
-        raise ConfigError(f"model.path: {config.path} holds a {hf_config.model_type!r} model; allowed is 'qwen2_5_vl'")
-    return QwenVLProcessor(
-        _load(AutoProcessor, config),
-        hf_config,
-        _load(GenerationConfig, config),
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        max_prompt_tokens=max_prompt_tokens,
-        commit=_commit(config),
-    )
+    reserved = tuple(read_facts("qwen2_5_vl")["reserved"])
+    model_class = AutoModelForImageTextToText
+    adapter_targets = r".*language_model\.layers\..*_proj"
+
+    def load_processor(self, config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProcessor:
+        """See `Family.load_processor`."""
+        return QwenVLProcessor(
+            load_part(AutoProcessor, config),
+            load_part(AutoConfig, config),
+            load_part(GenerationConfig, config),
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+            max_prompt_tokens=max_prompt_tokens,
+            commit=loaded_commit(config),
+        )
+
+    def freeze_vision(self, model: PreTrainedModel) -> None:
+        """See `Family.freeze_vision`; the merger belongs to the tower."""
+        model.model.visual.requires_grad_(False)
+
+    def hidden_states(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | BlockMask,
+        images: Sequence[ProcessedImage],
+    ) -> Tensor:
+        """See `Family.hidden_states`."""
+        pixel_values, grid_thw = _vision_inputs(images, input_ids.device)
+        return model.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            pixel_values=pixel_values,
+            image_grid_thw=grid_thw,
+            use_cache=False,
+        ).last_hidden_state[0]
+
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        images: Sequence[ProcessedImage],
+        shown: Sequence[int],
+    ) -> tuple[Tensor, DynamicCache]:
+        """See `Family.prefill`."""
+        embeds_BSH = self._embed(model, input_ids, mask, images, shown)
+        cache = DynamicCache(config=model.config.text_config)
+        return self._run(model, embeds_BSH, position_ids, mask, cache), cache
+
+    def decode(
+        self, model: PreTrainedModel, token_R: Tensor, position_R: Tensor, mask_RS: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """See `Family.decode`."""
+        embeds_R1H = model.get_input_embeddings()(token_R[:, None])
+        return self._run(model, embeds_R1H, position_R[None, :, None].expand(3, -1, 1), mask_RS, cache)
+
+    @staticmethod
+    def _embed(
+        model: PreTrainedModel, input_ids: Tensor, mask: Tensor, images: Sequence[ProcessedImage], shown: Sequence[int]
+    ) -> Tensor:
+        """[B, S, H] embeddings of the tokens, with the features of the images in their places."""
+        embeds = model.get_input_embeddings()(input_ids)
+        if not images:
+            return embeds
+        features = model.model.get_image_features(
+            *_vision_inputs(images, input_ids.device), return_dict=True
+        ).pooler_output
+        in_order = torch.cat([features[i] for i in shown] or [features[0][:0]])
+        is_image = (input_ids == model.config.image_token_id) & mask.bool()
+        return embeds.masked_scatter(is_image[..., None], in_order.to(embeds.dtype))
+
+    @staticmethod
+    def _run(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """The hidden state of each row's last token."""
+        return model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
 
 
-def _commit(config: ModelConfig) -> str | None:
-    """The commit that was just loaded: the folder of the cache that the files are in bears its name."""
-    if Path(config.path).exists():
-        return None
-    file = try_to_load_from_cache(config.path, "config.json", revision=config.revision or "main")
-    return Path(file).parent.name
-
-
-def _load(part: Any, config: ModelConfig) -> Any:
-    try:
-        return part.from_pretrained(config.path, revision=config.revision)
-    except (OSError, ValueError) as error:  # ValueError: of a family that transformers does not know
-        raise ConfigError(f"model.path: {config.path} cannot be loaded ({part.__name__}): {error}") from error
+def _vision_inputs(images: Sequence[ProcessedImage], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the vision tower takes: the patches of all images [P, D], and their grids [I, 3]."""
+    pixel_values = torch.cat([image.pixel_values for image in images])
+    grid_thw = torch.stack([image.grid_thw for image in images])
+    return pixel_values.to(device), grid_thw.to(device)
 
 
 class QwenVLProcessor:
@@ -99,8 +176,13 @@ class QwenVLProcessor:
         width = 3 * image_processor.temporal_patch_size * self._patch**2
         side = 2 * self._merge
         pixels = (side * self._patch, side * self._patch)
-        self.dummy_image = ProcessedImage(
+        image = ProcessedImage(
             torch.zeros(side**2, width), torch.tensor([1, side, side]), tokens=4, size=ImageSize(pixels, pixels)
+        )
+        self.padding = ModelInputs(
+            input_ids=torch.full((image.tokens,), self.image_token_id),
+            position_ids=torch.arange(image.tokens).expand(3, -1),  # any would do: nothing reads what comes of it
+            images=(image,),
         )
 
     def process(self, record: PromptRecord) -> ProcessedPrompt:
@@ -109,7 +191,7 @@ class QwenVLProcessor:
         chat = self.hf.apply_chat_template(
             [_chat_message(m) for m in record.messages], tokenize=False, add_generation_prompt=True
         )
-        # The chat template writes one image token for each image; the vision tower gives one feature for each merged
+        # The chat template writes one image token for each image; the vision tower makes one feature for each merged
         # patch.
         pieces = chat.split(self.hf.image_token)
         if len(pieces) != len(images) + 1:
@@ -133,8 +215,12 @@ class QwenVLProcessor:
             image_grid_thw=torch.stack([image.grid_thw for image in images]) if images else None,
             mm_token_type_ids=is_image[None].int(),
         )
-        record = replace(record, image_sizes=tuple(image.size for image in images))
-        return ProcessedPrompt(record, ids, positions[:, 0], images)
+        return ProcessedPrompt(
+            record=replace(record, image_sizes=tuple(image.size for image in images), coordinates=COORDINATES),
+            input_ids=ids,
+            position_ids=positions[:, 0],
+            images=images,
+        )
 
     def forget_images(self) -> None:
         """See `Processor.forget_images`."""
@@ -145,7 +231,7 @@ class QwenVLProcessor:
         return self.hf.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """See `Processor.save`. What is saved resizes as this does: the limits of the base model may be far away."""
+        """See `Processor.save`. What is saved resizes as this processor does, not as the base model's."""
         saved = copy.deepcopy(self.hf)
         saved.image_processor.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         saved.save_pretrained(folder)
@@ -161,13 +247,13 @@ class QwenVLProcessor:
                     {"image": decoded, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels},
                     image_patch_size=self._patch,
                 )
-            except ValueError as error:  # a long and narrow image, of which too little height would be left
+            except ValueError as error:  # a long and narrow image, whose shorter side would vanish
                 raise BadRecordError(
                     record_id,
                     f"image {ref}: {decoded.width}×{decoded.height} cannot be resized to {self.min_pixels} to "
                     f"{self.max_pixels} pixels (model.min_pixels, model.max_pixels): {error}",
                 ) from error
-            # No second resize: the processor's own pixel budget need not be ours.
+            # Not resized again: the Hugging Face processor has limits of its own.
             inputs = self.hf.image_processor(images=[resized], do_resize=False, return_tensors="pt")
             grid_thw = inputs["image_grid_thw"][0]
             _, height, width = (self._patch * int(side) for side in grid_thw)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from spark_vl.config import ObjectiveConfig, OptimizerConfig
-from spark_vl.families import ProcessedPrompt, Processor
+from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.policy.losses import StepTotals
 from spark_vl.policy.packing import Pack, PackItem, pack_items
 from spark_vl.records import Kind, RolloutGroup
@@ -50,7 +50,7 @@ class BatchMaker:
 
     Args:
         accelerator: counts over all processes.
-        processor: gives the image token, and the dummy image of a pack without images.
+        processor: knows the padding.
         objective: weights of the kinds of prompts.
         optimizer: `updates_per_batch` and `tokens_per_pack`.
         max_new_tokens: normalizer of Dr. GRPO.
@@ -100,12 +100,7 @@ class BatchMaker:
             sampler_logprobs += [rollout.logprobs for rollout in group.rollouts]
             if not (skip_flat and group.zero_variance):
                 items.append(PackItem(prompt, [rollout.token_ids for rollout in group.rollouts], rows))
-        packs = pack_items(
-            items,
-            tokens_per_pack=self.optimizer.tokens_per_pack,
-            dummy_image=self.processor.dummy_image,
-            image_token_id=self.processor.image_token_id,
-        )
+        packs = pack_items(items, tokens_per_pack=self.optimizer.tokens_per_pack, padding=self.processor.padding)
         device = self.accelerator.device
         sizes = torch.tensor([len(kinds), sum(map(len, sampler_logprobs)), len(packs)], device=device)
         sizes = self.accelerator.gather(sizes[None])

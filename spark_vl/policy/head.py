@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**26
-"""Elements of the largest logits tensor (256 MiB in float32): 440 tokens of Qwen's 152k-word vocabulary."""
+"""Elements of the largest logits tensor (256 MiB in float32): 440 tokens of a vocabulary of 152k words."""
 
 
 class TokenScores(NamedTuple):
-    """What the policy says of given tokens."""
+    """The policy's scores of given tokens."""
 
     logprobs: torch.Tensor
     """[N] natural-log probabilities, float32 (float64 for a float64 model)."""

@@ -9,19 +9,20 @@ prompt. Several short groups share a pack; a long one is cut into packs that rep
 the prompt's last token predicts the first token of every completion. The loss is normalized over the whole optimizer
 step, so where packs are cut changes no gradient.
 
-Shapes: T tokens of a pack, N completion tokens (each is a target), P image patches, I images.
+Shapes: T tokens of a pack, N completion tokens (each is a target). Position ids have the leading dimensions (`...`) of
+the model family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from spark_vl.families import ProcessedImage, ProcessedPrompt
+from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
 
 PROMPT = -1
 
@@ -30,7 +31,7 @@ PROMPT = -1
 class PackItem:
     """A prompt and some of its completions, which stay together."""
 
-    prompt: ProcessedPrompt
+    prompt: ModelInputs
     completions: Sequence[Sequence[int]]
     """Token ids; none is empty."""
     rows: Sequence[int]
@@ -49,15 +50,13 @@ class Pack:
     input_ids: torch.Tensor
     """[1, T]"""
     position_ids: torch.Tensor
-    """[3, 1, T]"""
+    """[..., 1, T]"""
     item_T: torch.Tensor
     """[T] which item of the pack a token belongs to."""
     segment_T: torch.Tensor
     """[T] which completion of the item a token belongs to, or PROMPT."""
-    pixel_values: torch.Tensor
-    """[P, D], the images of the pack in order. Never empty: see `make_pack`."""
-    image_grid_thw: torch.Tensor
-    """[I, 3]"""
+    images: tuple[ProcessedImage, ...]
+    """In order. Never empty if the model has a vision tower: see `make_pack`."""
     source_N: torch.Tensor
     """[N] index in T of the token whose hidden state predicts the target."""
     target_N: torch.Tensor
@@ -66,14 +65,16 @@ class Pack:
     """[N] which completion of the step the target belongs to."""
 
     def to(self, device: torch.device) -> Pack:
-        """This pack with its tensors on `device`."""
-        return Pack(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """This pack with its tensors on `device`; its images, which the model family moves, stay where they are."""
+        tensors = [field.name for field in fields(self) if field.name != "images"]
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
-def pack_items(
-    items: Sequence[PackItem], *, tokens_per_pack: int, dummy_image: ProcessedImage, image_token_id: int
-) -> list[Pack]:
+def pack_items(items: Sequence[PackItem], *, tokens_per_pack: int, padding: ModelInputs) -> list[Pack]:
     """Distribute `items` over packs of at most `tokens_per_pack` tokens, first fit; an item that is too long is cut.
+
+    Args:
+        padding: see `make_pack`.
 
     Raises:
         ValueError: a prompt with one of its completions is longer than a pack.
@@ -89,7 +90,7 @@ def pack_items(
         else:
             bins.append([item])
             free.append(tokens_per_pack - item.tokens)
-    return [make_pack(content, dummy_image=dummy_image, image_token_id=image_token_id) for content in bins]
+    return [make_pack(content, padding=padding) for content in bins]
 
 
 def _cut(item: PackItem, tokens_per_pack: int) -> list[PackItem]:
@@ -98,8 +99,9 @@ def _cut(item: PackItem, tokens_per_pack: int) -> list[PackItem]:
     left = 0
     for completion, row in zip(item.completions, item.rows, strict=True):
         if len(completion) > room:
+            name = item.prompt.record.id if isinstance(item.prompt, ProcessedPrompt) else "padding"
             raise ValueError(
-                f"{item.prompt.record.id}: a prompt of {len(item.prompt.input_ids)} tokens and a completion of "
+                f"{name}: a prompt of {len(item.prompt.input_ids)} tokens and a completion of "
                 f"{len(completion)} do not fit into optimizer.tokens_per_pack = {tokens_per_pack}"
             )
         if not parts or len(completion) > left:
@@ -111,12 +113,12 @@ def _cut(item: PackItem, tokens_per_pack: int) -> list[PackItem]:
     return [PackItem(item.prompt, completions, rows) for completions, rows in parts]
 
 
-def make_pack(items: Sequence[PackItem], *, dummy_image: ProcessedImage, image_token_id: int) -> Pack:
+def make_pack(items: Sequence[PackItem], *, padding: ModelInputs) -> Pack:
     """Lay `items` out in one sequence.
 
-    A pack without an image gets `dummy_image`, isolated: its tokens attend only to themselves and nothing attends to
-    them. Every pack then runs the vision tower, forward and backward, which ZeRO-3 and DDP need to be the same on
-    every rank.
+    A pack without an image gets that of `padding`, isolated: its tokens attend only to themselves, and nothing attends
+    to them. Every pack then runs the vision tower, forward and backward, which ZeRO-3 and DDP need to be the same on
+    every process. A model family without a vision tower has padding without an image.
     """
     ids: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
@@ -144,25 +146,18 @@ def make_pack(items: Sequence[PackItem], *, dummy_image: ProcessedImage, image_t
             n = len(completion)
             source_N.append(torch.tensor([last_of_prompt, *range(length, length + n - 1)]))
             row_N.append(torch.full((n,), row))
-            append(
-                torch.tensor(completion),
-                (torch.arange(n) + item.prompt.next_position).expand(3, n),
-                i,
-                segment,
-            )
+            behind = torch.arange(n) + item.prompt.next_position
+            append(torch.tensor(completion), behind.expand(*item.prompt.position_ids.shape[:-1], n), i, segment)
     targets = [torch.tensor(completion) for item in items for completion in item.completions]
-    if not images:
-        images.append(dummy_image)
-        n = dummy_image.tokens
-        # Any positions do: nothing reads the result.
-        append(torch.full((n,), image_token_id), torch.arange(n).expand(3, n), len(items), PROMPT)
+    if not images and padding.images:
+        images.extend(padding.images)
+        append(padding.input_ids, padding.position_ids, len(items), PROMPT)
     return Pack(
         input_ids=torch.cat(ids)[None],
-        position_ids=torch.cat(positions, dim=1)[:, None],
+        position_ids=torch.cat(positions, dim=-1)[..., None, :],
         item_T=torch.cat(item_T),
         segment_T=torch.cat(segment_T),
-        pixel_values=torch.cat([image.pixel_values for image in images]),
-        image_grid_thw=torch.stack([image.grid_thw for image in images]),
+        images=tuple(images),
         source_N=torch.cat(source_N),
         target_N=torch.cat(targets),
         row_N=torch.cat(row_N),

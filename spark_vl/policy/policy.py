@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face vision-language model that scores packs in one forward pass."""
+"""The policy: a Hugging Face model that scores packs in one forward pass."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spark_vl.config import ConfigError, LoraConfig, ModelConfig
+from spark_vl.families.registry import find_family, get_family
 from spark_vl.policy.head import ScoringHead, TokenScores
 from spark_vl.policy.packing import Pack, attention_mask
 
@@ -18,13 +19,14 @@ T = TypeVar("T")
 
 
 class Policy(nn.Module):
-    """A vision-language model as the trainer sees it.
+    """A model as the trainer sees it.
 
     All that computes with its weights goes through its `forward`: DDP sees an ordinary step, and ZeRO-3 and FSDP2,
     which gather weights when a module is called, begin and end with the outermost one.
 
     Args:
-        model: its `lm_head` is replaced by a `ScoringHead` over the same weight.
+        model: of one of the families of the registry. Its `lm_head` is replaced by a `ScoringHead` over the same
+            weight.
         attention: back-end of the packed forward pass.
         temperature: of the sampling, so that log-probabilities are those of the distribution that was sampled from.
         suppressed_token_ids: tokens that are never sampled.
@@ -45,6 +47,7 @@ class Policy(nn.Module):
         head.weight, head.bias = old.weight, old.bias  # the same Parameters: tied embeddings stay tied
         model.lm_head = head
         self.model = model
+        self.family = get_family(model.config.model_type)
         self.attention = attention
         self.temperature = temperature
         self.register_buffer("suppressed", torch.tensor(list(suppressed_token_ids), dtype=torch.long), persistent=False)
@@ -52,13 +55,13 @@ class Policy(nn.Module):
 
     def use_attention(self, backend: Literal["sdpa", "flex"]) -> None:
         """Compute the language model's attention with `backend` from here on."""
-        self.model.config.text_config._attn_implementation = {"flex": "flex_attention"}.get(backend, backend)
+        self.model.config.get_text_config()._attn_implementation = {"flex": "flex_attention"}.get(backend, backend)
 
     def forward(self, work: Pack | Callable[[], T], *, adapters: bool = True) -> TokenScores | T:
         """Score the N completion tokens of a pack, or do any other `work` on the model, such as a decoding step.
 
         Args:
-            adapters: False: with the weights that the low-rank adapters left alone, which are the reference policy.
+            adapters: False: without the low-rank adapters, which is the reference policy.
         """
         if not isinstance(work, Pack):
             return work()
@@ -68,14 +71,9 @@ class Policy(nn.Module):
             return self._score(work)
 
     def _score(self, pack: Pack) -> TokenScores:
-        hidden_TH = self.model.model(
-            input_ids=pack.input_ids,
-            position_ids=pack.position_ids,
-            attention_mask=attention_mask(pack, self.attention),
-            pixel_values=pack.pixel_values,
-            image_grid_thw=pack.image_grid_thw,
-            use_cache=False,
-        ).last_hidden_state[0]
+        hidden_TH = self.family.hidden_states(
+            self.model, pack.input_ids, pack.position_ids, attention_mask(pack, self.attention), pack.images
+        )
         return self.model.lm_head(
             hidden_TH[pack.source_N],
             pack.target_N,
@@ -122,7 +120,7 @@ def load_policy(
     suppressed_token_ids: Sequence[int],
     trained: torch.dtype | None = None,
 ) -> Policy:
-    """Load the checkpoint at `config.path`, in safetensors only and without any code of its own.
+    """Load the checkpoint at `config.path`, from safetensors only and without any code of its own.
 
     Args:
         dtype: of the weights.
@@ -130,9 +128,10 @@ def load_policy(
             5e-7 vanish in bfloat16. None: nothing is to be trained.
 
     Raises:
-        ConfigError: adapters are asked for, and peft is not installed.
+        ConfigError: see `find_family`; or adapters are asked for, and peft is not installed.
     """
-    model = AutoModelForImageTextToText.from_pretrained(
+    family = find_family(config)
+    model = family.model_class.from_pretrained(
         config.path,
         revision=config.revision,
         dtype=dtype,
@@ -149,9 +148,9 @@ def load_policy(
     if trained is None:
         return policy
     if config.lora:
-        _add_adapters(model, config.lora, trained)
+        _add_adapters(model, family.adapter_targets, config.lora, trained)
     if "vision" in config.freeze:
-        model.model.visual.requires_grad_(False)
+        family.freeze_vision(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # transformers lets the embeddings ask for a gradient, which only the reentrant kind needs: a frozen vision
@@ -160,8 +159,8 @@ def load_policy(
     return policy.train()
 
 
-def _add_adapters(model: PreTrainedModel, config: LoraConfig, dtype: torch.dtype) -> None:
-    """Give every linear layer of the language model's blocks a trained adapter, and freeze all else."""
+def _add_adapters(model: PreTrainedModel, targets: str, config: LoraConfig, dtype: torch.dtype) -> None:
+    """Give each layer whose name `targets` matches a trained adapter, and freeze all else."""
     try:
         import peft
     except ImportError as error:
@@ -170,7 +169,7 @@ def _add_adapters(model: PreTrainedModel, config: LoraConfig, dtype: torch.dtype
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=r".*language_model\.layers\..*_proj",
+        target_modules=targets,
     )
     # Not `model.add_adapter`: transformers would then save nothing but the adapters.
     peft.inject_adapter_in_model(adapters, model)

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.distributed.launch import check_launch, strategy
 from spark_vl.distributed.step import GradientStep
-from spark_vl.families import Processor, padding_prompt
+from spark_vl.families.base import Processor
 from spark_vl.policy.batch import Batch
 from spark_vl.policy.losses import policy_loss
 from spark_vl.policy.packing import Pack, PackItem, make_pack
@@ -101,7 +101,7 @@ class Updater:
         policy: as prepared, so maybe wrapped.
         reference: the frozen policy of the KL penalty; None: the policy without its adapters, if `objective.beta` asks
             for one.
-        processor: knows the image token and the dummy image of a pack without images.
+        processor: knows the padding.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class Updater:
         self.skipped_in_a_row = 0
         self._step = GradientStep(accelerator, policy, optimizer, max_grad_norm=settings.max_grad_norm)
         # One token, at weight 0.
-        padding = PackItem(padding_prompt(processor), [processor.stop_token_ids[:1]], [0])
-        self._padding = make_pack([padding], dummy_image=processor.dummy_image, image_token_id=processor.image_token_id)
+        padding = PackItem(processor.padding, [processor.stop_token_ids[:1]], [0])
+        self._padding = make_pack([padding], padding=processor.padding)
 
     def use_settings(self) -> None:
         """Take learning rate, betas and weight decay from the settings, where a checkpoint has brought its own."""

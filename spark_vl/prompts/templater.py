@@ -1,8 +1,8 @@
 """Words prompts and reads the replies to them: a template is wording and reply parser in one object.
 
 What a prompt quotes (questions, answers) comes from datasets and models and is not trusted: it is put in literally,
-in one pass, so that a slot inside a quotation stays text, and `neutralize` takes the effect from special tokens in it.
-Images stand where the question has them, in any number.
+in one pass, so that a slot inside a quotation stays text, and `Templater.neutralize` takes the effect from special
+tokens in it. Images stand where the question has them, in any number.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from importlib.resources import files as package_files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -26,7 +27,8 @@ from spark_vl.config import PromptConfig, blamed_on
 from spark_vl.records import JUDGMENTS, Content, Kind, Message, Origin, PromptRecord
 
 PROMPTS_FILE = "spark_prompts.json"
-"""What `Templater.save` writes into the folder of a model, so that it is asked in the words that it was trained on."""
+"""What `Templater.save` writes into the folder of a model, so that the model is asked in the words that it was trained
+on."""
 
 _SLOTS = {
     "pointwise": ("{question}", "{answer}"),
@@ -37,16 +39,6 @@ _OPTION_SLOTS = ("{option_a}", "{option_b}")
 _SLOT = re.compile(r"(\{(?:question|answer|answer_a|answer_b|option_a|option_b)\})")
 # A word in braces is a misspelled slot, unless it is the argument of a command, as in `\text{cm}` or `\frac{ab}{cd}`.
 _UNKNOWN_SLOT = re.compile(r"(?<![\w}])\{[a-z_]{2,}\}")
-
-
-def neutralize(text: str) -> str:
-    """`text` with a zero-width space after the `<` of what may be an added token, so that no part of it is one.
-
-    Every special token of Qwen is spelled `<|...|>`, some of other families with a full-width bar. That no bar follows
-    a `<` rules out nested and overlapping ones too. Qwen2.5-VL has two more added tokens, `<tool_call>` and
-    `</tool_call>`. What other families add (`<s>`, `[INST]`, `<think>`) is plain text to it and stays. Idempotent.
-    """
-    return re.sub("<(?=[|｜]|/?tool_call>)", "<\u200b", text)
 
 
 @dataclass(frozen=True)
@@ -141,6 +133,7 @@ class Rendered:
             choices=self.labels if judgment else parent.choices,
             settings=() if judgment else parent.settings,
             image_sizes=(),
+            coordinates=None,
             origin=Origin(parent.id, step, self.template, rollouts, quoted_correct, completions),
         )
 
@@ -152,6 +145,8 @@ class Templater:
         templates: at least one pointwise, one pairwise and, for each `shows`, one reflection that claims "check".
         system_prompt: opens every prompt; none when None.
         reasoning_suffix: appended to every problem as it is.
+        reserved: texts, each of two characters or more, that are or begin a special token of the model that is asked.
+            None: that is not known, so those of all model families count.
 
     Raises:
         ValueError: two templates have the same name, or one that is needed is missing.
@@ -163,6 +158,7 @@ class Templater:
         *,
         system_prompt: str | None = None,
         reasoning_suffix: str = REASONING_SUFFIX,
+        reserved: Sequence[str] | None = None,
     ) -> None:
         if repeated := _repeated(templates):
             raise ValueError(f"templates: more than one is named {', '.join(repeated)}; names are unique")
@@ -171,21 +167,21 @@ class Templater:
         self._system_prompt = system_prompt
         self._system = () if system_prompt is None else (Message("system", (system_prompt,)),)
         self._suffix = reasoning_suffix
+        self._reserved = _all_reserved() if reserved is None else tuple(reserved)
+        self._special = re.compile("|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in self._reserved))
         pointwise = [t for t in templates if t.kind == "pointwise"]
         reflection = [t for t in templates if t.kind == "reflection"]
-        # The templates to draw from: by what is asked, in families that are equally likely.
-        self._families = {
+        # The templates to draw from: by what is asked, in sets that are equally likely.
+        self._sets = {
             "pointwise": ([t for t in pointwise if t.options is None], [t for t in pointwise if t.options]),
             "pairwise": ([t for t in templates if t.kind == "pairwise"],),
         }
         for shows in ("answer", "cot"):
             shown = [t for t in reflection if t.shows == shows]
-            self._families[f"reflection that shows: {shows}"] = (shown,)
-            self._families[f"reflection that shows: {shows}, claim: check"] = (
-                [t for t in shown if t.claim == "check"],
-            )
-        for purpose, families in self._families.items():
-            if not any(families):
+            self._sets[f"reflection that shows: {shows}"] = (shown,)
+            self._sets[f"reflection that shows: {shows}, claim: check"] = ([t for t in shown if t.claim == "check"],)
+        for purpose, sets in self._sets.items():
+            if not any(sets):
                 raise ValueError(f"templates: there is no {purpose}; at least one is needed")
 
     @classmethod
@@ -196,6 +192,7 @@ class Templater:
         builtin: bool = True,
         system_prompt: str | None = None,
         reasoning_suffix: str = REASONING_SUFFIX,
+        reserved: Sequence[str] | None = None,
     ) -> Templater:
         """The templates of YAML `files`, beside the shipped ones if `builtin`.
 
@@ -208,11 +205,16 @@ class Templater:
         shipped = package_files("spark_vl.prompts.templates").iterdir() if builtin else ()
         shipped = sorted((file for file in shipped if file.name.endswith(".yaml")), key=lambda file: file.name)
         templates = {t.name: t for file in (*shipped, *map(Path, files)) for t in _read(file)}
-        return cls(list(templates.values()), system_prompt=system_prompt, reasoning_suffix=reasoning_suffix)
+        return cls(
+            list(templates.values()),
+            system_prompt=system_prompt,
+            reasoning_suffix=reasoning_suffix,
+            reserved=reserved,
+        )
 
     @classmethod
-    def from_config(cls, config: PromptConfig) -> Templater:
-        """The templates of a run.
+    def from_config(cls, config: PromptConfig, reserved: Sequence[str] | None = None) -> Templater:
+        """The templates of a run whose model has the texts `reserved`.
 
         Raises:
             ConfigError: a template file cannot be used.
@@ -223,6 +225,7 @@ class Templater:
                 builtin=config.builtin_templates,
                 system_prompt=config.system or None,
                 reasoning_suffix=config.reasoning_suffix,
+                reserved=reserved,
             )
 
     @classmethod
@@ -234,21 +237,30 @@ class Templater:
         """
         try:
             saved = json.loads(file.read_bytes())
-        except ValueError as error:  # no JSON, or no text
+        except ValueError as error:  # not JSON, or not text
             raise ValueError(f"{file}: is not valid JSON: {error}") from error
         if not (
             isinstance(saved, dict)
-            and saved.keys() == {"system", "reasoning_suffix", "templates"}
+            and saved.keys() == {"system", "reasoning_suffix", "reserved", "templates"}
             and isinstance(saved["system"], str | None)
             and isinstance(saved["reasoning_suffix"], str)
+            and isinstance(saved["reserved"], list)
+            and saved["reserved"]
+            and all(isinstance(text, str) and len(text) > 1 for text in saved["reserved"])
         ):
             raise ValueError(
                 f"{file}: found {saved!r:.200}; allowed: a mapping with system (a text or null), reasoning_suffix "
-                "(a text), templates (a list) and nothing else"
+                "(a text), reserved (a list of texts of two characters or more, not empty), templates (a list) and "
+                "nothing else"
             )
         templates = _templates(saved["templates"], file)
         try:
-            return cls(templates, system_prompt=saved["system"], reasoning_suffix=saved["reasoning_suffix"])
+            return cls(
+                templates,
+                system_prompt=saved["system"],
+                reasoning_suffix=saved["reasoning_suffix"],
+                reserved=saved["reserved"],
+            )
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
@@ -257,9 +269,15 @@ class Templater:
         saved = {
             "system": self._system_prompt,
             "reasoning_suffix": self._suffix,
+            "reserved": list(self._reserved),
             "templates": [asdict(template) for template in self.templates.values()],
         }
         file.write_text(json.dumps(saved, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    def neutralize(self, text: str) -> str:
+        """`text` with a zero-width space after the first character of each reserved text, so that no part of it is read
+        as a special token, also where tokens are nested or overlap. Idempotent."""
+        return self._special.sub("\\g<0>\u200b", text)
 
     def problem(self, question: Content) -> tuple[Message, ...]:
         """The prompt that asks `question`."""
@@ -337,10 +355,10 @@ class Templater:
         return self._render(self._choose(purpose, template, rng), question, None, {"{answer}": answer})
 
     def _choose(self, purpose: str, name: str | None, rng: random.Random) -> Template:
-        families = [family for family in self._families[purpose] if family]
+        sets = [templates for templates in self._sets[purpose] if templates]
         if name is None:
-            return rng.choice(rng.choice(families))
-        allowed = {template.name: template for family in families for template in family}
+            return rng.choice(rng.choice(sets))
+        allowed = {template.name: template for templates in sets for template in templates}
         if name not in allowed:
             raise ValueError(f"template: found {name!r}; allowed is a {purpose}: {', '.join(allowed)}")
         return allowed[name]
@@ -358,8 +376,16 @@ class Templater:
                 content[-1] += part
             elif part != "":
                 content.append(part)
-        merged = tuple(neutralize(part) if isinstance(part, str) else part for part in content)
+        merged = tuple(self.neutralize(part) if isinstance(part, str) else part for part in content)
         return (*self._system, Message("user", merged))
+
+
+@cache
+def _all_reserved() -> tuple[str, ...]:
+    """The reserved texts of all model families, from the YAML files beside their code."""
+    found = sorted(package_files("spark_vl.families").iterdir(), key=lambda file: file.name)
+    families = [yaml.safe_load(file.read_text("utf-8")) for file in found if file.name.endswith(".yaml")]
+    return tuple(dict.fromkeys(text for family in families for text in family["reserved"]))
 
 
 def _read(file: Path | Traversable) -> list[Template]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from accelerate import Accelerator
 
 from spark_vl.distributed.gather import any_process
-from spark_vl.families import ProcessedPrompt
+from spark_vl.families.base import ProcessedPrompt
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import Scored
 from spark_vl.records import KINDS, Kind

@@ -8,7 +8,7 @@ from dataclasses import replace
 from accelerate import Accelerator
 
 from spark_vl.distributed.spread import spread
-from spark_vl.families import ProcessedPrompt
+from spark_vl.families.base import ProcessedPrompt
 from spark_vl.policy.policy import Policy
 from spark_vl.records import PromptRecord, RolloutGroup, Verdict
 from spark_vl.rollout.engine import RolloutEngine, Sampling

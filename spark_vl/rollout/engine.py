@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from spark_vl.families import ProcessedPrompt
+from spark_vl.families.base import ProcessedPrompt
 from spark_vl.policy.policy import Policy
 from spark_vl.records import RolloutGroup
 

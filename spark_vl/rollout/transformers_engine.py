@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from spark_vl.config import RolloutConfig
 from spark_vl.distributed.gather import any_process, whole_weights
 from spark_vl.distributed.launch import strategy
-from spark_vl.families import ProcessedImage, ProcessedPrompt, Processor, padding_prompt
+from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt, Processor
 from spark_vl.policy.head import sampling_logits
 from spark_vl.policy.policy import Policy
 from spark_vl.records import Rollout, RolloutGroup
@@ -45,9 +45,10 @@ class TransformersEngine:
         policy: sampled from, unwrapped.
         processor: names the stop and pad tokens, and decodes.
         decode_batch_size: completions decoded together; bounds the key-value cache.
-        weights: makes the context in which the policy's weights are there, where they are sharded.
-        any_process: whether its argument is true on any process. Given where each call of the policy is a collective
-            one: then all processes make as many, those with nothing left to decode on rows that are dropped.
+        weights: makes the context in which sharded weights are gathered.
+        any_process: whether its argument is true on any process. Given if each call of the policy is collective: all
+            processes then make the same number of calls, and those with nothing left to decode run rows that are
+            dropped.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class TransformersEngine:
         alive_R = torch.arange(max(rows, 1), device=device)
         real = bool(prompts)  # rows to drop are never beside others
 
-        batch = prompts or [padding_prompt(self.processor)]
+        batch: Sequence[ModelInputs] = prompts or [self.processor.padding]
         each = n if prompts else 1
         logits_BV, cache, mask_BS = self.policy(partial(self._prefill, batch))
         logits_RV = logits_BV.repeat_interleave(each, dim=0)
@@ -174,59 +175,35 @@ class TransformersEngine:
         self, token_R: torch.Tensor, position_R: torch.Tensor, mask_RS: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         """Run one more token of each row: logits [R, V]."""
-        hidden_RH = self.policy.model.model.language_model(
-            inputs_embeds=self.policy.model.get_input_embeddings()(token_R[:, None]),
-            position_ids=position_R[None, :, None].expand(3, -1, 1),
-            attention_mask=mask_RS,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        hidden_RH = self.policy.family.decode(self.policy.model, token_R, position_R, mask_RS, cache)
         return self.policy.model.lm_head(hidden_RH)
 
-    def _prefill(self, prompts: Sequence[ProcessedPrompt]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    def _prefill(self, prompts: Sequence[ModelInputs]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
         """Run the prompts, padded on the left, once: last logits [B, V], cache, mask [B, S]."""
         device = self.policy.suppressed.device
         longest = max(len(p.input_ids) for p in prompts)
+        leading = prompts[0].position_ids.shape[:-1]  # of the model family
         ids_BS = torch.full((len(prompts), longest), self.processor.pad_token_id)
         mask_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
-        positions_3BS = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+        positions_BS = torch.zeros(*leading, len(prompts), longest, dtype=torch.long)
         for b, prompt in enumerate(prompts):
-            ids_BS[b, longest - len(prompt.input_ids) :] = prompt.input_ids
-            mask_BS[b, longest - len(prompt.input_ids) :] = 1
-            positions_3BS[:, b, longest - len(prompt.input_ids) :] = prompt.position_ids
-        ids_BS, mask_BS, positions_3BS = ids_BS.to(device), mask_BS.to(device), positions_3BS.to(device)
-
-        embeds_BSH = self.policy.model.get_input_embeddings()(ids_BS)
-        features = self._encode_images(prompts)
-        if features is not None:
-            is_image = (ids_BS == self.processor.image_token_id) & mask_BS.bool()
-            embeds_BSH = embeds_BSH.masked_scatter(is_image[..., None], features.to(embeds_BSH.dtype))
-        cache = DynamicCache(config=self.policy.model.config.text_config)
-        output = self.policy.model.model.language_model(
-            inputs_embeds=embeds_BSH,
-            position_ids=positions_3BS,
-            attention_mask=mask_BS,
-            past_key_values=cache,
-            use_cache=True,
+            start = longest - len(prompt.input_ids)
+            ids_BS[b, start:] = prompt.input_ids
+            mask_BS[b, start:] = 1
+            positions_BS[..., b, start:] = prompt.position_ids
+        mask_BS = mask_BS.to(device)
+        hidden_BH, cache = self.policy.family.prefill(
+            self.policy.model, ids_BS.to(device), positions_BS.to(device), mask_BS, *self._images(prompts)
         )
-        return self.policy.model.lm_head(output.last_hidden_state[:, -1]), cache, mask_BS
+        return self.policy.model.lm_head(hidden_BH), cache, mask_BS
 
-    def _encode_images(self, prompts: Sequence[ProcessedPrompt]) -> torch.Tensor | None:
-        """Features of all images in order, [total tokens, H]; each unique image goes through the vision tower once."""
+    def _images(self, prompts: Sequence[ModelInputs]) -> tuple[list[ProcessedImage], list[int]]:
+        """Each unique image once, and for each image that the prompts show its index among them."""
         unique: dict[ProcessedImage, int] = {}
-        for image in (image for p in prompts for image in p.images):
-            unique.setdefault(image, len(unique))
-        if not unique:
-            if not self.in_step:
-                return None
-            unique[self.processor.dummy_image] = 0  # other processes run the vision tower; of this one nothing is used
-        device = self.policy.suppressed.device
-        features = self.policy.model.model.get_image_features(
-            torch.cat([image.pixel_values for image in unique]).to(device),
-            torch.stack([image.grid_thw for image in unique]).to(device),
-            return_dict=True,
-        ).pooler_output
-        return torch.cat([features[unique[image]] for p in prompts for image in p.images] or [features[0][:0]])
+        shown = [unique.setdefault(image, len(unique)) for prompt in prompts for image in prompt.images]
+        if not unique and self.in_step:  # other processes run the vision tower; of this one nothing is used
+            return list(self.processor.padding.images), []
+        return list(unique), shown
 
     def _sample(
         self, logits_RV: torch.Tensor, sampling: Sampling, generator: torch.Generator

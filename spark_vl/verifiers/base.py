@@ -110,7 +110,8 @@ def verify(
         gold: the right answer.
         choices: options of a choice question in order, or the labels of a judgment.
         image_size: [width, height] of the image as it was given, upright.
-        processed_size: [width, height] as the model saw it. None: as `image_size`.
+        processed_size: [width, height] as the model saw it, in whose pixels replies are written unless the setting
+            `coordinates` says otherwise. None: as `image_size`.
         settings: of the verifier, such as `relative=0.05`.
 
     Raises:
@@ -148,6 +149,7 @@ def bare_record(
         choices=tuple(choices),
         settings=tuple(settings.items()),
         image_sizes=sizes,
+        coordinates="resized",
     )
 
 

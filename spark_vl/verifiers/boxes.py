@@ -19,11 +19,11 @@ MAX_CHARS = 64_000
 """Of an answer: room for `MAX_SHAPES` boxes with short labels."""
 
 Key = Literal["bbox_2d", "point_2d"]
-"""What the Qwen-VL models call a box and a point in JSON."""
+"""What a box and a point are called in JSON."""
 
 _COUNTS = {"bbox_2d": 4, "point_2d": 2}
 _POINT = "coordinate"
-"""What they call a point that they click on."""
+"""What a point to click on is called."""
 
 
 class UnreadableError(ValueError):
@@ -40,7 +40,6 @@ class Shape:
     """What is there, None where nothing is said."""
 
 
-_MARKER = re.compile(r"<\|box_(?:start|end)\|>")
 _NUMBER = re.compile(r"-?[0-9]++(?:\.[0-9]++)?+")
 _PAIR = rf"\(\s*+{_NUMBER.pattern}\s*+,\s*+{_NUMBER.pattern}\s*+\)"
 _PAIRS = re.compile(rf"{_PAIR}(?:\s*+,?+\s*+{_PAIR})*+")
@@ -60,12 +59,9 @@ def find_answer(reply: str) -> str:
     3. the last of its outermost `[...]`, `{...}` and runs of `(x, y)` pairs. Brackets that do not close, as in a reply
        that was cut off, hold no answer, and neither does what stands in them. Brackets in quotes count as brackets.
 
-    `<|box_start|>` and `<|box_end|>` are left out: they are special tokens, which decoding drops.
-
     Raises:
         UnreadableError: the reply has none of them.
     """
-    reply = _MARKER.sub("", reply)
     if (boxed := last_boxed(reply)) is not None:
         return boxed
     for fenced in reversed(reply.split("```")[1:-1:2]):

@@ -1,8 +1,8 @@
 r"""What `iou`, `point` and `detection` share: where in an image the gold and a reply point.
 
-The gold is in pixels of the original image, upright. A model writes coordinates in the system that it was trained with
-(Qwen2.5-VL: https://github.com/QwenLM/Qwen2.5-VL/blob/main/cookbooks/spatial_understanding.ipynb), and the setting
-`coordinates` says which that is. No other system is tried, so none is picked because it scores best.
+The gold is in pixels of the original image, upright. A model writes coordinates in the system that it was trained with.
+The record says which that is, unless the setting `coordinates` does. No other system is tried, so none is picked
+because it scores best.
 
 Every coordinate of a reply is scaled to pixels of the original image, must then lie inside it or within `BORDER` of its
 side, and is moved to the border if it is beyond. A reply with a single box that is not such, or has its corners
@@ -14,24 +14,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from spark_vl.answers import last_boxed
-from spark_vl.records import BadRecordError, PromptRecord, Verdict
+from spark_vl.records import BadRecordError, Coordinates, PromptRecord, Verdict
 from spark_vl.verifiers.base import settings_of
 from spark_vl.verifiers.boxes import Key, Shape, UnreadableError, find_answer, read_shapes
 
 GROUNDING: dict[str, Any] = {
     "image": 0,
-    "coordinates": ("resized", "thousand", "original"),
+    "coordinates": ("model", *get_args(Coordinates)),
     "gold_boxes": ("xyxy", "xywh"),
 }
 """The settings of all three.
 
 `image`: index of the image that is pointed at, among those of the prompt.
 
-`coordinates`: how replies are written: in pixels of the image as the model saw it (`resized`: Qwen2.5-VL), in
-thousandths of width and height (`thousand`: Qwen2-VL, Qwen3-VL), or in pixels of the original image (`original`).
+`coordinates`: how replies are written: as the model's family writes them (`model`), or, where the prompt asks for
+something else, as `records.Coordinates` says.
 
 `gold_boxes`: how the boxes of the gold are written: by two corners, or by a corner, width and height, as in COCO.
 Replies are always by two corners.
@@ -62,19 +62,26 @@ def sizes(record: PromptRecord) -> tuple[tuple[int, int], tuple[int, int]]:
     """[width, height] of the original image, and of the one that replies are written for.
 
     Raises:
-        BadRecordError: the image's size is not known.
+        BadRecordError: the image's size, or how replies are written, is not known.
     """
     settings = settings_of(record)
     index, count = settings["image"], len(record.image_sizes)
+    system = record.coordinates if settings["coordinates"] == "model" else settings["coordinates"]
     if not 0 <= index < count:
         raise BadRecordError(
             record.id,
             f"the size of image {index} is missing, which {record.verifier} needs: the record has the sizes of {count} "
             "images, and a record that no processor has processed has none",
         )
+    if system is None:
+        raise BadRecordError(
+            record.id,
+            f"how coordinates are written is missing, which {record.verifier} needs: a record that no processor has "
+            "processed does not say it, and neither does the setting coordinates",
+        )
     size = record.image_sizes[index]
     written = {"resized": size.processed, "thousand": (1000, 1000), "original": size.original}
-    return size.original, written[settings["coordinates"]]
+    return size.original, written[system]
 
 
 def gold_shapes(record: PromptRecord, key: Key) -> list[Shape]:

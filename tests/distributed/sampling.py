@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from spark_vl.config_cli import parse_train_config
 from spark_vl.distributed.launch import start_accelerator, strategy
-from spark_vl.families import load_processor
+from spark_vl.families.registry import find_family
 from spark_vl.policy.update import load_updater
 from spark_vl.records import RolloutGroup, Verdict
 from spark_vl.rollout import Sampling, load_engine
@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     """Sample in all ways, also after an exception; then an update, and sample once more."""
     settings = [*SETTINGS, f"--model.path={folder / 'model'}", "--rollout.decode_batch_size=4", "--objective.beta=0"]
     config = parse_train_config(settings)
-    processor = load_processor(config.model, max_prompt_tokens=120)
+    processor = find_family(config.model).load_processor(config.model, max_prompt_tokens=120)
     accelerator = start_accelerator(config, folder)
     updater = load_updater(config, accelerator, processor, updates=10)
     share = SHARES[accelerator.num_processes][accelerator.process_index]

@@ -23,7 +23,8 @@ from spark_vl.advantages import group_advantages
 from spark_vl.config_cli import parse_train_config
 from spark_vl.demo.tiny import random_tiny
 from spark_vl.distributed.launch import start_accelerator, strategy
-from spark_vl.families import ProcessedPrompt, load_processor
+from spark_vl.families.base import ProcessedPrompt
+from spark_vl.families.registry import find_family
 from spark_vl.policy.batch import BatchMaker
 from spark_vl.policy.update import Add, Updater, load_updater
 from spark_vl.records import Rollout, RolloutGroup, Verdict
@@ -76,7 +77,7 @@ def main(folder: Path) -> None:
     for name, scenario in scenarios.items():
         config = parse_train_config([*SETTINGS, f"--model.path={folder / 'model'}", *scenario["settings"]])
         # One start for all: an accelerator is one for the life of a process.
-        processor = processor or load_processor(config.model, max_prompt_tokens=120)
+        processor = processor or find_family(config.model).load_processor(config.model, max_prompt_tokens=120)
         accelerator = accelerator or start_accelerator(config, folder)
         set_seed(0)  # of the adapters' first weights
         updater = load_updater(config, accelerator, processor, updates=10)

@@ -12,7 +12,7 @@ from typing import Any
 from spark_vl.answers import last_boxed, match_choice, match_label, parse_quantity
 from spark_vl.data.images import ImageError, check_encoded, encode_image, load_image
 from spark_vl.data.judgments import CONFIGS, record_of, row_of
-from spark_vl.prompts import Templater, neutralize
+from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, Verdict
 from spark_vl.verifiers.base import VERIFIERS, get_verifier
 from spark_vl.verifiers.pool import INLINE, VerifierPool
@@ -104,10 +104,10 @@ def run_prompts(case: tuple[str, tuple[str, ...]]) -> None:
     for template in readers.values():
         parsed = template.parse(reply)
         assert parsed is None or (parsed == last_boxed(reply) if template.labels is None else parsed in template.labels)
-    harmless = neutralize(reply)
+    harmless = templater().neutralize(reply)
     assert "<|" not in harmless
     assert "<｜" not in harmless
-    assert neutralize(harmless) == harmless
+    assert templater().neutralize(harmless) == harmless
     assert harmless.replace("\u200b", "") == reply.replace("\u200b", "")
     question, right, wrong, *_ = (*quotes, reply, reply, reply)
     rendered = templater().pairwise((question,), correct=right, wrong=wrong, rng=random.Random(0))
@@ -276,7 +276,7 @@ def run_judgment(case: tuple[str, Any]) -> None:
     if not isinstance(row, Mapping):
         return  # a source of rows gives mappings
     try:
-        record = record_of(row, config, id="x", recipe="r", verifiers=VERIFIERS)
+        record = record_of(row, config, id="x", recipe="r", verifiers=VERIFIERS, neutralize=templater().neutralize)
     except ValueError:
         return
     assert record.verifier in VERIFIERS

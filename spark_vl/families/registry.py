@@ -1,0 +1,57 @@
+"""Which family a checkpoint belongs to."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig
+
+from spark_vl.config import ConfigError, ModelConfig
+from spark_vl.families.base import Family
+
+FAMILIES = {"qwen2_5_vl": "spark_vl.families.qwen2_5_vl:Qwen2_5VL"}
+"""`model_type` of the Hugging Face configuration → `module:class`, imported on first use."""
+
+
+@cache
+def get_family(model_type: str) -> Family:
+    """The family of models of `model_type`, a key of `FAMILIES`."""
+    module, _, name = FAMILIES[model_type].partition(":")
+    return vars(import_module(module))[name]()
+
+
+def find_family(config: ModelConfig) -> Family:
+    """The family of the checkpoint at `config.path`.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it is of a family that the kit does not know.
+    """
+    found = load_part(AutoConfig, config).model_type
+    if found not in FAMILIES:
+        allowed = ", ".join(map(repr, FAMILIES))
+        raise ConfigError(f"model.path: {config.path} holds a {found!r} model; allowed: {allowed}")
+    return get_family(found)
+
+
+def load_part(part: Any, config: ModelConfig) -> Any:
+    """What `part.from_pretrained` loads from `config.path`.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read.
+    """
+    try:
+        return part.from_pretrained(config.path, revision=config.revision)
+    except (OSError, ValueError) as error:  # ValueError: of a model that transformers does not know
+        raise ConfigError(f"model.path: {config.path} cannot be loaded ({part.__name__}): {error}") from error
+
+
+def loaded_commit(config: ModelConfig) -> str | None:
+    """The commit of the Hub that `config.path` was just loaded from; None: it is a folder."""
+    if Path(config.path).exists():
+        return None
+    file = try_to_load_from_cache(config.path, "config.json", revision=config.revision or "main")
+    return Path(file).parent.name  # the cache names the folder for the commit
