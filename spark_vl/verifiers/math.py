@@ -24,6 +24,8 @@ from sympy import Basic, Eq, FiniteSet, Integer, Interval, MatrixBase, Mul, Set,
 from sympy.logic.boolalg import Boolean
 
 from spark_vl.answers import last_boxed, normalized, parse_quantity, plain
+from spark_vl.answers.boxed import STYLE
+from spark_vl.answers.quantities import PREFIXED_UNITS, SCALES, UNITS_AFTER_DIGIT, UNITS_IN_LETTERS, UNITS_IN_STYLE
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
@@ -31,7 +33,6 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 _MAX_CHARS = 1000
 """Longer boxes are no answers, and would each cost a worker its whole deadline."""
 
-_STYLE = r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mbox)"
 _DEFAULT = LatexExtractionConfig()
 _CONFIG = replace(_DEFAULT, normalization_config=replace(_DEFAULT.normalization_config, units=False))
 
@@ -56,7 +57,7 @@ def _script(sign: str) -> Callable[[re.Match[str]], str]:
 
 _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}"), ""),  # it is not shown
-    (re.compile(rf"^\s*{_STYLE}\s*\{{\s*((?:-|\\?\$)?\.?\d[^{{}}]*)\}}\s*$"), r"\1"),  # \text{5 cm}
+    (re.compile(rf"^\s*{STYLE}\s*\{{\s*((?:-|\\?\$)?\.?\d[^{{}}]*)\}}\s*$"), r"\1"),  # \text{5 cm}
     (re.compile(r"(?<!\\)\\$"), ""),  # what white space at the end left of `\ `
     (re.compile(r"(?<!\\)\\!"), ""),  # 1,\!000
     (re.compile(r"\\underline(?![A-Za-z])|\\[bB]igg?[lrm]?(?![A-Za-z])"), ""),
@@ -88,11 +89,8 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
     (re.compile(r"(\d)[eE]([-+]?\d+)(?![A-Za-z\d])"), r"\1\\times 10^{\2}"),
     (re.compile(r"[£€¥₹]"), ""),
     (re.compile(r"(?<=\d)(?:st|nd|rd|th)$"), ""),
-    (re.compile(rf"(?<=\d)(\s*(?:{_STYLE}\s*\{{\s*)?(?:[ckdm]?m|ft|in))([23])(?=\s*\}}?$)"), r"\1^\2"),  # 5 cm2
+    (re.compile(rf"(?<=\d)(\s*(?:{STYLE}\s*\{{\s*)?(?:[ckdm]?m|ft|in))([23])(?=\s*\}}?$)"), r"\1^\2"),  # 5 cm2
 ]
-_TWO_NUMBERS = re.compile(r"\d\s+\d")
-_INTERVAL = re.compile(r"\\infty|\\cup|[\[\]]")
-_BRACES = re.compile(r"(?:\\left\s*)?\\\{")
 
 
 @lru_cache(maxsize=1024)  # a group shares its gold, and often its answers
@@ -105,27 +103,13 @@ def _clean(answer: str) -> str:
 # ── units ──
 
 _POWER = r"(?:\s?\^\s?(?:-?\d|\{\s?-?\d\s?\}))"
-_STYLED_UNIT = rf"{_STYLE}\s?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}?"
+_STYLED_UNIT = rf"{STYLE}\s?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}?"
 _STYLED_TAIL = re.compile(rf"(?P<tail>{_STYLED_UNIT}(?:\s?(?:/|\\cdot)?\s?{_STYLED_UNIT})*)[\s.]*$")
 _PLAIN_TAIL = re.compile(
     r"(?:(?<=[\d})])(?P<space>\s?)|(?:(?<=\\pi)|(?<=\\circ))\s)"
     rf"(?P<tail>[A-Za-z][A-Za-z. ]*{_POWER}?(?:/\s?[A-Za-z]+{_POWER}?)?)$"
 )
 _FACTORS = re.compile(r"(?:\\cdot|[\s/*·()-])+")
-_GLUED_UNITS, _PLAIN_UNITS, _STYLED_UNITS = (
-    frozenset(units.split())
-    for units in (
-        "m s g h l cm mm km kg ft lb hr min sec mph",
-        "L N J W V A K yd mi in lbs oz gal hrs mins secs ms day days dm cup men kN kJ kW kWh kV Hz kHz MHz Pa kPa mL ml"
-        " mol ohm rad sq cu per of am pm AM PM",
-        "C F T H M mg cc eV MeV dB gm au AU ly lm lx Bq Gy Sv Wb GB MB KB TB GW MW MJ MPa GHz kph kmh rpm bpm psi ppm"
-        " pts Rs USD AUD EUR",
-    )
-)
-"""Each also counts where those after it do: `5mg` or "5 ms" may be a product, and "5C" a product or a name."""
-_PLAIN_UNITS |= _GLUED_UNITS
-_STYLED_UNITS |= _PLAIN_UNITS
-_PREFIXED = re.compile(r"[kcdmunpμ](?:[mgsNJWVACFTHL]|Hz|Pa|eV|mol|Ω)")
 _NO_UNIT = re.compile(
     r"\b(?:or|and|not|if|when|where|for|except|half|halves|thirds?|fifths?|tenths?|hundredths?|thousandths?"
     r"|(?:arc)?(?:sin|cos|tan|cot|csc)h?|log|exp|mod|sqrt|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho"
@@ -135,7 +119,7 @@ _NO_UNIT = re.compile(
 _EQUALS = re.compile(r"=|\\approx(?![A-Za-z])")
 _NUMERIC = re.compile(r"(?:[^A-Za-z\\]|\\(?:[dtc]?frac|sqrt|pi|left|right|times|cdot|pm|circ)(?![A-Za-z])|\\[%$!])*")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?$")
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SCALES = SCALES | {"dozen": 12}
 
 
 def _is_unit(unit: str, value: str, styled: bool, glued: bool) -> bool:
@@ -155,15 +139,17 @@ def _is_unit(unit: str, value: str, styled: bool, glued: bool) -> bool:
     if not words or _NO_UNIT.search(unit) or not (numeric or (styled and max(map(len, words)) > 1)):
         return False
     if glued:
-        return unit in _GLUED_UNITS or (len(words) == 1 < len(words[0]) and words[0] in _GLUED_UNITS)
+        return unit in UNITS_AFTER_DIGIT or (len(words) == 1 < len(words[0]) and words[0] in UNITS_AFTER_DIGIT)
     if styled:
         return all(
-            w in _STYLED_UNITS or _PREFIXED.fullmatch(w) or (_is_word(w) and not w.isupper()) or not w.isascii()
+            w in UNITS_IN_STYLE or w in PREFIXED_UNITS or (_is_word(w) and not w.isupper()) or not w.isascii()
             for w in words
         )
     if len(words) == len(words[0]) == 1 and words[0] not in ("m", unit):  # x^2; but m^2
         return False
-    return any(w in _PLAIN_UNITS or len(w) > 3 for w in words) and all(w in _PLAIN_UNITS or _is_word(w) for w in words)
+    return any(w in UNITS_IN_LETTERS or len(w) > 3 for w in words) and all(
+        w in UNITS_IN_LETTERS or _is_word(w) for w in words
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -207,7 +193,7 @@ def _parts(answer: str) -> list[tuple[str, float]] | None:
         if words in (r"^\circ", "'", "''", '"'):  # degrees and minutes, feet and inches; but no list of angles
             reads = _LINKS.search(behind) is None
         else:
-            reads = _LETTERS_ONLY.fullmatch(words) and (re.search(_STYLE, behind) or _are_words(words))
+            reads = _LETTERS_ONLY.fullmatch(words) and (re.search(STYLE, behind) or _are_words(words))
         if not reads:
             return None
         between = between or (bool(words) and i + 2 < len(rest))
@@ -217,7 +203,7 @@ def _parts(answer: str) -> list[tuple[str, float]] | None:
 
 
 def _are_words(text: str) -> bool:
-    return all(word in _PLAIN_UNITS or word in _SMALL_WORDS or _is_word(word) for word in text.split())
+    return all(word in UNITS_IN_LETTERS or word in _SMALL_WORDS or _is_word(word) for word in text.split())
 
 
 # ── times and ratios ──
@@ -263,7 +249,7 @@ def _ratio(answer: str) -> list[Any]:
 
 # ── words ──
 
-_STYLED = re.compile(rf"(?:{_STYLE}\s*\{{[^{{}}]*\}}[\s.$*]*)+")
+_STYLED = re.compile(rf"(?:{STYLE}\s*\{{[^{{}}]*\}}[\s.$*]*)+")
 _LETTERS = re.compile(r"[^\W\d_]{2,}(?:[\s',-]+[^\W\d_]+)*")
 _SHORT_WORDS = frozenset(("no", "dne"))
 _FIGURE = re.compile(r"[A-Z]{3,}")
@@ -296,9 +282,9 @@ def _angle(match: re.Match[str]) -> str:
     return rf" \text{{angle{min(side, other)}{vertex}{max(side, other)}}} "
 
 
-_LETTER_IN_STYLE = rf"{_STYLE}\s*\{{\s*(\\pi\s|[A-Za-z]|[A-Z]{{2,}})\s*\}}"
+_LETTER_IN_STYLE = rf"{STYLE}\s*\{{\s*(\\pi\s|[A-Za-z]|[A-Z]{{2,}})\s*\}}"
 _NAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(rf"(?<=[A-Za-z])(?={_STYLE})"), " "),  # what ends a command
+    (re.compile(rf"(?<=[A-Za-z])(?={STYLE})"), " "),  # what ends a command
     (re.compile(rf"(?<=[\^_]){_LETTER_IN_STYLE}"), r"{\1}"),
     (re.compile(_LETTER_IN_STYLE), r"\1"),
     (re.compile(r"(?:\\angle(?![A-Za-z])|∠)\s*\{?\s*([A-Z])\s*([A-Z])\s*([A-Z])(?![A-Za-z])\s*\}?"), _angle),
