@@ -18,6 +18,7 @@ from spark_vl.answers import (
     parse_quantity,
     plain,
 )
+from spark_vl.answers.quantities import UNITS_AFTER_DIGIT
 
 YES_NO = ("Yes", "No")
 AB = ("A", "B")
@@ -428,6 +429,11 @@ NOUNS = [  # text, value and unit if words may follow it
 def test_words_after_a_number(text: str, expected: tuple[float, str] | None) -> None:
     quantity = parse_quantity(text, nouns=True)
     assert (quantity and (quantity.value, quantity.unit)) == expected
+
+
+@pytest.mark.parametrize("unit", sorted(UNITS_AFTER_DIGIT))
+def test_a_number_may_have_each_unit_that_is_never_a_variable(unit: str) -> None:
+    assert parse_number(f"5{unit}") == 5
 
 
 @pytest.mark.parametrize(

@@ -472,15 +472,19 @@ def test_of_a_record_that_no_model_has_been_asked_no_coordinates_are_guessed(kin
         ("iou", {"threshold": -0.1}, "threshold: found -0.1; allowed: a finite number from 0"),
         ("iou", {"threshold": float("nan")}, "threshold: found nan; allowed: a finite number"),
         ("iou", {"threshold": "0.5"}, "threshold: found '0.5'"),
-        ("iou", {"distance": 0.1}, "'distance' is no setting; allowed: image, coordinates, gold_boxes, threshold"),
+        ("iou", {"distance": 0.1}, "'distance' is not a setting; allowed: image, coordinates, gold_boxes, threshold"),
         ("iou", {"coordinates": "pixels"}, "'model', 'resized', 'thousand', 'original'"),
         ("iou", {"image": 1}, "the size of image 1 is missing"),
         ("iou", {"image": True}, "image: found True"),
-        ("iou", {"treshold": 0.5}, "'treshold' is no setting"),
-        ("point", {"threshold": 0.5}, "'threshold' is no setting; allowed: image, coordinates, gold_boxes, distance"),
+        ("iou", {"treshold": 0.5}, "'treshold' is not a setting"),
+        (
+            "point",
+            {"threshold": 0.5},
+            "'threshold' is not a setting; allowed: image, coordinates, gold_boxes, distance",
+        ),
         ("point", {"distance": 5}, "distance is 5"),
         ("detection", {"threshold": 0}, "threshold is 0; detection"),
-        ("detection", {"distance": 0.1}, "'distance' is no setting"),
+        ("detection", {"distance": 0.1}, "'distance' is not a setting"),
     ],
 )
 def test_wrong_settings(kind: str, wrong: dict, message: str) -> None:

@@ -13,8 +13,8 @@ from tokenizers import AddedToken
 
 from spark_vl.prompts import Template, Templater
 from spark_vl.records import PromptRecord, plain_text
-from spark_vl.verifiers import VerifierPool
-from spark_vl.verifiers.base import VERIFIERS, run_verifier, verify
+from spark_vl.verifiers import VERIFIERS, VerifierPool, verify
+from spark_vl.verifiers.base import run_verifier
 from tests.conftest import make_image, make_record
 from tests.hacks import HACKS, INJECTIONS, SEAMS, TOWERS, box
 

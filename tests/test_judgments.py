@@ -32,7 +32,7 @@ from spark_vl.data.recipes import load_recipe
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, RolloutGroup, plain_text
 from spark_vl.run.shards import find_shards
-from spark_vl.verifiers import check_gold
+from tests.golds import check_gold
 from tests.groups import TEMPLATER, UNCAPPED, a_run, picture, pixels, problem, recycled, sampled, write
 
 RUN = a_run(steps=6)
@@ -382,7 +382,7 @@ def test_a_path_is_never_followed(config: str, path: str, tmp_path: Path, monkey
         ({"verifier": None}, "'verifier' is null"),
         ({"settings": "{"}, "'settings' is no JSON"),
         ({"settings": "[1]"}, "a JSON object of texts and numbers is allowed"),
-        ({"settings": '{"no_such": 1}'}, "'no_such' is no setting"),
+        ({"settings": '{"no_such": 1}'}, "'no_such' is not a setting"),
         ({"verifier": "os:system"}, "'verifier' is 'os:system'; allowed: "),
         ({"verifier": "my.module:check"}, "'verifier' is 'my.module:check'; allowed: "),
         ({"verifier": "spark_vl.verifiers.number:verify_number"}, "allowed: "),

@@ -14,11 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_vl.records import PromptRecord, Verdict
-from spark_vl.verifiers import VerifierPool
-from spark_vl.verifiers.base import check_gold, verify
+from spark_vl.verifiers import VerifierPool, verify
+from tests.golds import check_gold
 from tests.math_cases import CASES, KNOWN, REPLIES
 
 BOXES = [(family, *case) for family, cases in CASES.items() for case in cases]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worker() -> None:
+    """Starts the worker of `verify`, so that no test's own limit on time has to allow for it."""
+    verify("math", "", "5")
 
 
 def record(gold: str) -> PromptRecord:

@@ -23,7 +23,8 @@ from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.data.sources import open_rows
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
-from spark_vl.verifiers.base import VERIFIERS, check_gold, run_verifier
+from spark_vl.verifiers.base import VERIFIERS, run_verifier
+from tests.golds import check_gold
 
 TEMPLATER = Templater.load()
 

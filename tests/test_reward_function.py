@@ -144,7 +144,7 @@ def test_what_cannot_be_verified_is_logged(caplog: pytest.LogCaptureFixture) -> 
 def test_mistakes_of_the_caller_are_said() -> None:
     with pytest.raises(ValueError, match="unknown verifier 'maths'"):
         as_trl_reward("maths")
-    with pytest.raises(ValueError, match="number: 'tolerance_of_typos' is no setting"):
+    with pytest.raises(ValueError, match="number: 'tolerance_of_typos' is not a setting"):
         as_trl_reward("number", tolerance_of_typos=1)
     reward = as_trl_reward("number", column="answer")
     with pytest.raises(ValueError, match="number reward needs the column 'answer'; columns found: prompts, solution"):

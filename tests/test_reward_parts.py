@@ -90,7 +90,10 @@ def test_a_term_that_needs_the_limit_says_so(tmp_path):
         ({"verifier": {"math": -1}}, r"verifier\.math: found -1; allowed: a finite weight from 0"),
         ({"verifier": {"math": 1, "format": True}}, r"verifier\.format: found True; allowed: a finite weight"),
         ({"verifier": {"math": 1, "format": float("inf")}}, r"verifier\.format: found inf; allowed"),
-        ({"verifier": "number", "settings": {"relativ": 0.1}}, r"settings: number: 'relativ' is no setting; allowed: "),
+        (
+            {"verifier": "number", "settings": {"relativ": 0.1}},
+            r"settings: number: 'relativ' is not a setting; allowed: ",
+        ),
         (
             {"verifier": "number", "settings": {"relative": "5%"}},
             r"number: relative: found '5%'; allowed: float",

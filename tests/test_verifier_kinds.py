@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_vl.records import BadRecordError, PromptRecord
-from spark_vl.verifiers.base import check_gold, get_verifier, verify
+from spark_vl.verifiers import get_verifier, verify
 from spark_vl.verifiers.pool import INLINE
 from spark_vl.verifiers.text import edit_distance, similarity
+from tests.golds import check_gold
 
 RIGHT, WRONG, UNPARSABLE = (1.0, "ok"), (0.0, "ok"), (0.0, "unparsable")
 COLOURS = ("red", "blue", "green and white", "0.5")
@@ -463,7 +464,7 @@ def test_a_gold_that_means_nothing_is_a_bad_record(kind: str, gold: str, options
         ("number", {"percent": "both"}, "number: percent: found 'both'; allowed: 'same', 'fraction'"),
         ("text", {"mode": "fuzzy"}, "allowed: 'normalized', 'exact', 'anls'"),
         ("set", {"partial": True}, "allowed: 'none', 'f1'"),
-        ("list", {"partial": "f1"}, "'partial' is no setting; allowed: none"),
+        ("list", {"partial": "f1"}, "'partial' is not a setting; allowed: none"),
         ("json_field", {"verifier": "math"}, "json_field: verifier: found 'math'"),
     ],
 )

@@ -191,7 +191,7 @@ def test_throughput(pool: VerifierPool) -> None:
         assert time.perf_counter() - start < 5
 
 
-def test_progress_hears_of_every_item_once() -> None:
+def test_progress_is_called_with_every_item_once() -> None:
     heard: list[int] = []
     items = [*obey("exit", "raise", "hang", *["fine"] * 40), *[(r"\boxed{5}", record("number"))] * 7]
     with VerifierPool(workers=2, timeout_s=0.4) as own:
@@ -269,12 +269,12 @@ def test_a_tower_of_powers_is_killed_at_the_deadline() -> None:
         ("sys_exit", "error", "died, exit code 7"),
         ("keyboard_interrupt", "error", "died, exit code"),
         ("segfault", "error", f"died, exit code {-signal.SIGSEGV}"),
-        ("abort", "error", f"died, exit code {-signal.SIGABRT}, perhaps for want of memory"),
-        ("kill", "error", f"died, exit code {-signal.SIGKILL}, perhaps for want of memory"),
+        ("abort", "error", f"died, exit code {-signal.SIGABRT}, perhaps out of memory"),
+        ("kill", "error", f"died, exit code {-signal.SIGKILL}, perhaps out of memory"),
         ("close_descriptors", "error", "died, exit code"),
         ("not_picklable", "error", "died, exit code 1"),
-        ("not_to_be_read_back", "error", "no verdict (TypeError: "),
-        ("write_garbage", "error", "no verdict (bad message length)"),
+        ("not_to_be_read_back", "error", "not a verdict (TypeError: "),
+        ("write_garbage", "error", "not a verdict (bad message length)"),
         ("stop_in_the_middle", "timeout", "more than 0.4 s"),
         ("eat_memory", "error", "MemoryError: more than 200 MiB"),
         ("hide_that_memory_is_eaten", "error", "MemoryError: more than 200 MiB"),
@@ -324,7 +324,7 @@ def test_math_fits_in_the_memory_that_its_docs_say() -> None:
         assert {verdict.score for verdict in own.verify(items)} == {1.0}
 
 
-def test_a_limit_below_what_the_imports_need_is_said_at_once() -> None:
+def test_a_limit_below_what_the_imports_need_is_an_error_at_once() -> None:
     with VerifierPool(workers=1, memory_mb=20) as own, pytest.raises(RuntimeError, match="did not start"):
         own.verify([(r"\boxed{5}", record("math"))])
 
@@ -486,7 +486,7 @@ def test_a_worker_that_is_killed_before_it_has_started_is_tried_again(monkeypatc
         assert (own.errors, own.restarts) == (0, 2)
         own.close()
         when_started(monkeypatch, signal.SIGKILL, times=9)
-        with pytest.raises(RuntimeError, match="did not start: exit code -9; its own words are on stderr"):
+        with pytest.raises(RuntimeError, match="did not start: exit code -9; its output is on stderr"):
             own.verify(obey("fine"))
 
 

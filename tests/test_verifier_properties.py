@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from spark_vl.answers import last_boxed
 from spark_vl.records import PromptRecord, Verdict
-from spark_vl.verifiers.base import VERIFIERS, boxed_gold, check_gold, verify
+from spark_vl.verifiers import VERIFIERS, boxed_gold, verify
+from tests.golds import check_gold
 
 ELSEWHERE = {"math", "iou", "point", "detection"}
 """Kinds that have tests of their own for these properties."""

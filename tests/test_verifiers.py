@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from spark_vl.answers import last_boxed
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
-from spark_vl.verifiers.base import VERIFIERS, boxed_gold, check_gold, get_verifier, run_verifier, verify
+from spark_vl.verifiers import VERIFIERS, boxed_gold, get_verifier, verify
+from spark_vl.verifiers.base import run_verifier
+from tests.golds import check_gold
 
 YES_NO = ("Yes", "No")
 AB = ("A", "B")
@@ -217,7 +219,7 @@ def test_a_gold_that_means_nothing_is_a_bad_record(kind: str, gold: str, choices
     assert run_verifier("no box", record(kind, gold, choices)).status == "error"
 
 
-def test_check_gold_sees_a_gold_that_breaks_its_own_box(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gold_that_breaks_its_own_box_gets_no_full_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("strict_text")
     module.same = lambda completion, r: Verdict(float(last_boxed(completion) == r.gold), last_boxed(completion))
     monkeypatch.setitem(sys.modules, "strict_text", module)
@@ -278,10 +280,10 @@ def test_the_box_at_the_end_decides(case, before: str, between: str) -> None:
     assert verify(kind, rf"\boxed{{{other}}} {between} {right}", gold, choices=choices).score == 1
 
 
-# ── traps of the released code ──
+# ── boxes ──
 
 
-def test_trap_1_only_the_wording_that_is_asked_for_counts() -> None:
+def test_only_the_wording_that_is_asked_for_counts() -> None:
     assert verify("judgment", r"\box{Yes}", "Yes", choices=YES_NO).status == "unparsable"
     assert verify("judgment", boxed_gold(record("judgment", "Yes", YES_NO)), "Yes", choices=YES_NO).score == 1
 
@@ -295,7 +297,7 @@ def test_trap_1_only_the_wording_that_is_asked_for_counts() -> None:
         ("judgment", "No", YES_NO, "Yes"),
     ],
 )
-def test_trap_2_judged_text_is_the_last_box(kind: str, gold: str, choices: tuple[str, ...], wrong: str) -> None:
+def test_judged_text_is_the_last_box(kind: str, gold: str, choices: tuple[str, ...], wrong: str) -> None:
     """What `last_boxed` cuts out for a judge is what was scored: alone in a box it gets the same verdict."""
     for first, last in ((gold, wrong), (wrong, gold)):
         reply = rf"First \boxed{{{first}}}, but no: \boxed{{{last}}}. Not \boxed{{}} nor \boxed{{{first}"
@@ -350,7 +352,7 @@ def test_a_users_verifier() -> None:
 
 def test_judgments_import_no_heavy_library() -> None:
     code = (
-        "import sys; from spark_vl.verifiers.base import verify; from spark_vl.verifiers import pool;"
+        "import sys; from spark_vl.verifiers import pool, verify;"
         r"assert verify('judgment', r'\boxed{A}', 'A', choices=('A', 'B')).score == 1;"
         "print(sorted({'torch', 'transformers', 'sympy', 'math_verify', 'PIL', 'numpy'} & sys.modules.keys()))"
     )

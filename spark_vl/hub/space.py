@@ -11,7 +11,11 @@ from huggingface_hub.utils import validate_repo_id
 
 MODULES = (
     "__init__.py",
-    "answers.py",
+    "answers/__init__.py",
+    "answers/boxed.py",
+    "answers/choices.py",
+    "answers/quantities.py",
+    "answers/sequences.py",
     "config.py",
     "records.py",
     "data/__init__.py",

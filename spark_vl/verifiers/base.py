@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from math import inf
 from types import ModuleType
 from typing import Any, Protocol, SupportsFloat
 
 from spark_vl.answers import last_boxed
-from spark_vl.records import BadRecordError, ImageSize, PromptRecord, Verdict
+from spark_vl.records import PromptRecord, Verdict
 
 
 class Verifier(Protocol):
-    """Scores one completion. Raises `BadRecordError` if the record's own gold means nothing to it."""
+    """Scores one completion. Raises `BadRecordError` if it cannot use the record's own gold."""
 
     def __call__(self, completion: str, record: PromptRecord) -> Verdict: ...
 
@@ -35,17 +35,17 @@ VERIFIERS: dict[str, str] = {
     "point": "spark_vl.verifiers.point:verify_point",
     "detection": "spark_vl.verifiers.detection:verify_detection",
 }
-"""Where each registered name is: `module:function`, imported on first use."""
+"""Registered name → `module:function`, imported on first use."""
 
 
 @cache
 def get_verifier(name: str) -> Verifier:
     """The verifier called `name`: a key of `VERIFIERS`, or any `module:function` that can be imported.
 
-    A class in the place of the function is made once in each process, without arguments; its instance is called.
+    A class is instantiated once in each process, without arguments, and its instance is called.
 
     Raises:
-        ValueError: `name` is neither; an exception raised *by* the user's module on import comes through as it is.
+        ValueError: `name` is neither. An exception that the user's module raises on import is not caught.
     """
     module_name, colon, function_name = VERIFIERS.get(name, name).partition(":")
     if not (module_name and colon and function_name):
@@ -66,9 +66,9 @@ def get_verifier(name: str) -> Verifier:
 
 
 def run_verifier(completion: str, record: PromptRecord) -> Verdict:
-    """The verdict of the record's verifier, in this process and without a deadline; numbers and texts in it are plain.
+    """The verdict of the record's verifier, in this process and without a deadline; its values are plain Python types.
 
-    An exception (a bug in the verifier, a bad gold, a verdict that is none) becomes status `error`, score 0.
+    An exception (a bug in the verifier, a bad gold, a result that is not a verdict) becomes status `error`, score 0.
     """
     try:
         verdict = get_verifier(record.verifier)(completion, record)
@@ -77,7 +77,7 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
         score, parsed, status, detail = verdict.score, verdict.parsed, verdict.status, verdict.detail
         statuses = ("ok", "unparsable", "timeout", "error")
         for field, value, fits, allowed in (
-            # NumPy's numbers and a tensor's only one will do as a score; a text, which float would read, will not.
+            # A score may be a NumPy number or a tensor with one element, but not a text, which `float` would read.
             ("score", score, isinstance(score, SupportsFloat) and 0 <= float(score) <= 1, "a number in [0, 1]"),
             ("parsed", parsed, parsed is None or isinstance(parsed, str), "a text or None"),
             ("status", status, isinstance(status, str) and status in statuses, ", ".join(statuses)),
@@ -85,99 +85,40 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
         ):
             if not fits:
                 raise TypeError(f"verifier {record.verifier!r}: {field}: found {value!r:.200}; allowed: {allowed}")
-        plain = str.__str__  # what a text is, also where its class is not str itself
+        plain = str.__str__  # makes a str of an instance of a subclass
         parsed = None if parsed is None else plain(parsed)
         return Verdict(float(score), parsed, plain(status), plain(detail), verdict.shaping)
     except Exception as error:
         return Verdict(0.0, None, "error", f"{type(error).__name__}: {error}"[:500])
 
 
-def verify(
-    kind: str,
-    completion: str,
-    gold: str,
-    *,
-    choices: Sequence[str] = (),
-    image_size: tuple[int, int] | None = None,
-    processed_size: tuple[int, int] | None = None,
-    **settings: Any,
-) -> Verdict:
-    r"""Scores one completion in this process, with no deadline: `verify("number", r"\boxed{5}", "5.0").score == 1`.
-
-    Args:
-        kind: name of the verifier.
-        completion: the model's whole reply.
-        gold: the right answer.
-        choices: options of a choice question in order, or the labels of a judgment.
-        image_size: [width, height] of the image as it was given, upright.
-        processed_size: [width, height] as the model saw it, in whose pixels replies are written unless the setting
-            `coordinates` says otherwise. None: as `image_size`.
-        settings: of the verifier, such as `relative=0.05`.
-
-    Raises:
-        ValueError: unknown verifier, or a setting that it does not have.
-        BadRecordError: `gold` means nothing to the verifier.
-    """
-    check_settings(kind, settings)
-    record = bare_record(
-        kind, gold, choices=choices, image_size=image_size, processed_size=processed_size, settings=settings
-    )
-    return get_verifier(kind)(completion, record)
-
-
-def bare_record(
-    kind: str,
-    gold: str,
-    *,
-    choices: Sequence[str] = (),
-    image_size: Sequence[int] | None = None,
-    processed_size: Sequence[int] | None = None,
-    settings: Mapping[str, Any],
-) -> PromptRecord:
-    """A record of which there is only what a verifier reads. For the arguments see `verify`."""
-    sizes = ()
-    if image_size is not None:
-        sizes = (ImageSize(tuple(image_size), tuple(processed_size or image_size)),)
-    return PromptRecord(
-        id="verify",
-        kind="problem",
-        messages=(),
-        question=(),
-        gold=gold,
-        verifier=kind,
-        recipe="",
-        choices=tuple(choices),
-        settings=tuple(settings.items()),
-        image_sizes=sizes,
-        coordinates="resized",
-    )
-
-
-def check_settings(kind: str, settings: Mapping[str, Any]) -> None:
+def check_settings(verifier: str, settings: Mapping[str, Any]) -> None:
     """Compares `settings` with those of the verifier: the mapping `SETTINGS` of its module, name → default.
 
-    A value has the type of its default (an integer does for a fraction), or is one of the texts that a tuple lists,
-    whose first is the default. A user's own verifier takes any settings if its module has no `SETTINGS`.
+    A value must have the type of its default (an integer is allowed for a float). Where the default is a tuple of
+    texts, the value must be one of them, and the first is the default. A user's own verifier takes any settings if its
+    module has no `SETTINGS`.
 
     Raises:
-        ValueError: one is unknown, or not of the kind that is allowed.
+        ValueError: a setting is unknown, or its value is not allowed.
     """
-    known = _settings(kind)
+    known = _settings(verifier)
     if known is None:
         return
     for name, value in settings.items():
         if name not in known:
-            raise ValueError(f"{kind}: {name!r} is no setting; allowed: {', '.join(known) or 'none'}")
+            raise ValueError(f"{verifier}: {name!r} is not a setting; allowed: {', '.join(known) or 'none'}")
         default = known[name]
         if isinstance(default, tuple):
             if value not in default:
-                raise ValueError(f"{kind}: {name}: found {value!r}; allowed: {', '.join(map(repr, default))}")
+                raise ValueError(f"{verifier}: {name}: found {value!r}; allowed: {', '.join(map(repr, default))}")
         elif isinstance(default, bool) is not isinstance(value, bool) or not isinstance(
             value, int | float if isinstance(default, float) else type(default)
         ):
-            raise ValueError(f"{kind}: {name}: found {value!r}; allowed: {type(default).__name__}, like {default!r}")
+            found = f"{verifier}: {name}: found {value!r}"
+            raise ValueError(f"{found}; allowed: {type(default).__name__}, like {default!r}")
         elif not isinstance(value, str) and not 0 <= value < inf:
-            raise ValueError(f"{kind}: {name}: found {value!r}; allowed: a finite number from 0")
+            raise ValueError(f"{verifier}: {name}: found {value!r}; allowed: a finite number from 0")
 
 
 def settings_of(record: PromptRecord) -> dict[str, Any]:
@@ -189,40 +130,23 @@ def settings_of(record: PromptRecord) -> dict[str, Any]:
     return defaults | dict(record.settings)
 
 
-def _settings(kind: str) -> Mapping[str, Any] | None:
-    return vars(_module(kind)).get("SETTINGS", {} if kind in VERIFIERS else None)
+def _settings(verifier: str) -> Mapping[str, Any] | None:
+    return vars(_module(verifier)).get("SETTINGS", {} if verifier in VERIFIERS else None)
 
 
-def _module(kind: str) -> ModuleType:
-    """The module of the verifier called `kind`."""
-    get_verifier(kind)  # says what is wrong with an unknown name
-    return sys.modules[VERIFIERS.get(kind, kind).partition(":")[0]]
+def _module(verifier: str) -> ModuleType:
+    """The module that defines `verifier`."""
+    get_verifier(verifier)  # raises on an unknown name
+    return sys.modules[VERIFIERS.get(verifier, verifier).partition(":")[0]]
 
 
 def boxed_gold(record: PromptRecord) -> str:
-    r"""The shortest right completion: the record's gold in `\boxed{}`, as it is if it holds a box already.
+    r"""The shortest right completion: the record's gold in `\boxed{}`, unchanged if it holds a box already.
 
-    A verifier whose golds are not written as its answers are has a `boxed_gold` of its own in its module. Coordinates
-    need a record that has been processed.
+    A verifier whose answers are written differently from its golds has a `boxed_gold` of its own in its module. For
+    coordinates the record must have been processed.
     """
     own = vars(_module(record.verifier)).get("boxed_gold", boxed_gold)
-    if own is not boxed_gold:  # nor this one, which the module may have imported
+    if own is not boxed_gold:  # a module may also have imported this one
         return own(record)
     return record.gold if last_boxed(record.gold) is not None else rf"\boxed{{{record.gold}}}"
-
-
-def check_gold(record: PromptRecord) -> None:
-    """Raises `BadRecordError` unless the record's verifier gives the record's own gold full marks.
-
-    In this process, with no deadline: golds from an untrusted source are for `check_golds`.
-    """
-    if fault := gold_fault(record, get_verifier(record.verifier)(boxed_gold(record), record)):
-        raise fault
-
-
-def gold_fault(record: PromptRecord, verdict: Verdict) -> BadRecordError | None:
-    """What `verdict`, on the record's own gold, says of it. None: full marks."""
-    if verdict.score == 1:
-        return None
-    reason = f"the {record.verifier} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
-    return BadRecordError(record.id, f"{reason} ({verdict.status}{verdict.detail and ': ' + verdict.detail})")

@@ -1,6 +1,6 @@
-"""Reads the boxes or points of an answer, and compares boxes. Knows nothing of images.
+"""Reads the boxes or points of an answer, and compares boxes. Images do not occur here.
 
-Everything here runs in time linear in the length of its text.
+Every function here runs in time linear in the length of its text.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Literal
 from spark_vl.answers import last_boxed
 
 MAX_SHAPES = 1000
-"""An answer with more boxes or points is none: it lists places instead of looking."""
+"""An answer with more boxes or points is unreadable: it enumerates places instead of locating something."""
 
 MAX_CHARS = 64_000
-"""Of an answer: room for `MAX_SHAPES` boxes with short labels."""
+"""Limit for an answer, which leaves room for `MAX_SHAPES` boxes with short labels."""
 
 Key = Literal["bbox_2d", "point_2d"]
 """What a box and a point are called in JSON."""
@@ -27,7 +27,7 @@ _POINT = "coordinate"
 
 
 class UnreadableError(ValueError):
-    """A text is no answer; the message says why."""
+    """A text cannot be read as an answer; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Shape:
     coordinates: tuple[float, ...]
     """`[x1, y1, x2, y2]` with the upper left corner first, or `[x, y]`."""
     label: str | None = None
-    """What is there, None where nothing is said."""
+    """What is there; None if the answer does not say."""
 
 
 _NUMBER = re.compile(r"-?[0-9]++(?:\.[0-9]++)?+")
@@ -52,12 +52,12 @@ _BRACKET = re.compile(rf"(?P<open>[\[{{])|(?P<close>[\]}}])|{_PAIRS.pattern}")
 def find_answer(reply: str) -> str:
     r"""The part of `reply` that holds its boxes or points, without white space around it.
 
-    The first of these that the reply has decides, whether it can be read or not:
+    It is the first of these that the reply has, whether or not that can be read:
 
     1. the content of its last `\boxed{...}` (see `last_boxed`);
     2. the content of its last fenced block that opens with three backticks and `json`, and closes;
     3. the last of its outermost `[...]`, `{...}` and runs of `(x, y)` pairs. Brackets that do not close, as in a reply
-       that was cut off, hold no answer, and neither does what stands in them. Brackets in quotes count as brackets.
+       that was cut off, hold no answer, nor do brackets inside them. Brackets in quotes count as brackets.
 
     Raises:
         UnreadableError: the reply has none of them.
@@ -84,13 +84,13 @@ def find_answer(reply: str) -> str:
 
 
 def read_shapes(answer: str, key: Key, *, corners: bool = True) -> list[Shape]:
-    r"""The boxes (`bbox_2d`) or points (`point_2d`) that `answer`, and nothing besides, says, in the units it is in.
+    r"""The boxes (`bbox_2d`) or points (`point_2d`) of `answer`, which must hold nothing else, in its own coordinates.
 
     Accepted: an object `{"bbox_2d": [x1, y1, x2, y2], "label": "cat"}`, whose label may be missing and whose other keys
-    do not count; plain numbers `[x1, y1, x2, y2]`; a list of either; pairs `(x1, y1), (x2, y2)`, two for a box. For
-    points likewise, whose key may be `coordinate`. Of one box or point also bare numbers, in parentheses or not, two
-    pairs `[[x1, y1], [x2, y2]]`, and `"bbox_2d": [...]` without braces. Dollar signs, `\left` and LaTeX spaces do not
-    count. Numbers may have decimals; numbers in quotes are none. Coordinates are not checked.
+    are ignored; plain numbers `[x1, y1, x2, y2]`; a list of either; pairs `(x1, y1), (x2, y2)`, two for a box. Points
+    are written likewise, and their key may be `coordinate`. A single box or point may also be bare numbers, in
+    parentheses or not, two pairs `[[x1, y1], [x2, y2]]`, or `"bbox_2d": [...]` without braces. Dollar signs, `\left`
+    and LaTeX spaces are ignored. Numbers may have decimals, but no quotes. Coordinates are not checked.
 
     Args:
         corners: whether `[[x1, y1], [x2, y2]]` is a box; else it is two points.
@@ -102,7 +102,7 @@ def read_shapes(answer: str, key: Key, *, corners: bool = True) -> list[Shape]:
     if len(answer) > MAX_CHARS:
         raise UnreadableError(f"the answer has {len(answer)} characters, more than {MAX_CHARS}")
     count = _COUNTS[key]
-    answer = answer.strip("$ \n") if '"' in answer else _LATEX.sub(" ", answer).strip()  # labels stay as they are
+    answer = answer.strip("$ \n") if '"' in answer else _LATEX.sub(" ", answer).strip()  # labels are not changed
     if answer.startswith('"'):
         answer = f"{{{answer}}}"
     if answer.startswith(("[", "{")):
@@ -129,8 +129,8 @@ def read_shapes(answer: str, key: Key, *, corners: bool = True) -> list[Shape]:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     items = dict(pairs)
-    if len(items) < len(pairs):  # two answers, of which JSON would take the last
-        raise ValueError("a key stands there twice")
+    if len(items) < len(pairs):  # two answers, of which JSON would take the second
+        raise ValueError("an object has a key twice")
     return items
 
 
@@ -150,7 +150,7 @@ def _shape(item: Any, key: Key) -> Shape:
 
 
 def _is_flat(item: Any) -> bool:
-    """Whether it is a list of numbers, and not empty."""
+    """Whether it is a list of numbers that is not empty."""
     return isinstance(item, list) and item != [] and all(isinstance(number, float) for number in item)
 
 
@@ -165,7 +165,7 @@ def _is_corners(item: Any, key: Key) -> bool:
 
 
 def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Intersection over union of two boxes `[x1, y1, x2, y2]` of positive area; coordinates are continuous, so that a
+    """Intersection over union of two boxes `[x1, y1, x2, y2]` of positive area; coordinates are continuous, so a
     box is `x2 - x1` wide."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])

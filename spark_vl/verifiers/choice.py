@@ -11,8 +11,8 @@ from spark_vl.records import BadRecordError, PromptRecord, Verdict
 def verify_choice(completion: str, record: PromptRecord) -> Verdict:
     """1 if the completion names the option that `record.gold` names; `parsed` is its letter.
 
-    Where the gold names several ("A, C"), the completion has to name the same set; a part of it scores 0. Where it
-    names one, a completion that names several has no answer.
+    If the gold names several options ("A, C"), the completion must name all of them and no others. If it names one, a
+    completion that names several is unparsable.
     """
     gold = _gold(record)
     boxed = last_boxed(completion)
@@ -28,7 +28,7 @@ def verify_choice(completion: str, record: PromptRecord) -> Verdict:
 
 
 def boxed_gold(record: PromptRecord) -> str:
-    r"""A right completion: the gold's letters in `\boxed{}`, with their texts if a letter is another option's text."""
+    r"""A right completion: the gold's letters in `\boxed{}`, with texts if a letter is the text of another option."""
     gold = _gold(record)
     if record.choices and match_choices(", ".join(gold), record.choices, letter_first=False) != gold:
         gold = [f"{letter}. {record.choices[ascii_uppercase.index(letter)]}" for letter in gold]

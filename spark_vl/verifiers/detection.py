@@ -1,4 +1,4 @@
-"""Any number of boxes: how many of the gold are found, and how many are too many."""
+"""Any number of boxes: how many of the gold are found, and how many others are given."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from spark_vl.verifiers.boxes import Shape, iou
 from spark_vl.verifiers.grounding import GROUNDING, as_written, boxed, gold_shapes, reaches, share, verdict
 
 SETTINGS = GROUNDING | {"threshold": 0.5}
-"""`threshold`: the IoU from which on two boxes match, in (0, 1]. The others: see `GROUNDING`."""
+"""`threshold`: the least IoU at which two boxes match, in (0, 1]. The others: see `GROUNDING`."""
 
 
 def verify_detection(completion: str, record: PromptRecord) -> Verdict:
     """Any number of boxes `[x1, y1, x2, y2]`: F1 of their precision and recall.
 
-    A box matches one of the gold if their IoU reaches `threshold` and, where that of the gold has a label, their labels
-    are the same text (see `normalized`). Each matches at most one, paired so that the most are matched; the others
-    count against precision or recall, so neither copies nor a flood of boxes pay. Where the gold is `[]`, `[]` alone
-    is right.
+    A box matches one of the gold if their IoU reaches `threshold` and, if that of the gold has a label, the labels are
+    the same text (see `normalized`). Boxes are paired one to one so that as many as possible match; the others cost
+    precision or recall, so neither copies nor a flood of boxes pays. If the gold is `[]`, only `[]` is right.
 
     Raises:
         BadRecordError: the gold is not boxes inside the image, the image's size is not known, or a setting is not
@@ -52,13 +51,13 @@ def boxed_gold(record: PromptRecord) -> str:
 
 
 def matching_size(fitting: Sequence[Sequence[int]]) -> int:
-    """The most pairs (i, j), j in `fitting[i]`, such that no i and no j is in two of them: a maximum matching.
+    """The size of a maximum matching: the most pairs (i, j), j in `fitting[i]`, such that no i or j is in two of them.
 
-    Found by augmenting paths. F1 asks for no more than this number, so there are no weights to assign by.
+    Found by augmenting paths. F1 needs only this number, so the pairs have no weights.
     """
     mate_of_i: dict[int, int] = {}
     mate_of_j: dict[int, int] = {}
-    dead: set[int] = set()  # what a failed search has reached leads nowhere later either
+    dead: set[int] = set()  # reached by a failed search, so useless for later ones, too
     for root in range(len(fitting)):
         reached: dict[int, int] = {}  # j → the i that it was reached from
         waiting, free = [root], None
@@ -73,7 +72,7 @@ def matching_size(fitting: Sequence[Sequence[int]]) -> int:
                     waiting.append(mate_of_j[j])
         if free is None:
             dead.update(reached)
-        while free is not None:  # back to the root: each i on the way takes the j that the path came by
+        while free is not None:  # back to the root: each i on the path takes the j that it was left by
             i = reached[free]
             mate_of_j[free] = i
             mate_of_i[i], free = free, mate_of_i.get(i)

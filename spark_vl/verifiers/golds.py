@@ -1,18 +1,18 @@
-"""Golds that mean nothing to their own verifier, found before anything is sampled for them."""
+"""Finds golds that their own verifier cannot use, before anything is sampled for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spark_vl.records import BadRecordError, PromptRecord
-from spark_vl.verifiers.base import boxed_gold, gold_fault
+from spark_vl.records import BadRecordError, PromptRecord, Verdict
+from spark_vl.verifiers.base import boxed_gold
 from spark_vl.verifiers.pool import VerifierPool
 
 
 def check_golds(pool: VerifierPool, records: Sequence[PromptRecord]) -> list[BadRecordError | None]:
-    """For each record, in order, why its verifier does not give its own gold (`boxed_gold`) full marks. None: it does.
+    """For each record, in order, why its verifier does not give its own gold (`boxed_gold`) full marks, or None.
 
-    Records with coordinates need the sizes of their images.
+    Records with coordinates must have the sizes of their images.
     """
     faults: list[BadRecordError | None] = [None] * len(records)
     asked: list[int] = []
@@ -26,3 +26,11 @@ def check_golds(pool: VerifierPool, records: Sequence[PromptRecord]) -> list[Bad
     for i, verdict in zip(asked, pool.verify(completions), strict=True):
         faults[i] = gold_fault(records[i], verdict)
     return faults
+
+
+def gold_fault(record: PromptRecord, verdict: Verdict) -> BadRecordError | None:
+    """The error in the record's own gold, on which its verifier gave `verdict`. None: full marks."""
+    if verdict.score == 1:
+        return None
+    reason = f"the {record.verifier} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
+    return BadRecordError(record.id, f"{reason} ({verdict.status}{verdict.detail and ': ' + verdict.detail})")

@@ -1,12 +1,12 @@
-r"""What `iou`, `point` and `detection` share: where in an image the gold and a reply point.
+r"""What `iou`, `point` and `detection` share: which places in an image the gold and a reply mean.
 
 The gold is in pixels of the original image, upright. A model writes coordinates in the system that it was trained with.
 The record says which that is, unless the setting `coordinates` does. No other system is tried, so none is picked
 because it scores best.
 
-Every coordinate of a reply is scaled to pixels of the original image, must then lie inside it or within `BORDER` of its
-side, and is moved to the border if it is beyond. A reply with a single box that is not such, or has its corners
-swapped or no area, is unparsable as a whole.
+Every coordinate of a reply is scaled to pixels of the original image. It must then be inside the image, or outside by
+at most `BORDER`, and is moved to the edge in that case. If one box of a reply violates this, has its corners swapped or
+has no area, the whole reply is unparsable.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ BORDER = 0.05
 """How far beyond the image a coordinate may be, as a share of the image's width or height."""
 
 TOLERANCE = 1e-6
-"""By how much, relative to it, an IoU may miss a threshold, or 1: scaling there and back costs the last bits."""
+"""By how much, relatively, an IoU may miss a threshold, or 1: scaling back and forth costs the last bits."""
 
 
 def share(record: PromptRecord, name: str) -> float:
     """The setting `name` of the record's verifier, in [0, 1].
 
     Raises:
-        BadRecordError: it is larger.
+        BadRecordError: it is above 1.
     """
     value = settings_of(record)[name]
     if value > 1:
@@ -59,7 +59,7 @@ def share(record: PromptRecord, name: str) -> float:
 
 
 def sizes(record: PromptRecord) -> tuple[tuple[int, int], tuple[int, int]]:
-    """[width, height] of the original image, and of the one that replies are written for.
+    """[width, height] of the original image, and of the image whose coordinates replies are written in.
 
     Raises:
         BadRecordError: the image's size, or how replies are written, is not known.
@@ -88,7 +88,7 @@ def gold_shapes(record: PromptRecord, key: Key) -> list[Shape]:
     """The boxes or points of the gold, in pixels of the original image.
 
     Raises:
-        BadRecordError: it has none that are inside the image, or one whose numbers are all up to 1.
+        BadRecordError: one is outside the image, cannot be read, or has no number above 1.
     """
     original, _ = sizes(record)
     try:
@@ -116,7 +116,7 @@ def has_points(record: PromptRecord) -> bool:
 
 
 def verdict(completion: str, record: PromptRecord, key: Key, score: Callable[[Sequence[Shape]], float]) -> Verdict:
-    """That of `score` on the shapes of a reply, in pixels of the original image; `parsed` is the answer as written."""
+    """Calls `score` with the shapes of a reply, in pixels of the original image; `parsed` is the answer as written."""
     original, written = sizes(record)
     try:
         answer = find_answer(completion)
@@ -139,7 +139,7 @@ def boxed(value: Any) -> str:
 
 
 def reaches(value: float, threshold: float) -> bool:
-    """Whether an IoU is at least `threshold`, but for rounding."""
+    """Whether an IoU is at least `threshold`, apart from rounding."""
     return value >= threshold * (1 - TOLERANCE)
 
 
@@ -153,16 +153,16 @@ def _by_corners(box: Shape) -> Shape:
 
 
 def _placed(shape: Shape, written: tuple[float, float], original: tuple[float, float]) -> Shape:
-    """`shape`, of an image of the size `written`, in pixels of `original`, both [width, height]."""
+    """`shape`, scaled from an image of the size `written` to one of the size `original`, both [width, height]."""
     numbers = []
     for i, number in enumerate(shape.coordinates):
         side = original[i % 2]
         number = number * side / written[i % 2]
-        if not -BORDER * side <= number <= (1 + BORDER) * side:  # also what is not a number
+        if not -BORDER * side <= number <= (1 + BORDER) * side:  # NaN fails, too
             raise UnreadableError(f"{shape.coordinates} is outside the image, {written[0]}×{written[1]}")
         numbers.append(min(max(number, 0.0), float(side)))
     if len(numbers) == 4:
         width, height = numbers[2] - numbers[0], numbers[3] - numbers[1]
-        if not (width > 0 and height > 0 and width * height > 0):  # the product of tiny sides is rounded to 0
+        if not (width > 0 and height > 0 and width * height > 0):  # the product of tiny sides may round to 0
             raise UnreadableError(f"{shape.coordinates} has no area, or not the upper left corner first")
     return Shape(tuple(numbers), shape.label)

@@ -9,22 +9,22 @@ from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 
 def verify_interval(completion: str, record: PromptRecord) -> Verdict:
-    """1 if the completion's intervals are together those of `record.gold`; `parsed` is the answer as written.
+    """1 if the completion's intervals have the same union as those of `record.gold`; `parsed` is the answer as written.
 
-    Ends are compared as numbers with units, and whether they are open or closed counts. See `parse_intervals` for how
-    intervals are written.
+    Ends are compared as numbers with units; both must be open, or both closed. See `parse_intervals` for how intervals
+    are written.
     """
     gold = parse_intervals(last_boxed(record.gold) or record.gold)
     if gold is None:
         raise BadRecordError(
-            record.id, f"gold {record.gold!r:.200} is no interval with numbers or infinity as its ends"
+            record.id, f"gold {record.gold!r:.200} is not an interval with numbers or infinity as its ends"
         )
     boxed = last_boxed(completion)
     if boxed is None:
         return Verdict(0.0, None, "unparsable", "no box")
     answer = parse_intervals(boxed)
     if answer is None:
-        return Verdict(0.0, None, "unparsable", "the last box is no interval")
+        return Verdict(0.0, None, "unparsable", "the last box is not an interval")
     return Verdict(float(len(answer) == len(gold) and all(map(_same, answer, gold))), boxed)
 
 

@@ -1,4 +1,4 @@
-"""One box: how much it and the gold have in common."""
+"""One box: how much it overlaps with the gold."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from spark_vl.verifiers.boxes import Shape, iou
 from spark_vl.verifiers.grounding import GROUNDING, as_written, boxed, gold_shapes, reaches, share, verdict
 
 SETTINGS = GROUNDING | {"threshold": 0.5}
-"""`threshold`: the IoU from which on a box is right, in [0, 1]; 0.5 makes Acc@0.5 of RefCOCO. 0: the score is the IoU
+"""`threshold`: the least IoU at which a box is right, in [0, 1]; 0.5 is Acc@0.5 of RefCOCO. 0: the score is the IoU
 itself. The others: see `GROUNDING`."""
 
 
 def verify_iou(completion: str, record: PromptRecord) -> Verdict:
     """One box `[x1, y1, x2, y2]`: 1 if its IoU with the gold reaches `threshold`; the IoU itself if `threshold` is 0.
 
-    Several boxes are wrong, whatever is among them.
+    Several boxes are wrong, even if one of them is right.
 
     Raises:
         BadRecordError: the gold is not one box inside the image, the image's size is not known, or a setting is not

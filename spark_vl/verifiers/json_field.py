@@ -1,7 +1,7 @@
 """JSON: the reply's last box, or its last block of JSON, holds an object with the right value in one field.
 
-Settings: `field`, its name, or names with dots between them for objects within the object; `verifier`, the one that
-compares its value with that in the gold, which is a JSON object too. That verifier has its default settings.
+Settings: `field`, its name, or names joined by dots for a field of a nested object; `verifier`, which compares its
+value with that in the gold, also a JSON object. That verifier has its default settings.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ SETTINGS: dict[str, Any] = {
 
 
 def verify_json_field(completion: str, record: PromptRecord) -> Verdict:
-    """The verdict of `verifier` on the field; other fields do not count.
+    """The verdict of `verifier` on the field; other fields are ignored.
 
-    Texts, numbers, truth values and arrays of them are values. Anything else in the field is unparsable, and so is an
-    object that `parse_json` refuses (a key twice, NaN, too deep), and a text whose braces do not balance.
+    The value must be a text, a number, a truth value or an array of these. Anything else is unparsable, and so are an
+    object that `parse_json` refuses (a key twice, NaN, too deep) and a text whose braces do not balance.
     """
     settings = settings_of(record)
     field, verifier = settings["field"], settings["verifier"]
     gold = _value(last_json_object(boxed_gold(record)), field)
     if gold is None:
-        raise BadRecordError(record.id, f"gold {record.gold!r:.200} is no JSON object with a value in {field!r}")
-    answer, problem = _value(last_json_object(completion), field), ""
+        raise BadRecordError(record.id, f"gold {record.gold!r:.200} is not a JSON object with a value in {field!r}")
+    answer, fault = _value(last_json_object(completion), field), ""
     if answer is None:
-        problem = f"no JSON object with a value in {field!r}"
+        fault = f"no JSON object with a value in {field!r}"
     elif last_boxed(box := rf"\boxed{{{answer}}}") != answer.strip():  # a part of the value would be the answer
-        problem = f"the value in {field!r} is blank, or has braces that do not close"
-    verdict = get_verifier(verifier)("" if problem else box, replace(record, gold=gold, verifier=verifier, settings=()))
-    return replace(verdict, detail=problem) if problem else verdict
+        fault = f"the value in {field!r} is blank, or has braces that do not close"
+    verdict = get_verifier(verifier)("" if fault else box, replace(record, gold=gold, verifier=verifier, settings=()))
+    return replace(verdict, detail=fault) if fault else verdict
 
 
 def _value(found: Mapping[str, Any] | None, field: str) -> str | None:

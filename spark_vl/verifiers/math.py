@@ -1,10 +1,10 @@
-"""Mathematical expressions: the reply's last box is equivalent to the gold, as math-verify sees it.
+"""Mathematical expressions: the reply's last box is equivalent to the gold according to math-verify.
 
-math-verify can run for ever (`9^{9^9}`), and its own timeouts need the main thread, so they are off here: run it in a
+math-verify can run forever (`9^{9^9}`), and its own timeouts need the main thread, so they are off here: run this in a
 `VerifierPool`. It also merges several boxes into a set, picks numbers out of prose, reads "1 2" as 3 and fails on
-`30°`; hence it is given exactly one box, cleaned, and no leave to search anything else. What it drops as a unit may be
-a variable or half of the answer; to it a colon divides, and words are products. Hence units, numbers between words,
-times, ratios and words are read here.
+`30°`; so it gets exactly one box, cleaned, and must not search anything else. What it drops as a unit may be a variable
+or half of the answer, it reads a colon as division and a word as a product of letters; so this module itself reads
+units, numbers between words, times, ratios and words.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from sympy import Basic, Eq, FiniteSet, Integer, Interval, MatrixBase, Mul, Set,
 from sympy.logic.boolalg import Boolean
 
 from spark_vl.answers import last_boxed, normalized, parse_quantity, plain
+from spark_vl.answers.boxed import STYLE
+from spark_vl.answers.quantities import PREFIXED_UNITS, SCALES, UNITS_AFTER_DIGIT, UNITS_IN_LETTERS, UNITS_IN_STYLE
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
 
 _MAX_CHARS = 1000
-"""Longer boxes are no answers, and would each cost a worker its whole deadline."""
+"""A longer box is not an answer, and each would take the whole deadline."""
 
-_STYLE = r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mbox)"
 _DEFAULT = LatexExtractionConfig()
 _CONFIG = replace(_DEFAULT, normalization_config=replace(_DEFAULT.normalization_config, units=False))
 
@@ -55,9 +56,9 @@ def _script(sign: str) -> Callable[[re.Match[str]], str]:
 
 
 _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"\\[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}"), ""),  # it is not shown
-    (re.compile(rf"^\s*{_STYLE}\s*\{{\s*((?:-|\\?\$)?\.?\d[^{{}}]*)\}}\s*$"), r"\1"),  # \text{5 cm}
-    (re.compile(r"(?<!\\)\\$"), ""),  # what white space at the end left of `\ `
+    (re.compile(r"\\[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}"), ""),  # phantoms are not shown
+    (re.compile(rf"^\s*{STYLE}\s*\{{\s*((?:-|\\?\$)?\.?\d[^{{}}]*)\}}\s*$"), r"\1"),  # \text{5 cm}
+    (re.compile(r"(?<!\\)\\$"), ""),  # left of `\ ` when white space at the end was stripped
     (re.compile(r"(?<!\\)\\!"), ""),  # 1,\!000
     (re.compile(r"\\underline(?![A-Za-z])|\\[bB]igg?[lrm]?(?![A-Za-z])"), ""),
     (re.compile(r"^\s*(?:=|≈|\\approx(?![A-Za-z]))"), ""),
@@ -77,7 +78,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
     (re.compile(r"[¼-¾⅐-⅞]"), _fraction),
     (re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+"), _script("^")),
     (re.compile(r"[₀-₉]+"), _script("_")),
-    (re.compile(r"_(\w)(?=\s)"), r"_{\1}"),  # \log_2 8 holds no two numbers
+    (re.compile(r"_(\w)(?=\s)"), r"_{\1}"),  # `\log_2 8` is not two numbers
     (re.compile(r"(?<!\d)(\d+)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))"), _repeating),
     (re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))"), r"\\sqrt{\1\2}"),
     (re.compile(r"\^\s*(-\d+)"), r"^{\1}"),
@@ -88,14 +89,11 @@ _SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
     (re.compile(r"(\d)[eE]([-+]?\d+)(?![A-Za-z\d])"), r"\1\\times 10^{\2}"),
     (re.compile(r"[£€¥₹]"), ""),
     (re.compile(r"(?<=\d)(?:st|nd|rd|th)$"), ""),
-    (re.compile(rf"(?<=\d)(\s*(?:{_STYLE}\s*\{{\s*)?(?:[ckdm]?m|ft|in))([23])(?=\s*\}}?$)"), r"\1^\2"),  # 5 cm2
+    (re.compile(rf"(?<=\d)(\s*(?:{STYLE}\s*\{{\s*)?(?:[ckdm]?m|ft|in))([23])(?=\s*\}}?$)"), r"\1^\2"),  # 5 cm2
 ]
-_TWO_NUMBERS = re.compile(r"\d\s+\d")
-_INTERVAL = re.compile(r"\\infty|\\cup|[\[\]]")
-_BRACES = re.compile(r"(?:\\left\s*)?\\\{")
 
 
-@lru_cache(maxsize=1024)  # a group shares its gold, and often its answers
+@lru_cache(maxsize=1024)  # a group shares its gold and often its answers
 def _clean(answer: str) -> str:
     for spelling, standard in _SPELLINGS:
         answer = spelling.sub(standard, answer)
@@ -105,27 +103,13 @@ def _clean(answer: str) -> str:
 # ── units ──
 
 _POWER = r"(?:\s?\^\s?(?:-?\d|\{\s?-?\d\s?\}))"
-_STYLED_UNIT = rf"{_STYLE}\s?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}?"
+_STYLED_UNIT = rf"{STYLE}\s?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}?"
 _STYLED_TAIL = re.compile(rf"(?P<tail>{_STYLED_UNIT}(?:\s?(?:/|\\cdot)?\s?{_STYLED_UNIT})*)[\s.]*$")
 _PLAIN_TAIL = re.compile(
     r"(?:(?<=[\d})])(?P<space>\s?)|(?:(?<=\\pi)|(?<=\\circ))\s)"
     rf"(?P<tail>[A-Za-z][A-Za-z. ]*{_POWER}?(?:/\s?[A-Za-z]+{_POWER}?)?)$"
 )
 _FACTORS = re.compile(r"(?:\\cdot|[\s/*·()-])+")
-_GLUED_UNITS, _PLAIN_UNITS, _STYLED_UNITS = (
-    frozenset(units.split())
-    for units in (
-        "m s g h l cm mm km kg ft lb hr min sec mph",
-        "L N J W V A K yd mi in lbs oz gal hrs mins secs ms day days dm cup men kN kJ kW kWh kV Hz kHz MHz Pa kPa mL ml"
-        " mol ohm rad sq cu per of am pm AM PM",
-        "C F T H M mg cc eV MeV dB gm au AU ly lm lx Bq Gy Sv Wb GB MB KB TB GW MW MJ MPa GHz kph kmh rpm bpm psi ppm"
-        " pts Rs USD AUD EUR",
-    )
-)
-"""Each also counts where those after it do: `5mg` or "5 ms" may be a product, and "5C" a product or a name."""
-_PLAIN_UNITS |= _GLUED_UNITS
-_STYLED_UNITS |= _PLAIN_UNITS
-_PREFIXED = re.compile(r"[kcdmunpμ](?:[mgsNJWVACFTHL]|Hz|Pa|eV|mol|Ω)")
 _NO_UNIT = re.compile(
     r"\b(?:or|and|not|if|when|where|for|except|half|halves|thirds?|fifths?|tenths?|hundredths?|thousandths?"
     r"|(?:arc)?(?:sin|cos|tan|cot|csc)h?|log|exp|mod|sqrt|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho"
@@ -135,16 +119,16 @@ _NO_UNIT = re.compile(
 _EQUALS = re.compile(r"=|\\approx(?![A-Za-z])")
 _NUMERIC = re.compile(r"(?:[^A-Za-z\\]|\\(?:[dtc]?frac|sqrt|pi|left|right|times|cdot|pm|circ)(?![A-Za-z])|\\[%$!])*")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?$")
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SCALES = SCALES | {"dozen": 12}
 
 
 def _is_unit(unit: str, value: str, styled: bool, glued: bool) -> bool:
-    r"""Whether `unit`, at the end of an answer, is one rather than a factor, a name or a condition.
+    r"""Whether `unit`, at the end of an answer, is a unit rather than a factor, a name or a condition.
 
     Args:
-        value: what stands before it.
-        styled: whether it stands in `\text{...}` or the like.
-        glued: whether it stands in plain letters right behind a digit, as a variable would.
+        value: the answer before it.
+        styled: whether it is in `\text{...}` or another style.
+        glued: whether it is in plain letters right after a digit, as a variable would be.
     """
     if _DEGREES.search(value):
         return unit in ("C", "F") or unit.lower() in ("celsius", "fahrenheit")  # N and W are directions
@@ -155,20 +139,22 @@ def _is_unit(unit: str, value: str, styled: bool, glued: bool) -> bool:
     if not words or _NO_UNIT.search(unit) or not (numeric or (styled and max(map(len, words)) > 1)):
         return False
     if glued:
-        return unit in _GLUED_UNITS or (len(words) == 1 < len(words[0]) and words[0] in _GLUED_UNITS)
+        return unit in UNITS_AFTER_DIGIT or (len(words) == 1 < len(words[0]) and words[0] in UNITS_AFTER_DIGIT)
     if styled:
         return all(
-            w in _STYLED_UNITS or _PREFIXED.fullmatch(w) or (_is_word(w) and not w.isupper()) or not w.isascii()
+            w in UNITS_IN_STYLE or w in PREFIXED_UNITS or (_is_word(w) and not w.isupper()) or not w.isascii()
             for w in words
         )
     if len(words) == len(words[0]) == 1 and words[0] not in ("m", unit):  # x^2; but m^2
         return False
-    return any(w in _PLAIN_UNITS or len(w) > 3 for w in words) and all(w in _PLAIN_UNITS or _is_word(w) for w in words)
+    return any(w in UNITS_IN_LETTERS or len(w) > 3 for w in words) and all(
+        w in UNITS_IN_LETTERS or _is_word(w) for w in words
+    )
 
 
 @lru_cache(maxsize=1024)
 def _measured(answer: str) -> tuple[str, str]:
-    """`answer`, cleaned, without the unit at its end, and that unit; words of scale become factors."""
+    """`answer`, cleaned, without the unit at its end, and that unit. Words such as "million" become factors."""
     answer = _clean(answer)
     match = _STYLED_TAIL.search(answer) or _PLAIN_TAIL.search(answer)
     if match is None or not (value := answer[: match.start()].rstrip()):
@@ -195,8 +181,9 @@ _SMALL_WORDS = frozenset(("to", "by", "of", "in", "at", "per", "out"))
 
 
 def _parts(answer: str) -> list[tuple[str, float]] | None:
-    """The numbers of `answer` with the words behind each, sorted by these: of "5 ft 8 in", say. None if it is no such
-    sequence: of one number, of numbers between commas, or of more than numbers and words."""
+    """The numbers in `answer`, such as "5 ft 8 in", each with the words after it, sorted by the words.
+
+    None if it has fewer than two numbers, only commas between them, or anything besides numbers and words."""
     first, *rest = _NUMBER.split(_EQUALS.split(_clean(answer))[-1])
     if len(rest) < 4 or plain(first).strip("\\"):
         return None
@@ -204,10 +191,10 @@ def _parts(answer: str) -> list[tuple[str, float]] | None:
     for i in range(0, len(rest), 2):
         behind = rest[i + 1]
         words = _LINKS.sub(" ", plain(behind)).strip()
-        if words in (r"^\circ", "'", "''", '"'):  # degrees and minutes, feet and inches; but no list of angles
+        if words in (r"^\circ", "'", "''", '"'):  # degrees and minutes, feet and inches; but not a list of angles
             reads = _LINKS.search(behind) is None
         else:
-            reads = _LETTERS_ONLY.fullmatch(words) and (re.search(_STYLE, behind) or _are_words(words))
+            reads = _LETTERS_ONLY.fullmatch(words) and (re.search(STYLE, behind) or _are_words(words))
         if not reads:
             return None
         between = between or (bool(words) and i + 2 < len(rest))
@@ -217,7 +204,7 @@ def _parts(answer: str) -> list[tuple[str, float]] | None:
 
 
 def _are_words(text: str) -> bool:
-    return all(word in _PLAIN_UNITS or word in _SMALL_WORDS or _is_word(word) for word in text.split())
+    return all(word in UNITS_IN_LETTERS or word in _SMALL_WORDS or _is_word(word) for word in text.split())
 
 
 # ── times and ratios ──
@@ -227,7 +214,7 @@ _NO_RATIO = re.compile(r"[<>,;|]|\\[{}]|\\(?:in|mid|to|le|ge)(?![A-Za-z])")
 
 
 def _time(answer: str) -> tuple[list[int], str] | None:
-    """The numbers, of hours first, and "a", "p" or "", where `answer` may be the time of a clock or a watch."""
+    """If `answer` may be a time of day or of a stopwatch: its numbers, hours first, and "a", "p" or ""."""
     match = _TIME.fullmatch(plain(_clean(answer)))
     if match is None or not (match[2] or match[3]):
         return None
@@ -247,13 +234,13 @@ def _same_time(one: tuple[list[int], str], other: tuple[list[int], str]) -> bool
 
 
 def _only_time(answer: str) -> bool:
-    """Whether it is a time and surely no ratio, which would be in lowest terms and without zeros in front."""
+    """Whether it is a time and cannot be a ratio, which would be in lowest terms and have no leading zeros."""
     time = _time(answer)
     return time is not None and ":" in answer and (time[1] != "" or ":0" in answer or gcd(*time[0]) > 1)
 
 
 def _ratio(answer: str) -> list[Any]:
-    """What stands between its colons, parsed; [] if it is no ratio."""
+    """The terms between its colons, parsed; [] if it is not a ratio."""
     terms = _EQUALS.split(_measured(answer)[0])[-1].strip("$ ").split(":")
     if len(terms) < 2 or _NO_RATIO.search(answer):
         return []
@@ -263,14 +250,14 @@ def _ratio(answer: str) -> list[Any]:
 
 # ── words ──
 
-_STYLED = re.compile(rf"(?:{_STYLE}\s*\{{[^{{}}]*\}}[\s.$*]*)+")
+_STYLED = re.compile(rf"(?:{STYLE}\s*\{{[^{{}}]*\}}[\s.$*]*)+")
 _LETTERS = re.compile(r"[^\W\d_]{2,}(?:[\s',-]+[^\W\d_]+)*")
 _SHORT_WORDS = frozenset(("no", "dne"))
 _FIGURE = re.compile(r"[A-Z]{3,}")
 
 
 def _is_word(letters: str) -> bool:
-    """And no product: of four letters, or of three with a vowel that are no neighbours in the alphabet (abc)."""
+    """Whether it is a word, not a product: four letters, or three with a vowel and not consecutive as in "abc"."""
     low = letters.casefold()
     if len(low) != 3 or low in _SHORT_WORDS:
         return low in _SHORT_WORDS or (len(low) > 3 and low.isalpha())
@@ -278,7 +265,7 @@ def _is_word(letters: str) -> bool:
 
 
 def _words(answer: str) -> str | None:
-    r"""`answer`, normalized, where it is words rather than a product of letters: `\text{...}`, a word, a figure."""
+    r"""`answer`, normalized, if it is words rather than a product of letters: `\text{...}`, a word, a figure."""
     said = normalized(answer)
     if _LETTERS.fullmatch(said) and (
         _STYLED.fullmatch(answer) or any(map(_is_word, re.split(r"[\s',-]+", said))) or _FIGURE.fullmatch(plain(answer))
@@ -291,14 +278,14 @@ def _words(answer: str) -> str | None:
 
 
 def _angle(match: re.Match[str]) -> str:
-    r"""`\angle CBA` as one name, that of ABC: its vertex stands in the middle."""
+    r"""`\angle CBA` as one name, the same as for ABC: the vertex is the middle letter."""
     side, vertex, other = match.groups()
     return rf" \text{{angle{min(side, other)}{vertex}{max(side, other)}}} "
 
 
-_LETTER_IN_STYLE = rf"{_STYLE}\s*\{{\s*(\\pi\s|[A-Za-z]|[A-Z]{{2,}})\s*\}}"
+_LETTER_IN_STYLE = rf"{STYLE}\s*\{{\s*(\\pi\s|[A-Za-z]|[A-Z]{{2,}})\s*\}}"
 _NAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(rf"(?<=[A-Za-z])(?={_STYLE})"), " "),  # what ends a command
+    (re.compile(rf"(?<=[A-Za-z])(?={STYLE})"), " "),  # what ends a command
     (re.compile(rf"(?<=[\^_]){_LETTER_IN_STYLE}"), r"{\1}"),
     (re.compile(_LETTER_IN_STYLE), r"\1"),
     (re.compile(r"(?:\\angle(?![A-Za-z])|∠)\s*\{?\s*([A-Z])\s*([A-Z])\s*([A-Z])(?![A-Za-z])\s*\}?"), _angle),
@@ -310,23 +297,23 @@ _BRACES = re.compile(r"(?:\\left\s*)?\\\{")
 
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> list[Any]:
-    """[expression], or [] where `answer`, the content of a box, is no mathematics."""
+    """[expression], or [] if `answer`, the content of a box, is not mathematics."""
     answer, _ = _measured(answer)
     for name, standard in _NAMES:
         answer = name.sub(standard, answer)
-    if _TWO_NUMBERS.search(answer):  # would be read as their sum
+    if _TWO_NUMBERS.search(answer):  # math-verify would add them
         return []
     return parse(rf"\boxed{{{answer}}}", [_CONFIG], fallback_mode="no_fallback", parsing_timeout=None)
 
 
 def _decimals(*expressions: Any) -> int:
-    """To how many decimals math-verify is to compare: six, and six digits of numbers that are smaller than 0.1."""
+    """The number of decimals that math-verify compares: six, or as many as give numbers below 0.1 six digits."""
     smallest = min((exponent for e in expressions for exponent in _exponents(e)), default=0)
     return 6 - min(0, smallest + 1)
 
 
 def _exponents(expression: Any) -> Iterator[int]:
-    """Of ten, of each real number in `expression` that is compared by itself: as a member of a set, say."""
+    """The power of ten of each real number in `expression` that is compared by itself, for example as a set member."""
     if not isinstance(expression, Basic | MatrixBase):
         return
     if isinstance(expression, MatrixBase):
@@ -342,18 +329,18 @@ def _exponents(expression: Any) -> Iterator[int]:
 
 
 def _is_set(answer: str, parsed: list[Any]) -> bool:
-    r"""Whether it is a set by its braces: math-verify gives `\{1, 2\}`, `1, 2` and `(1, 2)` full marks for one another,
-    and those without braces are left at that, for people write solutions in each way."""
+    r"""Whether it is a set in braces. math-verify finds `\{1, 2\}`, `1, 2` and `(1, 2)` equal to one another. For the
+    two without braces that stays, because people write solutions in both ways."""
     return isinstance(parsed[0], FiniteSet) and _BRACES.match(_clean(answer)) is not None
 
 
 def _is_point(parsed: list[Any]) -> bool:
-    """Of a plane or of space, or an interval."""
+    """Whether it is a point of a plane or of space, or an interval."""
     return isinstance(parsed[0], Tuple | Interval)
 
 
 def _values(expressions: list[Any]) -> list[Any] | None:
-    """As a point, the values that several variables have, in the order of their names; None if it gives none."""
+    """[the point whose coordinates are the values of several variables, in the order of their names], or None."""
     equations = expressions[0].args if isinstance(expressions[0], FiniteSet) else ()
     if not all(isinstance(each, Eq) and isinstance(each.lhs, Symbol) for each in equations):
         return None
@@ -364,7 +351,7 @@ def _values(expressions: list[Any]) -> list[Any] | None:
 
 
 def _alike(answers: tuple[str, str]) -> list[list[Any]]:
-    """Both parsed; where only one of them names its variables, it is a point, and a bare list is one, too."""
+    """Both parsed. If only one names its variables, it becomes a point, and so does the other if it is a bare list."""
     parsed = [_parse(answer) for answer in answers]
     values = [_values(each) for each in parsed]
     if (values[0] is None) == (values[1] is None):
@@ -376,14 +363,14 @@ def _alike(answers: tuple[str, str]) -> list[list[Any]]:
 
 
 def _without_mathematics(boxed: str, gold: str) -> bool | None:
-    """What the rules of this module decide before math-verify is asked; None if they decide nothing."""
+    """Whether the answer is right by the rules of this module; None if they do not decide, and math-verify has to."""
     if (words := _words(gold)) and _LETTERS.fullmatch(said := normalized(boxed)):
         return said == words
     parts = _parts(boxed), _parts(gold)
     if any(parts):
         return parts[0] == parts[1]
     units = [_measured(answer)[1].casefold() for answer in (boxed, gold)]
-    if len(set(units)) == 2 and all(len(unit) == 1 for unit in units):  # they may be variables
+    if len(set(units)) == 2 and all(len(unit) == 1 for unit in units):  # different single letters may be variables
         return False
     times = _time(boxed), _time(gold)
     if times[0] and times[1]:
@@ -392,7 +379,7 @@ def _without_mathematics(boxed: str, gold: str) -> bool | None:
 
 
 def _equal(answer: list[Any], expected: list[Any], relations: bool = False) -> bool:
-    """As math-verify sees it; `relations`: whether an inequality may be an interval."""
+    """Whether math-verify finds them equal. `relations`: whether an inequality may equal an interval."""
     return verify(
         expected,
         answer,
@@ -405,7 +392,7 @@ def _equal(answer: list[Any], expected: list[Any], relations: bool = False) -> b
 
 
 def _proportional(terms: list[Any], expected: list[Any]) -> bool:
-    """Up to one factor, as ratios are. The gold's quotients stand by themselves, so that 0:0:0 equals none."""
+    """Whether they are equal up to one factor. Each side is divided by a term of its own, so 0:0:0 equals nothing."""
     pairs = list(zip(terms, expected, strict=False))
     unit = next(((a, b) for a, b in pairs if not _equal([b], [Integer(0)])), None)
     if len(terms) != len(expected) or unit is None:
@@ -416,16 +403,19 @@ def _proportional(terms: list[Any], expected: list[Any]) -> bool:
 def verify_math(completion: str, record: PromptRecord) -> Verdict:
     r"""1 if the last box is equivalent to `record.gold`; `parsed` is its content.
 
-    Degrees and other simple units do not count, unless they are single letters that differ; 10% equals both 10 and 0.1;
-    lists compare as sets; decimals agree in six places, those of numbers smaller than 0.1 in six digits; words agree
-    but for their case, and are no products of their letters; several numbers between words agree one by one, as do
-    values of variables and a point, in the order of their names; ratios agree up to a factor, but what may be a time
-    does not. Runs without a limit on time: `9^{9^9}` does not come back.
+    - Degrees and other simple units are ignored, unless they are single letters that differ; 10% equals 10 and 0.1.
+    - Lists are compared as sets. Decimals must agree in six places, numbers below 0.1 in six digits.
+    - Words must be equal apart from case; they are not products of their letters.
+    - Several numbers between words are compared one by one, and so are a point and the values of variables, in the
+      order of their names.
+    - Ratios are equal up to a factor, unless they may be times.
+
+    There is no limit on time: on `9^{9^9}` it does not return.
     """
     gold = last_boxed(record.gold) or record.gold
     if not (expected := _parse(gold)):
         raise BadRecordError(
-            record.id, f"gold {record.gold!r:.200} is no mathematical expression that math-verify reads"
+            record.id, f"gold {record.gold!r:.200} is not a mathematical expression that math-verify reads"
         )
     boxed = last_boxed(completion)
     if boxed is None:
@@ -433,7 +423,7 @@ def verify_math(completion: str, record: PromptRecord) -> Verdict:
     if len(boxed) > _MAX_CHARS:
         return Verdict(0.0, None, "unparsable", f"the last box holds {len(boxed)} characters, more than {_MAX_CHARS}")
     if not (answer := _parse(boxed)):
-        return Verdict(0.0, None, "unparsable", "the last box holds no mathematical expression")
+        return Verdict(0.0, None, "unparsable", "the last box does not hold a mathematical expression")
     if _clean(boxed) == _clean(gold):
         return Verdict(1.0, boxed)
     if (verdict := _without_mathematics(boxed, gold)) is not None:
@@ -446,6 +436,6 @@ def verify_math(completion: str, record: PromptRecord) -> Verdict:
             return Verdict(float(_proportional(terms, others)), boxed)
         relations = _INTERVAL.search(_clean(gold)) is not None  # (1, 2) may be a point
         equal = _equal(answer, expected, relations)
-    except Exception as error:  # sympy knows no way to compare them: an inequation with an inequality, say
+    except Exception as error:  # sympy cannot compare them, for example x ≠ 3 and x > 3
         return Verdict(0.0, boxed, "error", f"cannot compare with the gold: {type(error).__name__}: {error}"[:500])
     return Verdict(float(equal), boxed)

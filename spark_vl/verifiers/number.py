@@ -1,8 +1,8 @@
 """Numbers: the reply's last box holds the right one.
 
-Settings: `relative` (to the gold) and `absolute`, tolerances from 0 of which one has to hold; ChartQA allows
-`relative: 0.05`. `percent`: `same`, 50% is 50; or `fraction`, 50% is 0.5, and where the gold is written with a percent
-sign, an answer may leave it out and be 50.
+Settings: `relative` (to the gold) and `absolute` are tolerances from 0, of which one has to hold; ChartQA uses
+`relative: 0.05`. `percent`: with `same`, 50% is 50; with `fraction`, 50% is 0.5, and for a gold with a percent sign, an
+answer of 50 is right, too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SETTINGS: dict[str, Any] = {"relative": TOLERANCE, "absolute": 0.0, "percent": (
 def verify_number(completion: str, record: PromptRecord) -> Verdict:
     """1 if the completion's number equals `record.gold` within the tolerances; `parsed` is the number as written.
 
-    How numbers are written: see `parse_quantity`. A unit, or a noun ("5 people"), may be left out or added, but not be
-    another one; nothing is converted.
+    See `parse_quantity` for how numbers are written. A unit or a noun ("5 people") may be missing on either side, but
+    if both have one, it must be the same; nothing is converted.
     """
     settings = settings_of(record)
     relative, absolute = settings["relative"], settings["absolute"]

@@ -11,14 +11,14 @@ from spark_vl.verifiers.grounding import GROUNDING, as_written, boxed, gold_shap
 
 SETTINGS = GROUNDING | {"distance": 0.0}
 """`distance`: how far a point may be from a gold that is a point, as a share of the image's diagonal. One value then
-fits images of all sizes, where a count of pixels is strict on a photograph and gives an icon away. The others: see
+fits images of all sizes; a number of pixels would be strict for a photograph and lax for an icon. The others: see
 `GROUNDING`."""
 
 
 def verify_point(completion: str, record: PromptRecord) -> Verdict:
     """One point `[x, y]`: 1 if it is inside the gold, a box, or within `distance` of the gold, a point.
 
-    Several points are wrong, whatever is among them.
+    Several points are wrong, even if one of them is right.
 
     Raises:
         BadRecordError: the gold is neither one box nor one point inside the image, it is a point and `distance` is not

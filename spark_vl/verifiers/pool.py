@@ -2,8 +2,8 @@
 
 Workers are plain subprocesses, not `multiprocessing` ones: nothing is forked from a parent that holds torch, the
 parent's main module is not imported again, and any thread may start them. The parent sends a worker a batch; the worker
-answers `READY` once it has imported the batch's verifiers, and then one verdict an item. So the parent knows at every
-moment which item runs and since when, and after a kill which items were not begun.
+answers `READY` once it has imported the batch's verifiers, and then one verdict per item. So the parent always knows
+which item runs and since when, and after a kill, which items were not begun.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from spark_vl.records import PromptRecord, Verdict, plain_text
 from spark_vl.verifiers.base import VERIFIERS, get_verifier, run_verifier
 
 INLINE = frozenset({"choice", "number", "count", "text", "list", "set", "interval", "json_field", "judgment"})
-"""Verifiers run in the calling process: they search text in linear or bounded time, so they need no deadline and no
+"""Verifiers that run in the calling process: they take linear or bounded time, so they need neither deadline nor
 worker."""
 
 START_S = 120.0
@@ -44,11 +44,11 @@ BATCH = 32
 """Most items sent to a worker at a time."""
 READY = "ready"
 OUT_OF_MEMORY = 75
-"""Exit code of a worker whose verifier has met the limit on memory."""
+"""Exit code of a worker whose verifier has reached the limit on memory."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""A scheduler may send them to all processes: the parent, which ends its step and saves, still needs verdicts."""
+"""A scheduler may send them to all processes, and the parent, which ends its step and saves, still needs verdicts."""
 LONGEST_ANSWER = 2**26
-"""Bytes of a worker's message. What a verifier writes to its descriptors mostly reads as a greater length."""
+"""Limit on a worker's message in bytes. Text that a verifier writes to the pipe mostly decodes as a greater length."""
 
 
 class VerifierPool:
@@ -58,15 +58,15 @@ class VerifierPool:
     died). One call of `verify` or `close` runs at a time; others wait for it. A fork of the process has a pool without
     workers, which starts its own.
 
-    When a worker ends, the processes that its verifiers have started are killed; so are they, with the workers, when
-    the pool's own process is killed (Linux; elsewhere a verifier that hangs then stays). One that has left the worker's
-    process group, with `setsid`, lives on.
+    When a worker ends, the processes that its verifiers have started are killed. When the pool's own process is killed,
+    so are the workers and these processes (Linux; elsewhere a verifier that hangs then stays). A process that has left
+    the worker's process group, with `setsid`, lives on.
 
     Args:
         workers: number of processes.
         timeout_s: wall-clock seconds that one completion may take, imports not counted. At most a day.
-        memory_mb: MiB that a worker may hold for itself, imports counted (math: 60, with torch: 800), and so may each
-            process that a verifier starts. Linux; memory that processes share is not counted.
+        memory_mb: private memory in MiB that a worker may have, imports counted (math: 60, with torch: 800), and also
+            each process that a verifier starts. Linux only.
     """
 
     def __init__(self, workers: int = 2, timeout_s: float = 10.0, memory_mb: int = 2048) -> None:
@@ -99,7 +99,7 @@ class VerifierPool:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keeps other threads from using the workers; ends them on an exception."""
+        """Keeps other threads from using the workers, and ends the workers on an exception."""
         if self._user == threading.get_ident():
             raise RuntimeError("a call of verify is running in this thread: `progress` must not use or close the pool")
         with self._lock:
@@ -107,7 +107,7 @@ class VerifierPool:
             try:
                 yield
             except BaseException:
-                self._end_workers()  # what they still have to say belongs to this call, not to the next
+                self._end_workers()  # what they would still send belongs to this call, not to the next
                 raise
             finally:
                 self._user = None
@@ -121,12 +121,12 @@ class VerifierPool:
     ) -> list[Verdict]:
         """One verdict for each (completion, record), in order.
 
-        A verifier that passes the deadline gives status `timeout`; one that raises, needs too much memory or kills its
-        process, `error`; all score 0. Workers get neither messages nor images, and see `<image>` in the question.
+        A verifier that exceeds the deadline gives status `timeout`; one that raises, needs too much memory or kills its
+        process gives `error`; both score 0. Workers receive no messages and no images, and see `<image>` in the
+        question.
 
         Args:
-            progress: called with how many more items are done, in this thread and whenever some are. Must not use the
-                pool.
+            progress: called in this thread, whenever items are done, with their number. Must not use the pool.
 
         Raises:
             ValueError: a record names an unknown verifier, or one that no other process can import.
@@ -147,11 +147,13 @@ class VerifierPool:
         if verdicts:
             progress(len(verdicts))
         todo = deque(i for i in range(len(items)) if i not in verdicts)
-        batch = min(BATCH, 1 + len(todo) // (4 * self.workers))  # small enough that all workers end at about one time
+        batch = min(
+            BATCH, 1 + len(todo) // (4 * self.workers)
+        )  # small enough that all workers end at about the same time
         failed_starts = 0
 
         def lose(worker: _Worker, status: Literal["timeout", "error"], reason: str = "") -> None:
-            """Ends a worker that hung or died. The item that it was at pays with a verdict, the others go back."""
+            """Ends a worker that hung or died. Its current item gets a verdict; the others go back into the queue."""
             nonlocal failed_starts
             code = worker.end(grace_s=0.0 if reason else 1.0)
             self._started.remove(worker)
@@ -159,9 +161,9 @@ class VerifierPool:
             if worker.running:
                 verdicts[worker.queue.popleft()] = Verdict(0.0, None, status, reason or self._cause(code))
             elif worker.fresh:
-                failed_starts += 1  # which each may once: something from outside may have killed it
+                failed_starts += 1  # one per worker is allowed: something outside may have killed it
                 if failed_starts > self.workers or worker.complaint or status == "timeout":
-                    said = worker.complaint or f"exit code {code}; its own words are on stderr"
+                    said = worker.complaint or f"exit code {code}; its output is on stderr"
                     raise RuntimeError(f"a verifier worker did not start: {said}")
             todo.extendleft(reversed(worker.queue))
 
@@ -184,21 +186,21 @@ class VerifierPool:
                 except (TimeoutError, BlockingIOError):
                     lose(worker, "timeout", f"more than {self.timeout_s:g} s")
                 except Exception as error:
-                    lose(worker, "error", f"its process sent something that is no verdict ({error})")
+                    lose(worker, "error", f"its process sent something that is not a verdict ({error})")
             if len(verdicts) > done:
                 progress(len(verdicts) - done)
         return [verdicts[i] for i in range(len(items))]
 
     def _cause(self, code: int) -> str:
-        """Why a worker died that ended with this exit code."""
+        """Why a worker ended with this exit code."""
         if code == OUT_OF_MEMORY:
             return f"MemoryError: more than {self.memory_mb} MiB"
         reason = f"its process died, exit code {code}"
-        # The system kills where memory runs out, and C code that is refused some aborts.
-        return reason + ", perhaps for want of memory" if code in (-signal.SIGKILL, -signal.SIGABRT) else reason
+        # The system kills a process when memory runs out; C code aborts when an allocation fails.
+        return reason + ", perhaps out of memory" if code in (-signal.SIGKILL, -signal.SIGABRT) else reason
 
     def _idle_worker(self) -> _Worker | None:
-        """A worker with nothing to do, a new one if there may be more; else None."""
+        """A worker with nothing to do, or a new one if the limit allows it; else None."""
         idle = next((worker for worker in self._started if not worker.queue), None)
         if idle is None and len(self._started) < self.workers:
             idle = _Worker(self.timeout_s, self.memory_mb)
@@ -210,7 +212,7 @@ _POOLS: weakref.WeakSet[VerifierPool] = weakref.WeakSet()
 
 
 def _leave_workers_to_parent() -> None:
-    """In a fork: the workers go on for the parent, and end with it even if the fork lives on."""
+    """In a fork: the workers stay with the parent, and end with it even if the fork lives on."""
     for pool in _POOLS:
         for worker in pool._started:
             worker.pipe.close()
@@ -226,11 +228,11 @@ class _Worker:
 
     def __init__(self, timeout_s: float, memory_mb: int) -> None:
         self.queue: deque[int] = deque()
-        """Indices of the items that it still has to answer, the one that it is at first."""
+        """Indices of the items that it still has to answer, its current one first."""
         self.deadline = 0.0
-        """When, on the monotonic clock, it is to be ended if it has not said anything."""
+        """When, on the monotonic clock, it is ended unless it has sent something."""
         self.running = False
-        """Whether it has imported the verifiers of its batch, and so is at the first item of its queue."""
+        """Whether it has imported the verifiers of its batch, and so runs the first item of its queue."""
         self.fresh = True
         """Whether it has yet to import its first verifiers."""
         self.complaint = ""
@@ -238,11 +240,11 @@ class _Worker:
         self.pipe, theirs = Pipe()
         self.lifeline, watched = Pipe()
         with socket.socket(fileno=os.dup(self.pipe.fileno())) as ours:
-            # A worker that does not read, held by a thread that a verifier left behind, must not hold the parent too,
-            # nor one that falls silent in the middle of a message.
+            # A worker that does not read (a thread that a verifier left behind may block it), or that stops in the
+            # middle of a message, must not block the parent.
             for option, seconds in ((socket.SO_SNDTIMEO, START_S), (socket.SO_RCVTIMEO, timeout_s)):
                 ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", math.ceil(seconds), 0))
-        # With -P a folder's own json.py does not stand in for Python's; afterwards modules are found as by the parent.
+        # -P keeps a json.py in the working folder from shadowing Python's; then sys.path becomes that of the parent.
         code = "import json, sys; sys.path = json.loads(sys.argv[1]); from spark_vl.verifiers.pool import work; work()"
         arguments = [json.dumps([str(path) for path in sys.path]), str(theirs.fileno()), str(memory_mb)]
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited, until the worker has its handlers
@@ -257,8 +259,8 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if sys.platform == "linux":
-            # Should the parent be gone, nobody kills a hung worker and its children. The system does, as soon as the
-            # lifeline's other end is closed.
+            # If the parent is gone, it cannot kill a hung worker and its children. The system does so as soon as the
+            # other end of the lifeline is closed.
             fcntl.fcntl(watched, fcntl.F_SETOWN, -self.process.pid)
             fcntl.fcntl(watched, fcntl.F_SETSIG, signal.SIGKILL)
             fcntl.fcntl(watched, fcntl.F_SETFL, os.O_ASYNC)
@@ -269,14 +271,14 @@ class _Worker:
         self.queue.extend(indices)
         self.running = False
         self.deadline = time.monotonic() + START_S
-        with contextlib.suppress(OSError):  # it has died, and reading will say so
+        with contextlib.suppress(OSError):  # it has died, which reading will show
             self.pipe.send(items)
 
     def receive(self, timeout_s: float) -> Verdict | None:
-        """The verdict on the first item of the queue; None for what is said of the imports.
+        """The verdict on the first item of the queue; None for a message about the imports.
 
         Raises EOFError or ConnectionError if it has died, BlockingIOError if it stops halfway, ValueError or OSError if
-        something else has come.
+        it has sent anything else.
         """
         answer = self.pipe.recv_bytes(LONGEST_ANSWER)
         try:
@@ -295,7 +297,7 @@ class _Worker:
         return None
 
     def end(self, grace_s: float = 0.0) -> int:
-        """Kills the worker, and the processes that it started; its exit code, its own if it exits within the grace."""
+        """Kills the worker, unless it exits within `grace_s`, and the processes that it started; returns its exit code."""
         self.pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
@@ -311,12 +313,12 @@ def _without_images(completion: str, record: PromptRecord) -> tuple[str, PromptR
 
 
 def work() -> None:
-    """The worker's side. It ends when the parent does, and what its verifiers have started with it.
+    """The worker's side. It ends, with all that its verifiers have started, when the parent does.
 
     Arguments: `sys.path`, the pipe's descriptor, the memory in MiB.
     """
     descriptor, memory_mb = int(sys.argv[2]), int(sys.argv[3])
-    # Not RLIMIT_AS: libraries reserve far more addresses than they ever use.
+    # Not RLIMIT_AS: libraries reserve far more address space than they use.
     limits = (memory_mb * 2**20, *resource.getrlimit(resource.RLIMIT_DATA))
     resource.setrlimit(resource.RLIMIT_DATA, (min(x for x in limits if x != resource.RLIM_INFINITY),) * 2)
     os.set_inheritable(descriptor, False)
@@ -338,10 +340,12 @@ def work() -> None:
             for item in items:
                 verdict = run_verifier(*item)
                 if os.getpid() != own:
-                    os._exit(0)  # a fork that the verifier made; the item is the worker's
+                    os._exit(0)  # a fork that the verifier made; only the worker itself answers
                 for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-                    signal.setitimer(timer, 0)  # one that the verifier left behind would kill the next item
+                    signal.setitimer(timer, 0)  # a timer that the verifier left behind would kill the next item
                 if verdict.status == "error" and "MemoryError" in verdict.detail:
-                    os._exit(OUT_OF_MEMORY)  # the verifier may still hold it all: the next item gets a new process
+                    os._exit(
+                        OUT_OF_MEMORY
+                    )  # the verifier may still hold the memory, so the next item gets a new process
                 pipe.send(verdict)
     os.killpg(own, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A verifier as a reward function: with the signature that TRL's `GRPOTrainer` calls, and plain enough for others."""
+"""A verifier as a reward function, with the signature that TRL's `GRPOTrainer` calls; others can call it, too."""
 
 from __future__ import annotations
 
@@ -7,66 +7,70 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spark_vl.verifiers.base import bare_record, check_settings
+from spark_vl.verifiers.base import check_settings
 from spark_vl.verifiers.pool import VerifierPool
+from spark_vl.verifiers.standalone import bare_record
 
 logger = logging.getLogger(__name__)
 
 Completion = str | Sequence[Mapping[str, Any]]
-"""A text, or the messages that the model wrote, `role` and `content`, a text or parts of `type` and `text`; tools may
-have answered in between."""
+"""A text, or messages, which may include those of tools. A message has a `role` and a `content`: a text, or parts that
+have a `type` and, if that is "text", a `text`."""
 
 
 class RewardFunction:
     """What `as_trl_reward` returns.
 
     Args:
-        kind: name of the verifier.
+        verifier: name of the verifier.
         column: name of the dataset's column of right answers.
         pool: runs the verifier.
         settings: of the verifier.
     """
 
-    def __init__(self, kind: str, column: str, pool: VerifierPool, settings: Mapping[str, Any]) -> None:
-        check_settings(kind, settings)
-        self.kind, self.column, self.pool = kind, column, pool
+    def __init__(self, verifier: str, column: str, pool: VerifierPool, settings: Mapping[str, Any]) -> None:
+        check_settings(verifier, settings)
+        self.verifier, self.column, self.pool = verifier, column, pool
         self.settings = settings
-        self.__name__ = kind.rpartition(":")[2]  # under which TRL logs its rewards
+        self.__name__ = verifier.rpartition(":")[2]  # under which TRL logs its rewards
 
     def __call__(
         self, completions: Sequence[Completion], golds: Sequence[Any] | None = None, **columns: Any
     ) -> list[float | None]:
-        """One score in [0, 1] for each completion; None, which TRL leaves out, where there is no right answer.
+        """One score in [0, 1] for each completion; None, which TRL skips, where the right answer is None.
 
-        A hang, a crash and a right answer that means nothing to the verifier score 0; what was wrong is logged.
+        A verifier that hangs or crashes, or cannot use the right answer, scores 0; the reason is logged.
 
         Args:
-            completions: texts or messages, of which the model's last one counts.
-            golds: the right answers. None: the column of that name is among `columns`.
-            columns: of the dataset, a value for each completion. Read are, where given, `choices` (the options),
-                `image_size` and `processed_size` ([width, height] of the image: upright; as the model saw it).
+            completions: texts or messages, of which the model's last one is scored.
+            golds: the right answers. None: they are the column `self.column` of `columns`.
+            columns: of the dataset, one value for each completion. The function reads `choices` (the options),
+                `image_size` and `processed_size` ([width, height] of the image: upright; as the model saw it), where
+                given.
 
         Raises:
-            ValueError: there are no right answers, or not as many of something as there are completions.
+            ValueError: there are no right answers, or a column is not as long as `completions`.
         """
         if golds is None:
             if self.column not in columns:
                 found = ", ".join(columns) or "none"
-                raise ValueError(f"the {self.kind} reward needs the column {self.column!r}; columns found: {found}")
+                raise ValueError(f"the {self.verifier} reward needs the column {self.column!r}; columns found: {found}")
             golds = columns[self.column]
         read = {"golds": golds}
         for name in ("choices", "image_size", "processed_size"):
             read[name] = columns.get(name, [None] * len(completions))
         for name, values in read.items():
             if len(values) != len(completions):
-                raise ValueError(f"the {self.kind} reward got {len(values)} {name} for {len(completions)} completions")
+                raise ValueError(
+                    f"the {self.verifier} reward got {len(values)} {name} for {len(completions)} completions"
+                )
         rows = list(zip(*read.values(), strict=True))
         judged = [i for i, row in enumerate(rows) if row[0] is not None]
         items = []
         for i in judged:
             gold, choices, image_size, processed_size = rows[i]
             record = bare_record(
-                self.kind,
+                self.verifier,
                 json.dumps(gold, ensure_ascii=False) if isinstance(gold, list | Mapping) else str(gold),
                 choices=choices or (),
                 image_size=image_size,
@@ -76,32 +80,33 @@ class RewardFunction:
             items.append((_text(completions[i]), record))
         verdicts = self.pool.verify(items)
         if errors := [verdict.detail for verdict in verdicts if verdict.status in ("error", "timeout")]:
-            logger.warning("%s reward: %d of %d not verified: %s", self.kind, len(errors), len(rows), errors[0])
+            logger.warning("%s reward: %d of %d not verified: %s", self.verifier, len(errors), len(rows), errors[0])
         scores = {i: verdict.score for i, verdict in zip(judged, verdicts, strict=True)}
         return [scores.get(i) for i in range(len(rows))]
 
 
 def as_trl_reward(
-    kind: str, *, column: str = "gold", pool: VerifierPool | None = None, **settings: Any
+    verifier: str, /, *, column: str = "gold", pool: VerifierPool | None = None, **settings: Any
 ) -> RewardFunction:
-    r"""The verifier `kind` as a reward function for TRL, and for whoever has completions and right answers.
+    r"""A verifier as a reward function for TRL, or for other code that has completions and right answers.
 
         GRPOTrainer(..., reward_funcs=as_trl_reward("math", column="answer"))
         as_trl_reward("math")([r"\boxed{0.5}"], [r"\frac{1}{2}"]) == [1.0]
 
-    Right answers are texts, lists and mappings, which become JSON, or what `str` makes texts of: numbers.
+    Right answers are texts, lists and mappings (read as JSON), or numbers. A completion on which the verifier exceeds
+    the deadline of the pool (10 s by default) scores 0.
 
     Args:
-        kind: name of the verifier: a key of `VERIFIERS`, or `module:function`.
+        verifier: its name: a key of `VERIFIERS`, or `module:function`.
         column: name of the dataset's column of right answers.
-        pool: runs the verifier, and whoever made it closes it. None: one of its own, as `VerifierPool()`, whose
-            processes start when the first completion needs one, and end with this process.
+        pool: runs the verifier; the caller closes it. None: a `VerifierPool()` of its own, whose processes start when
+            the first completion needs one and end with this process.
         settings: of the verifier, such as `threshold=0.75` of `iou`.
 
     Raises:
         ValueError: unknown verifier, or a setting that it does not have.
     """
-    return RewardFunction(kind, column, pool or VerifierPool(), settings)
+    return RewardFunction(verifier, column, pool or VerifierPool(), settings)
 
 
 def _text(completion: Completion) -> str:

@@ -1,7 +1,8 @@
 """Sets: the reply's last box holds the right items, in any order.
 
 Setting `partial`: `none`, all or nothing; or `f1`, the harmonic mean of precision and recall. Listing everything does
-not pay: what is wrong costs precision, and what stands twice counts once. No item is two of the gold ("1": 1 cm, 1 m).
+not pay: wrong items cost precision, and repeated ones count once. An item matches one item of the gold at most: "1" is
+not both "1 cm" and "1 m".
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ SETTINGS: dict[str, Any] = {"partial": ("none", "f1")}
 
 
 def verify_set(completion: str, record: PromptRecord) -> Verdict:
-    """1 if the completion lists the items of `record.gold` and no other; `parsed` is the list as written.
+    """1 if the completion lists the items of `record.gold` and no others; `parsed` is the list as written.
 
-    How it is written, and which items are the same, is as in `verify_list`.
+    `verify_list` says how a list is written, and which items are the same.
     """
     gold, answer, boxed = read_items(completion, record)
     if answer is None:
-        return Verdict(0.0, None, "unparsable", "no box" if boxed is None else "the last box is no list")
+        return Verdict(0.0, None, "unparsable", "no box" if boxed is None else "the last box is not a list")
     gold, answer = _distinct(gold), _distinct(answer)
     found = matching_size([[j for j, item in enumerate(answer) if same_item(item, wanted)] for wanted in gold])
     if found == len(gold) == len(answer):

@@ -1,8 +1,8 @@
-"""Shaping terms: what is added to a reward for how a completion is written. None of them says whether it is right.
+"""Shaping terms: what is added to a reward for how a completion is written, whether or not it is right.
 
-A recipe gives each its weight beside that of the verifier: `verifier: {math: 1.0, format: 0.1, overlong: 0.5}`. The
-score of a verdict, by which answers are recycled and evaluated, is never touched. Weights are from 0: what is to be
-discouraged has values below 0.
+A recipe gives each its weight next to that of the verifier: `verifier: {math: 1.0, format: 0.1, overlong: 0.5}`. The
+score of a verdict, by which answers are recycled and evaluated, never changes. Weights are not negative: a term that
+discourages something has negative values.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping
 from spark_vl.records import Rollout, Verdict
 
 Term = Callable[[Rollout, Verdict, int | None], float]
-"""(completion, its verdict, limit on its new tokens; None where it is not known) → value in [-1, 1]."""
+"""(completion, its verdict, limit on its new tokens or None if unknown) → value in [-1, 1]."""
 
 OVERLONG_SHARE = 0.2
-"""Of the limit on new tokens, at its end: where a completion is punished for its length (L_cache / L_max in DAPO)."""
+"""The last part of the limit on new tokens, in which length is punished (L_cache / L_max in DAPO)."""
 NGRAM = 20
-"""Tokens of a passage that counts as repeated: enough that sound reasoning seldom has the same one twice."""
+"""Tokens in a passage that counts as repeated: so many that sound reasoning seldom repeats one."""
 
 
 def format_term(rollout: Rollout, verdict: Verdict, max_new_tokens: int | None) -> float:
-    """1 where the completion ended by itself and holds an answer that its verifier can read, right or wrong; else 0."""
+    """1 if the completion ended by itself and holds an answer that its verifier can read, right or wrong; else 0."""
     return float(rollout.finish_reason == "stop" and verdict.status != "unparsable")
 
 
@@ -40,7 +40,7 @@ def overlong_term(rollout: Rollout, verdict: Verdict, max_new_tokens: int | None
 
 
 def repetition_term(rollout: Rollout, verdict: Verdict, max_new_tokens: int | None) -> float:
-    """The share of the completion's passages of `NGRAM` tokens that stood in it before, negative, in (-1, 0]."""
+    """Minus the share of the completion's passages of `NGRAM` tokens that occurred in it before, in (-1, 0]."""
     tokens = rollout.token_ids
     passages = list(zip(*(tokens[i:] for i in range(NGRAM)), strict=False))
     return len(set(passages)) / len(passages) - 1 if passages else 0.0

@@ -1,9 +1,8 @@
 """Texts: the reply's last box holds the right words.
 
-Setting `mode`: `normalized`, case does not count; `exact`, it does; `anls`, a few wrong characters cost a part of the
-score, as in DocVQA. In all of them white space, `\\text{...}`, the backslash of `\\%`, pairs of quotes, parentheses,
-dollar signs, asterisks, underscores and backticks around the whole text, and periods at its end do not count. A gold
-that is a JSON array of texts lists variants, any of which is right.
+Setting `mode`: `normalized`, case does not matter; `exact`, it does; `anls`, a few wrong characters cost a part of the
+score, as in DocVQA. In none of them does it matter how the text is set: see `plain`. A gold that is a JSON array of
+texts lists variants, any of which is right.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ from spark_vl.verifiers.base import settings_of
 SETTINGS: dict[str, Any] = {"mode": ("normalized", "exact", "anls")}
 
 THRESHOLD = 0.5
-"""A similarity below it is another text, and scores 0 (arXiv 1907.00490)."""
+"""A lower similarity scores 0: it is another text (arXiv 1907.00490)."""
 MAX_CHARS = 4000
-"""Of a gold, all variants together, in mode `anls`: it bounds the time that distances take."""
+"""Limit for a gold with all its variants in mode `anls`, which bounds the time that the distances take."""
 
 
 def verify_text(completion: str, record: PromptRecord) -> Verdict:
     """1 if the completion's text equals `record.gold` or one of its variants; `parsed` is the text as written.
 
-    In mode `anls` 1 - distance / length of the longer text, where that is at least `THRESHOLD`, of the nearest variant.
+    In mode `anls` it is the similarity to the nearest variant, 1 - distance / length of the longer text, or 0 if that
+    is below `THRESHOLD`.
     """
     mode = settings_of(record)["mode"]
     form = plain if mode == "exact" else normalized
     gold = last_boxed(record.gold) or record.gold
     variants = [form(variant) for variant in _variants(gold)]
     if not variants or not all(variants):
-        raise BadRecordError(record.id, f"gold {record.gold!r:.200} is no text, or a list with an empty one")
+        raise BadRecordError(record.id, f"gold {record.gold!r:.200} is not a text, or is a list with an empty one")
     if mode == "anls" and len(gold) > MAX_CHARS:
         raise BadRecordError(record.id, f"gold has {len(gold)} characters; allowed: {MAX_CHARS}")
     boxed = last_boxed(completion)
@@ -52,14 +52,14 @@ def _variants(gold: str) -> list[str]:
     try:
         variants = parse_json(gold)
     except ValueError:
-        return [gold]  # a text that starts with a bracket
+        return [gold]  # not a list, but a text that starts with a bracket
     return variants if all(isinstance(variant, str) for variant in variants) else [gold]
 
 
 def similarity(a: str, b: str) -> float:
     """Normalized Levenshtein similarity in [`THRESHOLD`, 1], or 0; neither text is empty."""
     shorter, longer = sorted((a, b), key=len)
-    if len(shorter) < THRESHOLD * len(longer):  # as many characters are missing at least
+    if len(shorter) < THRESHOLD * len(longer):  # at least the missing characters differ
         return 0.0
     value = 1 - edit_distance(shorter, longer) / len(longer)
     return value if value >= THRESHOLD else 0.0
@@ -73,7 +73,7 @@ def edit_distance(a: str, b: str) -> int:
     for i, character in enumerate(a):
         places[character] = places.get(character, 0) | 1 << i
     full, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    up, down, distance = full, 0, len(a)  # where a column grows and falls by 1 from row to row; its last value
+    up, down, distance = full, 0, len(a)  # where a column rises and falls by 1 from row to row, and its last value
     for character in b:
         same = places.get(character, 0)
         diagonal = (((same & up) + up) ^ up) | same | down

@@ -1,0 +1,48 @@
+"""Finds the answer in a model's reply: boxed text, a label, choices, numbers, items, intervals, JSON.
+
+Everything that reads an answer (verifiers, recycling, judges) starts from `last_boxed`, so the text that a judge is
+shown is the text that was scored. Every function here runs in time linear in the length of its text.
+"""
+
+from spark_vl.answers.boxed import compact, last_boxed, normalized, plain
+from spark_vl.answers.choices import match_choice, match_choices, match_label
+from spark_vl.answers.quantities import (
+    TOLERANCE,
+    Quantity,
+    agrees,
+    parse_count,
+    parse_quantity,
+    parse_word,
+    same_unit,
+)
+from spark_vl.answers.sequences import (
+    MAX_ITEMS,
+    Interval,
+    last_json_object,
+    parse_intervals,
+    parse_items,
+    parse_json,
+)
+
+__all__ = [
+    "MAX_ITEMS",
+    "TOLERANCE",
+    "Interval",
+    "Quantity",
+    "agrees",
+    "compact",
+    "last_boxed",
+    "last_json_object",
+    "match_choice",
+    "match_choices",
+    "match_label",
+    "normalized",
+    "parse_count",
+    "parse_intervals",
+    "parse_items",
+    "parse_json",
+    "parse_quantity",
+    "parse_word",
+    "plain",
+    "same_unit",
+]

@@ -1,0 +1,112 @@
+"""Labels and choices: which of the given options an answer names."""
+
+from __future__ import annotations
+
+import re
+from string import ascii_uppercase
+
+from spark_vl.answers.boxed import MAX_CHARS, compact, last_boxed, normalized, plain
+from spark_vl.answers.quantities import agrees, parse_quantity
+
+
+def match_label(reply: str, labels: tuple[str, ...]) -> str | None:
+    r"""The label that the last box of `reply` says; None if it says none of `labels`, or says more than a label.
+
+    Case, `\text{...}`, `**...**`, parentheses and a trailing period do not matter: `\boxed{(a).}` says "A". Only whole
+    labels count: neither "Yesterday" nor "Yes and No" says "Yes".
+    """
+    boxed = last_boxed(reply)
+    if boxed is None:
+        return None
+    return {plain(label).lower(): label for label in labels}.get(plain(boxed).lower())  # casefolded, `yeſ` is "yes"
+
+
+_CHOICE = re.compile(
+    r"(?:(?:option|choice|answer)\b\s*:?\s*)?\(?([a-z])\s*(?:$|\)?\s*(?:\.|:(?=\s|$))|\))(.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+_EMPHASIS = re.compile(r"(\*\*?|__?)([^*_]{1,20})\1(?!\w)")
+_CHOICE_AND_TEXT = re.compile(r"([a-z])(?=\W)\s*([-–—,，、:：．]?\s*(.+))", re.DOTALL | re.IGNORECASE)
+_SECOND_CHOICE = re.compile(r"(?<![A-Za-z])[A-Z](?=[.):])|(?:\band\b|\bor\b|[,;/&])\s*\(?[A-Z](?![A-Za-z])|^[A-Z]$")
+_LETTER = re.compile(r"\b[A-Z]\b")
+_COMBINATION = re.compile(r"(?:(?i:both|all of) )?[A-Z](?:(?:, | & |(?:,)? and )[A-Z]){1,9}")
+
+
+def match_choice(text: str, choices: tuple[str, ...] = (), *, letter_first: bool = False) -> str | None:
+    """The letter ("A", "B", ...) of the choice that `text`, the content of a box, names; None for none or several.
+
+    Accepted: the letter ("B", "(b)", "B.", "Option B"), the letter with a text ("B. 5 cm") and, where `choices` holds
+    the options in order, the text of an option or, if no option has that text, its number ("0.5" for "1/2"). The answer
+    is ambiguous, and None, if letter and text name different options, or if a bare letter is also the text of another
+    option. Without `choices`, every letter is a choice; "D. Both A and B" names D.
+
+    Args:
+        letter_first: a bare capital names its choice even if it is the text of another option.
+    """
+    letters = ascii_uppercase[: len(choices)] if choices else ascii_uppercase
+
+    def saying(words: str) -> set[str]:
+        """The letters of the options with this text or, if there are none, with this number."""
+        for form in (normalized, compact):
+            said = form(words)
+            if same := {letter for letter, choice in zip(letters, choices, strict=False) if form(choice) == said}:
+                return same
+        if (number := parse_quantity(words)) is None:
+            return set()
+        numbers = zip(letters, map(parse_quantity, choices), strict=False)
+        return {letter for letter, value in numbers if value is not None and agrees(number, value)}
+
+    if len(text) > MAX_CHARS:
+        return None
+    words = plain(text)
+    if letter_first and words in tuple(letters):
+        return words
+    if match := _EMPHASIS.match(words):  # "**B.** 5 cm"
+        words = match[2] + words[match.end() :]
+    named = saying(text)
+    if (match := _CHOICE.fullmatch(words)) and (letter := match[1].upper()) in letters:
+        words = plain(match[2])
+        if not words:
+            named.add(letter)
+        elif not named:
+            second = {found[-1] for found in _SECOND_CHOICE.findall(words)} & set(letters) - {letter}
+            if _COMBINATION.fullmatch(words) and letter not in _LETTER.findall(words):
+                second = set()
+            named = saying(words) or ({letter} if not second else set())
+            return letter if letter in named else None
+    elif not named and (match := _CHOICE_AND_TEXT.fullmatch(words)) and (letter := match[1].upper()) in letters:
+        return letter if saying(match[2]) | saying(match[3]) == {letter} else None  # a dash may be a minus sign
+    return named.pop() if len(named) == 1 else None
+
+
+_BEFORE_CHOICES = re.compile(r"(?:both )?(?:(?:options|choices|answers)\b ?:? ?)?", re.IGNORECASE)
+_MARK = re.compile(r" ?[,;&，；、] ?(?:and\b ?)?", re.IGNORECASE)
+_AND = re.compile(r" ?\band\b ?", re.IGNORECASE)
+_RUN_OF_CHOICES = re.compile(r"[A-J]{2,10}")
+
+
+def match_choices(text: str, choices: tuple[str, ...] = (), *, letter_first: bool = True) -> tuple[str, ...]:
+    """The letters, sorted, of the choices that `text`, a right answer or the content of a box, names; () if none.
+
+    One choice as in `match_choice`, or several of them: "A, C", "A; C", "A and C", "Options A & C", "AC", "red, blue".
+    "A or C" names none.
+
+    Args:
+        letter_first: as in `match_choice`. True fits right answers, which datasets give as letters; a reply may mean
+            either the letter or the text.
+    """
+
+    def named(part: str) -> str | None:
+        return match_choice(part, choices, letter_first=letter_first)
+
+    if len(text) > MAX_CHARS:
+        return ()
+    if (letter := named(text)) is not None:
+        return (letter,)
+    words = plain(text)
+    words = words[_BEFORE_CHOICES.match(words).end() :]
+    letters: set[str | None] = set()
+    for part in words if _RUN_OF_CHOICES.fullmatch(words) else _MARK.split(words, maxsplit=26):
+        letter = named(part)
+        letters |= set(map(named, _AND.split(part, maxsplit=26))) if letter is None else {letter}
+    return () if None in letters else tuple(sorted(letters))
