@@ -34,6 +34,7 @@ from spark_vl.config import ConfigError, TrainConfig, config_differences, save_c
 from spark_vl.distributed.launch import strategy
 from spark_vl.families import Processor
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
+from spark_vl.run.files import flush, written_whole
 from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.run.provenance import public_name
 
@@ -120,7 +121,7 @@ def save_checkpoint(
         if final.exists():  # written before, by a run that was interrupted and resumed from an earlier one
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _flush(folder)
+        flush(folder)
         point(folder, LATEST, final)
         if best:
             point(folder, BEST, final)
@@ -227,11 +228,8 @@ def is_latest(folder: Path, step: int) -> bool:
 
 def point(folder: Path, pointer: str, checkpoint: Path) -> None:
     """Let `pointer` (`latest`, `best`) name `checkpoint`; at no moment does it name nothing."""
-    temporary = folder / f".{pointer}.partial"
-    temporary.write_text(checkpoint.name)
-    _flush(temporary)
-    os.replace(temporary, folder / pointer)
-    _flush(folder)
+    with written_whole(folder / pointer) as file:
+        file.write_text(checkpoint.name)
 
 
 def _state_file(rank: int) -> str:
@@ -256,7 +254,7 @@ def _write_manifest(accelerator: Accelerator, folder: Path, step: int) -> None:
     }
     (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest_of(manifest)}, indent=1))
     for path in folder.rglob("*"):
-        _flush(path)
+        flush(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
@@ -322,12 +320,3 @@ def _delete_old(folder: Path, limit: int) -> None:
     for old in sorted(folder.glob("step-*"))[:-limit]:
         if old not in kept:
             shutil.rmtree(old)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that `path` is on the disk, not only in the system's cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -43,10 +43,11 @@ from spark_vl.families import ProcessedPrompt, load_processor
 from spark_vl.log import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
 from spark_vl.policy.update import NonFiniteUpdateError, load_updater
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup, record_from_json, record_to_json
+from spark_vl.records import BadRecordError, Kind, PromptRecord, RolloutGroup
 from spark_vl.recycle import recycle
 from spark_vl.rollout import Sampling, load_engine
 from spark_vl.rollout.distributed import DistributedEngine, DistributedVerifiers
+from spark_vl.run.codec import record_from_json, record_to_json
 from spark_vl.run.paths import CHECKPOINTS, CONFIG, JUDGMENTS, LATEST, MODEL, name_of
 from spark_vl.run.provenance import note_environment, public_name, write_recipes
 from spark_vl.run.quarantine import Quarantine, TooManyBadRowsError

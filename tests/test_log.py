@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from spark_vl.log import Means, RunLog, Timer, add_balanced_accuracy, group_metrics
 from spark_vl.records import Origin, Rollout, RolloutGroup, Verdict
-from tests.conftest import make_image, make_record
+from tests.conftest import make_record
 
 
 def make_group(record, scores, *, parsed=None, logprobs=None, finish_reason=None, status=None) -> RolloutGroup:
@@ -253,52 +253,3 @@ def test_a_terminal_shows_the_progress(open_log, capsys, monkeypatch):
     assert "sampling 3/4" in shown
     assert "problem 0.25  pairwise 0.50" in shown
     assert "step 3/9" not in shown
-
-
-def test_rollouts_are_written_with_prompt_completions_and_origin(tmp_path, open_log):
-    problem = make_group(
-        make_record("p", make_image(1), "Grösser?"),
-        [1.0, 0.0],
-        parsed=["5", None],
-        finish_reason=["stop", "length"],
-        status=["ok", "unparsable"],
-    )
-    judgment = make_pointwise("p@3#pointwise", correct=True, says=["Yes"])
-    open_log().rollouts(3, [problem, judgment])
-    first, second = lines(tmp_path / "rollouts.jsonl")
-    assert first == {
-        "step": 3,
-        "id": "p",
-        "kind": "problem",
-        "prompt": "<image>Grösser?",
-        "gold": "5",
-        "origin": None,
-        "completions": [
-            {
-                "text": "text 0",
-                "finish_reason": "stop",
-                "score": 1.0,
-                "parsed": "5",
-                "status": "ok",
-                "detail": "",
-                "shaping": {},
-            },
-            {
-                "text": "text 1",
-                "finish_reason": "length",
-                "score": 0.0,
-                "parsed": None,
-                "status": "unparsable",
-                "detail": "",
-                "shaping": {},
-            },
-        ],
-    }
-    assert second["origin"] == {
-        "parent_id": "p",
-        "step": 1,
-        "template": "t",
-        "rollouts": [0],
-        "quoted_correct": True,
-        "completions": [],
-    }
