@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spark_vl.demo.digits import problem
-from tests.distributed.launching import launch, lines, metrics
+from tests.distributed.launching import judgments, launch, metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -56,7 +56,6 @@ def test_no_process_waits_for_ever(tmp_path, recipe, strategy, problems, setting
         "--rollout.n=4",
         "--steps=5",
         "--checkpoint.every=2",
-        "--logging.rollouts_every=1",
         *settings,
     )
     ended = launch(2, strategy, *arguments, f"--output_dir={folder}", deadline_s=150.0)
@@ -68,4 +67,4 @@ def test_no_process_waits_for_ever(tmp_path, recipe, strategy, problems, setting
     assert any(line["update/grad_norm"] > 0 for line in steps)
     recycled = sum(line.get(f"recycle/{kind}", 0) for line in steps for kind in ("pairwise", "reflection_incorrect"))
     assert recycled > 0, "nothing was recycled"
-    assert lines(folder, "rollouts")
+    assert judgments(folder)

@@ -90,7 +90,7 @@ def test_a_signal_to_one_of_two_workers_or_to_their_launcher_stops_both(whole_ze
 )
 def test_a_step_is_abandoned_or_finished(tmp_path, schedule, call, stops_after):
     """The signal comes in the third step, at one certain point."""
-    overrides = (f"--recycle.schedule={schedule}", "--steps=4", "--logging.rollouts_every=1")
+    overrides = (f"--recycle.schedule={schedule}", "--steps=4")
     uninterrupted = make_config(tmp_path / "whole", *overrides)
     Trainer(uninterrupted).train()
 
