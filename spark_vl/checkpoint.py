@@ -35,7 +35,8 @@ from spark_vl.distributed.launch import strategy
 from spark_vl.families.base import Processor
 from spark_vl.feed import PromptFeed
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
-from spark_vl.run.manifest import MANIFEST, find_damage, flush, read_manifest, write_manifest
+from spark_vl.run.files import flush, written_whole
+from spark_vl.run.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.run.provenance import public_name
 
@@ -335,11 +336,8 @@ def export_model(
 
 def point(folder: Path, pointer: str, checkpoint: Path) -> None:
     """Let `pointer` (`latest`, `best`) name `checkpoint`; at no moment does it name nothing."""
-    temporary = folder / f".{pointer}.partial"
-    temporary.write_text(checkpoint.name)
-    flush(temporary)
-    os.replace(temporary, folder / pointer)
-    flush(folder)
+    with written_whole(folder / pointer) as file:
+        file.write_text(checkpoint.name)
 
 
 def _state_file(rank: int) -> str:

@@ -1,5 +1,5 @@
-"""`spark-vl train | eval | recycle | publish | recipes | doctor | estimate`. The command line composes the parts; what
-they do is theirs.
+"""`spark-vl train | eval | recycle | show | publish | recipes | doctor | estimate`. The command line composes the
+parts; what they do is theirs.
 
 Everything heavy is imported inside a command, so that `--help` and a mistake in a setting answer at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, plain_text
+from spark_vl.records import KINDS, BadRecordError, plain_text
 from spark_vl.run.paths import CONFIG
 from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.verifiers import VerifierPool
@@ -41,6 +42,7 @@ from spark_vl.verifiers import VerifierPool
 TRAIN_HELP = "train a policy that is its own generative reward"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
 RECYCLE_HELP = "recycle the rollouts of a run anew, without a model"
+SHOW_HELP = "print the rollouts of a run: prompts, completions, verdicts, what was recycled"
 PUBLISH_HELP = "publish a model, judgments, or a demo on the Hugging Face Hub; private unless --public"
 RECIPES_HELP = "list the shipped data recipes, or check the rows of one"
 DOCTOR_HELP = "say what will not work on this machine, and the fix"
@@ -73,6 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recycle_parser.add_argument("run", help="folder of a run that kept its rollouts (logging.judgments)")
     add_config_arguments(recycle_parser, OfflineConfig)
 
+    show_parser = Parser(description=SHOW_HELP)
+    show_parser.add_argument("run", help="folder of a run that kept its rollouts (logging.judgments)")
+    show_parser.add_argument("--step", type=int, help="in which they were sampled; null: the latest that is stored")
+    show_parser.add_argument("--kind", choices=KINDS, help="of the prompts; null: all kinds")
+    show_parser.add_argument("--wrong", action="store_true", help="only groups with a wrong completion")
+    show_parser.add_argument("--images", metavar="DIR", help="write their images to this folder, and print the paths")
+    show_parser.add_argument("--limit", type=int, default=10, help="how many groups at most; 0: all")
+
     publish_parser = Parser(description=PUBLISH_HELP)
     publish_parsers = _publish_parsers()
 
@@ -82,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipes_parser.add_argument("--show", type=int, default=3, help="how many rows to print")
 
     parsers = {"train": train_parser, "eval": eval_parser, "recycle": recycle_parser, "publish": publish_parser}
-    parsers["recipes"] = recipes_parser
+    parsers |= {"recipes": recipes_parser, "show": show_parser}
     parsers["doctor"] = Parser(description=DOCTOR_HELP)
     parsers["estimate"] = estimate_parser = Parser(description=ESTIMATE_HELP)
     estimate_parser.add_argument(
@@ -112,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 evaluate(instantiate(eval_parser, command, EvalConfig))
             case "recycle":
                 recycle_offline(command.run, instantiate(recycle_parser, command, OfflineConfig))
+            case "show":
+                show(command)
             case "publish":
                 publish(command.what, command[command.what])
             case "recipes":
@@ -210,9 +222,9 @@ def recycle_offline(run: str, config: OfflineConfig) -> None:
 
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    from spark_vl.hub.run import find_run
     from spark_vl.offline import recycle_rollouts
     from spark_vl.run.provenance import copy_provenance
+    from spark_vl.run.reader import find_run
 
     with blamed_on("run"):
         source = find_run(Path(run))
@@ -235,6 +247,20 @@ def recycle_offline(run: str, config: OfflineConfig) -> None:
     if not any(n for name, n in counts.items() if name != "unusable"):
         raise SystemExit("spark-vl: the rollouts give no judgments under these settings (--recycle.…)")
     print(f"{output} can be published: spark-vl publish judgments {output} --repo ORG/NAME")
+
+
+def show(options: Namespace) -> None:
+    """`spark-vl show RUN`: print the groups that the run stored of one step."""
+    from spark_vl.show import show_groups
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends other tools
+    if options.limit < 0:
+        raise ConfigError(f"--limit: is {options.limit}; 0 and more are allowed")
+    images = None if options.images is None else Path(options.images)
+    choice = {"step": options.step, "kind": options.kind, "wrong": options.wrong, "limit": options.limit}
+    with blamed_on("run"):
+        for text in show_groups(Path(options.run), images=images, **choice):
+            print(text, end="\n\n")
 
 
 def publish(what: str, options: Namespace) -> None:

@@ -14,8 +14,9 @@ from spark_vl.distributed.gather import each_process
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.policy.batch import Scored
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, Kind, PromptRecord, record_from_json, record_to_json
+from spark_vl.records import BadRecordError, Kind, PromptRecord
 from spark_vl.recycle import recycle
+from spark_vl.run.codec import record_from_json, record_to_json
 from spark_vl.run.quarantine import Quarantine, TooManyBadRowsError
 
 Phase = Literal["problems", "recycled", "both"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RolloutGroup, record_to_json
+from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RecycledRecord, RolloutGroup
+from spark_vl.run.codec import group_to_json
+from spark_vl.run.jsonl import append_lines, drop_lines_after
 from spark_vl.run.sinks import Sink
 
 
@@ -97,7 +97,7 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
 
 def _truth(judgment: PromptRecord) -> str:
     """What a judgment should say, in words that do not depend on the template's labels."""
-    if judgment.kind == "pointwise":
+    if isinstance(judgment, RecycledRecord) and judgment.kind == "pointwise":
         return "correct" if judgment.origin.quoted_correct else "incorrect"
     return judgment.gold
 
@@ -158,7 +158,7 @@ class RunLog(Sink):
         self._live = Live(Group(self._bar, self._rewards), console=self.console) if self.console.is_terminal else None
         if accelerator.is_main_process:
             for name in ("metrics", "evaluations"):
-                _drop_lines_after(self._path(name), -1 if resumed is None else resumed)
+                drop_lines_after(self._path(name), -1 if resumed is None else resumed)
 
     def __enter__(self) -> RunLog:
         if self._live:
@@ -249,11 +249,8 @@ class RunLog(Sink):
         """Write all of the groups of this process whose update of `step` went wrong, to study. Returns the file."""
         file = self.folder / "nonfinite" / f"step-{step:06d}.rank{self.accelerator.process_index}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        with file.open("w", encoding="utf-8") as lines:
-            for group in groups:
-                parts = {"rollouts": group.rollouts, "verdicts": group.verdicts}
-                line = {name: [asdict(each) for each in part] for name, part in parts.items()}
-                lines.write(json.dumps({"record": record_to_json(group.record), **line}, ensure_ascii=False) + "\n")
+        file.unlink(missing_ok=True)
+        append_lines(file, map(group_to_json, groups))
         return file
 
     def _path(self, name: str) -> Path:
@@ -261,19 +258,4 @@ class RunLog(Sink):
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self._path(name).open("a") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a last line that was cut off in the writing."""
-    if not path.exists():
-        return
-    with path.open("rb+") as lines:
-        kept = 0  # bytes
-        for line in lines:
-            # Only the last line can be incomplete, and the step that wrote it is run again.
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            kept += len(line)
-        lines.truncate(kept)
+            append_lines(self._path(name), [line])

@@ -1,4 +1,4 @@
-"""Recycles the rollouts that a run has written, without a model: other settings or templates give other judgments."""
+"""Recycles again the rollouts that a run has stored, without a model, under other settings or templates."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from spark_vl.config import RecycleConfig
 from spark_vl.data.judgments import features, group_of, row_of
 from spark_vl.prompts.templater import Templater
-from spark_vl.records import RolloutGroup
+from spark_vl.records import ImageRef, RolloutGroup
 from spark_vl.recycle import recycle
+from spark_vl.run.reader import find_stored
 from spark_vl.run.shards import RowWriter, Shard, find_shards, read_shard
 
 logger = logging.getLogger(__name__)
@@ -28,27 +29,31 @@ def recycle_rollouts(
     seed: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, int]:
-    """Write the judgments that the rollouts of a run give into `output`, as shards without completions of their own.
+    """Recycle the rollouts of a run into `output`: shards of judgment and reflection prompts without completions.
 
-    Each step is recycled by itself, the rollouts of all processes together. With `config.judge_reflections` the run's
-    reflections are read too. What is made of a problem stays in the split that the problem is in.
+    Each step is recycled separately, with the rollouts of all processes together. With `config.judge_reflections` the
+    run's reflections are read too. Everything recycled from a problem goes to the split of the problem.
 
     Args:
-        rollouts: folder of a run, its `judgments/`, or `rollouts/` in there.
-        output: folder that gets `pointwise/`, `pairwise/` and `reflection/`.
-        config: its caps hold for a step.
-        progress: hears how many more rows have been read.
+        rollouts: folder of a run, its `judgments/`, or the `rollouts/` in it.
+        output: folder in which `pointwise/`, `pairwise/` and `reflection/` are made.
+        config: its caps are per step.
+        progress: called with the number of rows that were read since the last call.
 
     Returns:
-        Rows written, as `pointwise`, `pairwise` and `reflection`, and rows read that cannot be used, as `unusable`.
+        The number of rows written, as `pointwise`, `pairwise` and `reflection`, and of rows read that cannot be used,
+        as `unusable`.
 
     Raises:
-        ValueError: there are no rollouts, a shard cannot be read, or `output` holds shards already.
+        ValueError: there are no rollouts, a shard cannot be read, or `output` already holds shards.
     """
     if there := find_shards(output):
-        raise ValueError(f"{output}: holds shards already, such as {there[0].path.relative_to(output)}; name another")
+        raise ValueError(f"{output}: already holds shards, such as {there[0].path.relative_to(output)}; name another")
     configs = ("rollouts", "reflection") if config.judge_reflections else ("rollouts",)
-    shards = [shard for shard in find_shards(_judgments_folder(rollouts)) if shard.config in configs]
+    found_shards = find_stored(rollouts)
+    if not any(shard.config == "rollouts" for shard in found_shards):
+        raise ValueError(f"{rollouts}: holds no rollouts; a run's folder does, in judgments/rollouts")
+    shards = [shard for shard in found_shards if shard.config in configs]
     streams = groupby(shards, key=lambda shard: (shard.config, shard.split, shard.rank))
     counts = dict.fromkeys(("pointwise", "pairwise", "reflection", "unusable"), 0)
     writer = RowWriter(output)
@@ -68,13 +73,13 @@ def recycle_rollouts(
             parents.setdefault(group.record.id, (shard.split, row))
         recycled = recycle(groups, templater, config, step=step, seed=seed)
         for record in recycled.judge + recycled.reflection:
-            split, parent = parents[record.origin.parent_id]
+            split, parent = parents[record.parent_id]
             row = row_of(
                 RolloutGroup(record, ()),
                 step,
                 model=parent["model"],
                 model_revision=parent["model_revision"],
-                image_bytes=lambda ref: ref.data,  # encoded when the rollouts were written
+                image_bytes=_stored_bytes,
             )
             writer.add(record.kind, split, row)
             counts[record.kind] += 1
@@ -82,17 +87,14 @@ def recycle_rollouts(
     return counts
 
 
-def _judgments_folder(rollouts: Path) -> Path:
-    """The folder whose `rollouts/` holds shards."""
-    folders = [rollouts / "judgments", rollouts, *([rollouts.parent] if rollouts.name == "rollouts" else ())]
-    for folder in folders:
-        if any(shard.config == "rollouts" for shard in find_shards(folder)):
-            return folder
-    raise ValueError(f"{rollouts}: holds no rollouts; a run's folder does, in judgments/rollouts")
+def _stored_bytes(ref: ImageRef) -> bytes:
+    """The bytes that were encoded when the rollouts were stored."""
+    assert ref.data is not None, "a row holds its images as bytes"
+    return ref.data
 
 
 def _in_order(shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
-    """The rows that one process wrote of one configuration and split, with their shards."""
+    """The rows that one process wrote for one configuration and split, with their shards."""
     last = 0
     for shard in shards:
         for row in read_shard(shard.path, list(features(shard.config))):

@@ -1,27 +1,27 @@
 """The nouns of the kit: what a prompt is, what was sampled for it, and how it was judged.
 
-One idea keeps the kit small: a recycled judgment is an ordinary `PromptRecord` whose gold answer we happen to know
-("Yes", "B", the gold of the parent problem) and which names its own verifier. It goes through the same sampling,
-verifying, advantage and update path as a problem does.
+One idea keeps the kit small: a recycled prompt is a `PromptRecord` like any other, whose gold answer is known ("Yes",
+"B", the gold of its parent) and which names its own verifier. It goes through the same sampling, verifying, advantage
+and update path as a problem does.
 
-Records hold *references* to images, never decoded pixels: those are made late, by a processor, and dropped early.
+Records hold *references* to images, never decoded pixels: a processor decodes them late and drops them early.
 """
 
 from __future__ import annotations
 
-import base64
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
 
-Kind = Literal["problem", "pointwise", "pairwise", "reflection"]
+RecycledKind = Literal["pointwise", "pairwise", "reflection"]
+Kind = Literal["problem", RecycledKind]
 """What a prompt asks for: solve; is this answer right?; which answer is right?; check this answer and solve."""
 
-KINDS: tuple[Kind, ...] = ("problem", "pointwise", "pairwise", "reflection")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 JUDGMENTS: tuple[Kind, ...] = ("pointwise", "pairwise")
 
 
 class BadRecordError(ValueError):
-    """One row cannot be used, for a reason in the row itself. Callers quarantine the row and go on.
+    """One row cannot be used, for a reason in the row itself. Callers quarantine the row and continue.
 
     Args:
         record_id: the row or record, as `recipe/row`.
@@ -66,7 +66,7 @@ class ImageSize:
     original: tuple[int, int]
     """As displayed: EXIF orientation is applied."""
     processed: tuple[int, int]
-    """As the model sees it, after resizing: patches times their side."""
+    """As the model sees it, after resizing: number of patches times the side of a patch."""
 
 
 Coordinates = Literal["resized", "thousand", "original"]
@@ -105,17 +105,24 @@ class Origin:
     quoted_correct: bool | None = None
     """Whether the quoted answer is right (pointwise, reflection); None for pairwise."""
     completions: tuple[str, ...] = ()
-    """The whole text of those rollouts, in the same order, also where the prompt shows only their final answers. Empty
-    where an answer is quoted that no rollout gave."""
+    """The full text of those rollouts, in the same order, even if the prompt shows only their final answers. Empty if
+    no rollout gave the quoted answer."""
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """Something to ask the model, and what a right reply is."""
+    """Something to ask the model, and what a right reply is. Of this type itself: a problem.
+
+    Raises:
+        ValueError: `kind` is not one of the type's.
+    """
+
+    _kinds: ClassVar[tuple[Kind, ...]] = ("problem",)
 
     id: str
     """Unique within a run: `recipe/row` for problems, `parent@step#kind` for recycled prompts."""
     kind: Kind
+    """"problem" in this type itself; the others in `RecycledRecord`."""
     messages: tuple[Message, ...]
     """The whole prompt as the model sees it, before the model family's chat template."""
     question: Content
@@ -128,40 +135,62 @@ class PromptRecord:
     """Name of the recipe that the problem came from; recycled records keep their parent's."""
     choices: tuple[str, ...] = ()
     """Options of a choice question in order (A, B, ...), or the two labels of a judgment; otherwise empty."""
-    origin: Origin | None = None
-    """Set on recycled records only."""
     settings: tuple[tuple[str, Any], ...] = ()
-    """Of the verifier, as pairs of name and value, such as a tolerance; what it allows, it says itself."""
+    """Settings of the verifier, as pairs of name and value, such as a tolerance. Each verifier defines its own."""
     weight: float = 1.0
-    """Of the score in the reward."""
+    """Weight of the score in the reward."""
     shaping: tuple[tuple[str, float], ...] = ()
-    """Names and weights of what is added to the reward and says nothing of correctness (`verifiers.shaping`)."""
+    """Names and weights of the reward terms that do not depend on correctness (`verifiers.shaping`)."""
     image_sizes: tuple[ImageSize, ...] = ()
-    """Of `images`, in their order, once a processor has processed the record."""
+    """Sizes of `images`, in their order, once a processor has processed the record."""
     coordinates: Coordinates | None = None
     """How the model writes coordinates in its replies, once a processor has processed the record."""
     license: str = ""
-    """Of the data, which what is recycled from it carries on."""
+    """License of the data; recycled records keep their parent's."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in self._kinds:
+            allowed = " or ".join(map(repr, self._kinds))
+            raise ValueError(f"{self.id}: a {type(self).__name__} is of kind {self.kind!r}; allowed: {allowed}")
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
         """The images of the prompt, in the order in which they stand in its messages."""
         return tuple(part for m in self.messages for part in m.content if isinstance(part, ImageRef))
 
+    @property
+    def parent_id(self) -> str:
+        """Id of the record whose rollouts this one quotes; of a problem, its own."""
+        return self.id
+
+
+@dataclass(frozen=True)
+class RecycledRecord(PromptRecord):
+    """A prompt about earlier rollouts: a judgment or a reflection."""
+
+    _kinds: ClassVar[tuple[Kind, ...]] = get_args(RecycledKind)
+
+    kind: RecycledKind
+    origin: Origin = field(kw_only=True)
+
+    @property
+    def parent_id(self) -> str:
+        return self.origin.parent_id
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says of one completion."""
+    """What a verifier says about one completion."""
 
     score: float
-    """In [0, 1]; 1 is right. Recycling and evaluation go by it alone."""
+    """In [0, 1]; 1 is right. Recycling and evaluation use nothing else."""
     parsed: str | None
-    """The answer found in the completion, None where there is none."""
+    """The answer found in the completion; None if there is none."""
     status: Literal["ok", "unparsable", "timeout", "error"] = "ok"
     detail: str = ""
-    """Why, for any status but `ok`."""
+    """The reason for any status but `ok`."""
     shaping: tuple[tuple[str, float], ...] = ()
-    """Name and value, not weighted, of each shaping term of the record."""
+    """Name and unweighted value of each shaping term of the record."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +224,7 @@ class RolloutGroup:
 
     @property
     def rewards(self) -> list[float]:
-        """[G] what the policy is trained on: weighted scores and shaping terms."""
+        """[G] what the policy is trained on: the weighted sum of score and shaping terms."""
         weight, weights = self.record.weight, dict(self.record.shaping)
         return [
             weight * verdict.score + sum(weights[name] * value for name, value in verdict.shaping)
@@ -212,89 +241,3 @@ class RolloutGroup:
         if len(verdicts) != len(self.rollouts):
             raise ValueError(f"{self.record.id}: {len(verdicts)} verdicts for {len(self.rollouts)} rollouts")
         return replace(self, verdicts=verdicts)
-
-
-# ── JSON, for the recycled-prompt cache in checkpoints and for rollout logs ──
-
-
-def record_to_json(record: PromptRecord) -> dict[str, Any]:
-    """`record` as JSON values, image bytes in base64; without `image_sizes` and `coordinates`, which processing
-    finds out again."""
-    origin = record.origin
-    return {
-        "id": record.id,
-        "kind": record.kind,
-        "messages": [{"role": m.role, "content": _content_to_json(m.content)} for m in record.messages],
-        "question": _content_to_json(record.question),
-        "gold": record.gold,
-        "verifier": record.verifier,
-        "recipe": record.recipe,
-        "choices": list(record.choices),
-        "settings": dict(record.settings),
-        "weight": record.weight,
-        "shaping": dict(record.shaping),
-        "license": record.license,
-        "origin": None
-        if origin is None
-        else {**vars(origin), "rollouts": list(origin.rollouts), "completions": list(origin.completions)},
-    }
-
-
-def record_from_json(data: dict[str, Any]) -> PromptRecord:
-    """The record that `record_to_json` was given, not processed."""
-    origin = data["origin"]
-    return PromptRecord(
-        **{
-            **data,
-            "messages": tuple(Message(m["role"], _content_from_json(m["content"])) for m in data["messages"]),
-            "question": _content_from_json(data["question"]),
-            "choices": tuple(data["choices"]),
-            "settings": tuple(data["settings"].items()),
-            "shaping": tuple(data["shaping"].items()),
-            "origin": None
-            if origin is None
-            else Origin(**{**origin, **{name: tuple(origin[name]) for name in ("rollouts", "completions")}}),
-        }
-    )
-
-
-def group_to_json(group: RolloutGroup) -> dict[str, Any]:
-    """A verified group for a log: where its prompt comes from, and each completion with its verdict."""
-    record = group.record
-    return {
-        "id": record.id,
-        "kind": record.kind,
-        "gold": record.gold,
-        "origin": None if record.origin is None else asdict(record.origin),
-        "completions": [
-            {
-                "text": rollout.text,
-                "finish_reason": rollout.finish_reason,
-                **asdict(verdict),
-                "shaping": dict(verdict.shaping),
-            }
-            for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
-        ],
-    }
-
-
-def _content_to_json(content: Content) -> list[Any]:
-    return [
-        part
-        if isinstance(part, str)
-        else {"path": part.path, "root": part.root}
-        if part.data is None
-        else {"data": base64.b64encode(part.data).decode()}
-        for part in content
-    ]
-
-
-def _content_from_json(parts: list[Any]) -> Content:
-    return tuple(
-        part
-        if isinstance(part, str)
-        else ImageRef(data=base64.b64decode(part["data"]))
-        if "data" in part
-        else ImageRef(**part)
-        for part in parts
-    )

@@ -1,27 +1,28 @@
 """Verified groups → judge and reflection prompts (arXiv 2509.22624, §3).
 
-What a group gives is decided by its *evidence*: the rollouts that the model finished itself and that a verifier found
+What is made from a group depends on its *evidence*: the rollouts that the model finished and that a verifier found
 right (score 1) or wrong (score 0).
 
 | evidence in the group | judge prompt | reflection prompt |
 |---|---|---|
-| only right answers | pointwise, gold "correct" | none of its own; may lend its right answer (below) |
+| only right answers | pointwise, gold "correct" | none, or one that quotes a right answer (below) |
 | only wrong answers | pointwise, gold "incorrect" | quotes a wrong answer |
 | both | `pairwise_share`: pairwise; the rest: pointwise, either side | quotes a wrong answer, or a right one (below) |
 
 `correct_reflection_share` of the reflections quote a right answer, so that "change it" is not always right. With
-`judge_reflections` the group of a reflection prompt gives a pointwise prompt (either side, where it has both). Judge
-prompts are never recycled, and nothing is reflected upon twice.
+`judge_reflections` the group of a reflection prompt also gives a pointwise prompt (on either side, if it has both).
+Judge prompts are never recycled, and nothing is reflected on twice.
 
-With `balance_labels` a step's pointwise prompts have the gold "correct" as often as "incorrect", or once more or less:
-groups with both sides take the side that is missing, and what one label still has in excess is left out. Otherwise a
-policy that gets most problems right would teach its judge to say "correct".
+With `balance_labels` the gold labels "correct" and "incorrect" of a step's pointwise prompts differ by one at most:
+groups with both sides take the side that is missing, and what is still in excess of one label is left out. Otherwise a
+policy that solves most problems would teach its judge to say "correct".
 
-No evidence, and counted: rollouts cut off by the length limit (unless `recycle_truncated`), those whose verification
-timed out or failed, those with a partial score. A finished rollout in which no answer was found is evidence of a
-wrong one; without a box it has no final answer to quote, so only prompts that show whole completions can use it.
+Not evidence, but counted: rollouts cut off by the length limit (unless `recycle_truncated`), rollouts whose
+verification timed out or failed, and rollouts with a partial score. A finished rollout in which no answer was found is
+evidence of a wrong answer; without a box it has no final answer to quote, so only prompts that show the whole
+completion can use it.
 
-Everything drawn at random depends on (seed, step, id of the record) alone: the order of the groups does not matter.
+All random draws depend on (seed, step, id of the record) alone: the order of the groups does not matter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Literal
 from spark_vl.answers import last_boxed
 from spark_vl.config import RecycleConfig
 from spark_vl.prompts.templater import Rendered, Templater
-from spark_vl.records import Kind, PromptRecord, RolloutGroup
+from spark_vl.records import Kind, PromptRecord, RecycledKind, RecycledRecord, RolloutGroup
 
 _EPS = 1e-6
 _COT_SHARE = {"answer": 0.0, "mixed": 0.5, "cot": 1.0}
@@ -61,21 +62,21 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class Recycled:
-    """The prompts that one step's groups give, each id once."""
+    """The prompts made from one step's groups. No id occurs twice."""
 
-    judge: list[PromptRecord]
+    judge: list[RecycledRecord]
     """At most `max_judge`."""
-    reflection: list[PromptRecord]
+    reflection: list[RecycledRecord]
     """At most `max_reflection`."""
-    judge_surplus: list[PromptRecord]
-    """What did not fit, then what would have unbalanced the labels: dynamic sampling refills from it in this order."""
-    reflection_surplus: list[PromptRecord]
-    """What did not fit, in this order."""
+    judge_surplus: list[RecycledRecord]
+    """First the prompts over the cap, then those in excess of one label. Dynamic sampling refills in this order."""
+    reflection_surplus: list[RecycledRecord]
+    """The prompts over the cap. Dynamic sampling refills in this order."""
     counts: dict[str, int]
     """For metrics; every key is always there. Groups that could be recycled, by their evidence:
     `groups_correct`, `groups_wrong`, `groups_mixed`, `groups_without_evidence`, and `groups_repeated` (see `recycle`).
-    Their rollouts that are no evidence: `rollouts_truncated`, `rollouts_unverified`, `rollouts_partial`. The prompts,
-    surplus not counted: `pointwise_correct`, `pointwise_incorrect`, `pairwise`, `reflection_correct`,
+    Rollouts of these groups that are not evidence: `rollouts_truncated`, `rollouts_unverified`, `rollouts_partial`.
+    Prompts, without the surplus: `pointwise_correct`, `pointwise_incorrect`, `pairwise`, `reflection_correct`,
     `reflection_incorrect`."""
 
 
@@ -88,31 +89,31 @@ class _Quote:
     """A rollout that may be quoted."""
 
     index: int
-    """In its group."""
+    """Of the rollout in its group."""
     text: str
-    """As it is quoted."""
+    """What the prompt shows of it."""
     completion: str
-    """The whole of it."""
+    """Its whole text."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """What one group offers to one kind of prompt: its right and its wrong quotes."""
+    """What judge prompts, or reflections, can quote from one group."""
 
     record: PromptRecord
     correct: list[_Quote]
     wrong: list[_Quote]
     shows: Shows
     rng: random.Random
-    """The group's own."""
+    """For all further draws for this group."""
 
 
 def recycle(
     groups: Sequence[RolloutGroup], templater: Templater, config: RecycleConfig, *, step: int, seed: int
 ) -> Recycled:
-    """The judge and reflection prompts that the verified `groups` of one step give, by the rules of this module.
+    """The judge and reflection prompts made from the verified `groups` of one step, by the rules of this module.
 
-    Of several groups of the same record only the first is recycled, for each would give the same ids.
+    Of several groups of one record only the first is recycled, because all would give the same ids.
 
     Raises:
         ValueError: a group has not been verified.
@@ -128,7 +129,7 @@ def recycle(
                 evidence[record.id] = group, _evidence(group, config, counts)
 
     def sources(purpose: str, cot_share: float, kinds: tuple[Kind, ...]) -> list[_Source]:
-        """The groups that offer anything, in an order drawn for this step."""
+        """The groups with something to quote, in an order drawn for this step."""
         drawn = []
         for group, correct in evidence.values():
             if group.record.kind in kinds:
@@ -160,11 +161,11 @@ def recycle(
 
 
 def _evidence(group: RolloutGroup, config: RecycleConfig, counts: dict[str, int]) -> dict[int, bool]:
-    """Index of each rollout that is evidence → whether it is right. What is not is counted."""
+    """Index of each rollout that is evidence → whether it is right. The other rollouts are counted."""
     if len(group.verdicts) != len(group.rollouts):
         raise ValueError(
             f"{group.record.id}: {len(group.verdicts)} verdicts for {len(group.rollouts)} rollouts; "
-            "verify a group before it is recycled"
+            "a group must be verified before it is recycled"
         )
     correct: dict[int, bool] = {}
     for index, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True)):
@@ -181,11 +182,11 @@ def _evidence(group: RolloutGroup, config: RecycleConfig, counts: dict[str, int]
 
 
 def _source(group: RolloutGroup, correct: dict[int, bool], shows: Shows, rng: random.Random) -> _Source:
-    """The evidence of `group`, as far as it can be quoted in the way that `shows` says."""
+    """The evidence of `group` that can be quoted in the way of `shows`."""
     quotes: dict[bool, list[_Quote]] = {True: [], False: []}
     for index, is_correct in correct.items():
         completion = group.rollouts[index].text
-        # Some verifiers read answers that are in no box: what they found is what was scored.
+        # Some verifiers read answers outside boxes: then quote what they found and scored.
         text = completion if shows == "cot" else last_boxed(completion) or group.verdicts[index].parsed or ""
         if text.strip():
             quotes[is_correct].append(_Quote(index, text, completion))
@@ -194,10 +195,10 @@ def _source(group: RolloutGroup, correct: dict[int, bool], shows: Shows, rng: ra
 
 def _judge(
     sources: list[_Source], templater: Templater, config: RecycleConfig, step: int, coin: float
-) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """One judge prompt for each source, and apart from them those whose label is in excess (see `_balanced`).
+) -> tuple[list[RecycledRecord], list[RecycledRecord]]:
+    """One judge prompt per source, and separately those whose label is in excess (see `_balanced`).
 
-    Groups with both sides, where pointwise, make up for the unanimous ones.
+    Pointwise prompts from groups with both sides balance those from unanimous groups.
     """
     excess = sum(bool(source.correct) - bool(source.wrong) for source in sources)
     records = []
@@ -222,17 +223,19 @@ def _judge(
     return _balanced(records, correct_first=coin < 0.5) if config.balance_labels else (records, [])
 
 
-def _balanced(records: list[PromptRecord], *, correct_first: bool) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """`records` with their pointwise labels alternating, and apart from them what one label has in excess.
+def _balanced(
+    records: list[RecycledRecord], *, correct_first: bool
+) -> tuple[list[RecycledRecord], list[RecycledRecord]]:
+    """`records` with their pointwise labels alternating, and separately what is in excess of one label.
 
-    However the first part is cut, its labels are even, or one apart.
+    Wherever the first list is cut, its labels are balanced or differ by one.
     """
     sides = [
         [r for r in records if r.kind == "pointwise" and r.origin.quoted_correct is side]
         for side in (correct_first, not correct_first)
     ]
     if len(sides[0]) < len(sides[1]):
-        sides.reverse()  # the more frequent label begins, so that one more of it than of the other stays
+        sides.reverse()  # the more frequent label comes first, so that it keeps one more than the other
     even = len(sides[1])
     alternating = [record for pair in zip(*sides, strict=False) for record in pair] + sides[0][even : even + 1]
     excess = sides[0][even + 1 :]
@@ -244,12 +247,12 @@ def _balanced(records: list[PromptRecord], *, correct_first: bool) -> tuple[list
 
 def _reflect(
     sources: list[_Source], templater: Templater, config: RecycleConfig, step: int, coin: float
-) -> list[PromptRecord]:
-    """One reflection for each source with a wrong answer, `correct_reflection_share` of them on a right one.
+) -> list[RecycledRecord]:
+    """Reflections on wrong answers, one per source that has any, of which `correct_reflection_share` quote a right
+    answer instead.
 
-    First some of the sources that have a right answer are chosen to quote it (drawn by their order), as many as the
-    share asks for and one more or not as `coin`, uniform in [0, 1), rounds it. Then both sides are merged so that a
-    cut to any cap keeps the share.
+    First the sources that quote a right answer are chosen, in their order, as many as the share asks for; `coin`,
+    uniform in [0, 1), rounds that number. Then both sides are merged so that any cap keeps the share.
     """
     share = config.correct_reflection_share
     correct: list[_Source] = []
@@ -281,13 +284,13 @@ def _reflect(
 
 def _record(
     parent: PromptRecord,
-    kind: Kind,
+    kind: RecycledKind,
     rendered: Rendered,
     quotes: tuple[_Quote, ...],
     quoted_correct: bool | None,
     step: int,
-) -> PromptRecord:
-    """A rendered prompt that quotes `quotes`, as a record."""
+) -> RecycledRecord:
+    """The record of a rendered prompt that quotes `quotes`."""
     return rendered.record(
         parent,
         kind,

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spark_vl.records import KINDS
+from spark_vl.run.jsonl import read_lines
 
 LABELS = {
     "reasoning_greedy": "reasoning, greedy",
@@ -95,7 +96,7 @@ def print_summary(run: Path, console: Console) -> None:
     summary = summarize(run)
     steps = [f"step {step}" for step in summary["steps"]]
     _print_table(console, summary["n"], [*steps, "change"], lambda name: _cells(summary, name))
-    folders, files = ("model/", "judgments/", "checkpoints/"), ("summary.json", "metrics.jsonl", "rollouts.jsonl")
+    folders, files = ("model/", "judgments/", "checkpoints/"), ("summary.json", "metrics.jsonl")
     for name in (*folders, *files, "curves.png"):
         if (run / name).exists():
             console.print(f"{name.rstrip('/'):<16}{run / name}", soft_wrap=True, markup=False, highlight=False)
@@ -284,10 +285,3 @@ def _plot_bars(ax: Axes, summary: Mapping[str, Any]) -> None:
 def _legend_below(ax: Axes) -> None:
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 4}
     ax.legend(**place, frameon=False, fontsize=9, labelcolor=_INK, columnspacing=1.2, handlelength=1.4)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; none if there is no such file. A last line that is not finished, as a run that is
-    killed, or is writing it, leaves one, is no line yet."""
-    whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
-    return [json.loads(line) for line in whole.splitlines()]

@@ -20,7 +20,7 @@ from PIL import Image
 from spark_vl.demo.tiny import random_tiny
 from spark_vl.families.qwen2_5_vl import QwenVLProcessor
 from spark_vl.policy.policy import Policy
-from spark_vl.records import ImageRef, Message, PromptRecord
+from spark_vl.records import ImageRef, Message, Origin, PromptRecord, RecycledRecord
 from spark_vl.verifiers import VerifierPool
 
 torch.set_num_threads(1)
@@ -42,16 +42,18 @@ def make_image(seed: int, size: tuple[int, int] = (56, 56)) -> ImageRef:
 
 def make_record(name: str, *content: str | ImageRef, gold: str = "5", kind: str = "problem", **fields) -> PromptRecord:
     """A record that shows `content`."""
-    return PromptRecord(
-        id=name,
-        kind=kind,
-        messages=(Message("user", tuple(content)),),
-        question=tuple(content),
-        gold=gold,
-        verifier=fields.pop("verifier", "number"),
-        recipe="test",
-        **fields,
-    )
+    fields = {
+        "id": name,
+        "kind": kind,
+        "messages": (Message("user", tuple(content)),),
+        "question": tuple(content),
+        "gold": gold,
+        "verifier": "number",
+        "recipe": "test",
+    } | fields
+    if kind == "problem":
+        return PromptRecord(**fields)
+    return RecycledRecord(**{"origin": Origin("parent", 1, "template", (0,))} | fields)
 
 
 @pytest.fixture(scope="session")

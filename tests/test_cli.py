@@ -32,7 +32,7 @@ def spark_vl(folder: Path, *arguments: str, module: bool = False) -> tuple[int, 
     return run.returncode, output, run.stderr, HEAVY & set(loaded.split())
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "recipes", "doctor", "estimate"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "recipes", "show", "doctor", "estimate"])
 def test_help_loads_nothing_heavy(tmp_path, command):
     status, output, _, loaded = spark_vl(tmp_path, *command.split(), "--help")
     assert (status, loaded) == (0, set())

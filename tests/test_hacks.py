@@ -163,8 +163,8 @@ def test_the_parser_reads_the_reply_and_nothing_of_the_prompt(name: str) -> None
             if template.labels is None:
                 assert template.parse(r"\boxed{6}") == "6"
                 continue
-            record = PromptRecord(
-                "r/0@1#x", template.kind, rendered.messages, ("Q",), rendered.gold, "judgment", "r", rendered.labels
+            record = rendered.record(
+                PromptRecord("r/0", "problem", (), ("Q",), "6", "math", "r"), template.kind, id="x"
             )
             for label in rendered.labels:
                 assert template.parse(box(label)) == label

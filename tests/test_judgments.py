@@ -30,7 +30,7 @@ from spark_vl.data.judgments import (
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.recipes import load_recipe
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, ImageRef, PromptRecord, RolloutGroup, plain_text
+from spark_vl.records import BadRecordError, ImageRef, PromptRecord, RecycledRecord, RolloutGroup, plain_text
 from spark_vl.run.shards import find_shards
 from tests.golds import check_gold
 from tests.groups import TEMPLATER, UNCAPPED, a_run, picture, pixels, problem, recycled, sampled, write
@@ -236,13 +236,15 @@ def test_records_come_back_through_the_recipe(config: str, published: Path, pool
             def moved(content, images=images):
                 return tuple(images.get(part, part) for part in content)
 
+            assert isinstance(record, RecycledRecord) == (config != "rollouts")
+            if isinstance(original, RecycledRecord):
+                original = replace(original, origin=replace(original.origin, step=step, rollouts=()))
             assert record == replace(
                 original,
                 id=record.id,
                 recipe=f"judgments-{config}",
                 messages=tuple(replace(m, content=moved(m.content)) for m in original.messages),
                 question=moved(original.question),
-                origin=original.origin and replace(original.origin, step=step, rollouts=()),
             )
             check_gold(record)
         assert set(opened._rows[0]) == set(record_columns(config)), "other columns are read too"
@@ -380,8 +382,8 @@ def test_a_path_is_never_followed(config: str, path: str, tmp_path: Path, monkey
         ({"choices": "AB"}, "'choices' is 'AB'"),
         ({"choices": ["A"]}, "'choices' has 1 options; 2 to 26"),
         ({"verifier": None}, "'verifier' is null"),
-        ({"settings": "{"}, "'settings' is no JSON"),
-        ({"settings": "[1]"}, "a JSON object of texts and numbers is allowed"),
+        ({"settings": "{"}, "'settings' is not JSON"),
+        ({"settings": "[1]"}, "a JSON object whose values are strings and numbers is allowed"),
         ({"settings": '{"no_such": 1}'}, "'no_such' is not a setting"),
         ({"verifier": "os:system"}, "'verifier' is 'os:system'; allowed: "),
         ({"verifier": "my.module:check"}, "'verifier' is 'my.module:check'; allowed: "),

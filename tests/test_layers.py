@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ABOVE_THE_LINE = (
     *("records", "config", "config_cli", "answers", "prompts", "verifiers", "data", "run", "recycle", "offline"),
-    *("advantages", "estimate"),
+    *("show", "advantages", "estimate"),
 )
 BELOW_THE_LINE = (
     *(

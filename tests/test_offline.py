@@ -208,11 +208,11 @@ def test_folders_are_checked(run: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="holds no rollouts"):
         again(run / "judgments" / "pairwise", tmp_path / "out")
     before = contents(run)
-    with pytest.raises(ValueError, match=r"holds shards already, such as pairwise/.*; name another"):
+    with pytest.raises(ValueError, match=r"already holds shards, such as pairwise/.*; name another"):
         again(run, run / "judgments")
     assert contents(run) == before
     again(run, tmp_path / "out")
-    with pytest.raises(ValueError, match="holds shards already"):
+    with pytest.raises(ValueError, match="already holds shards"):
         again(run, tmp_path / "out")
 
 

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from spark_vl.prompts import REASONING_SUFFIX, Rendered, Template, Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
-from spark_vl.records import Content, ImageRef, Message, PromptRecord, plain_text
+from spark_vl.records import Content, ImageRef, Message, Origin, PromptRecord, RecycledRecord, plain_text
 from spark_vl.verifiers.base import get_verifier
 
 BUILTIN = Templater.load()
@@ -50,7 +50,7 @@ def text_of(rendered: Rendered) -> str:
 
 
 def record_of(rendered: Rendered, kind: str) -> PromptRecord:
-    return PromptRecord(
+    return RecycledRecord(
         id="r/0@1#x",
         kind=kind,
         messages=rendered.messages,
@@ -59,6 +59,7 @@ def record_of(rendered: Rendered, kind: str) -> PromptRecord:
         verifier="judgment",
         recipe="r",
         choices=rendered.labels,
+        origin=Origin("r/0", 1, rendered.template, (0,)),
     )
 
 

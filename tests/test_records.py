@@ -15,16 +15,17 @@ from spark_vl.records import (
     KINDS,
     BadRecordError,
     ImageRef,
+    ImageSize,
     Message,
     Origin,
     PromptRecord,
+    RecycledRecord,
     Rollout,
     RolloutGroup,
     Verdict,
     plain_text,
-    record_from_json,
-    record_to_json,
 )
+from spark_vl.run.codec import group_from_json, group_to_json, record_from_json, record_to_json
 from tests.conftest import make_image, make_record
 
 images = st.builds(ImageRef, data=st.binary()) | st.builds(ImageRef, path=st.text(), root=st.text())
@@ -39,30 +40,75 @@ origins = st.builds(
     quoted_correct=st.none() | st.booleans(),
     completions=st.lists(st.text()).map(tuple),
 )
-records = st.builds(
-    PromptRecord,
-    id=st.text(),
-    kind=st.sampled_from(KINDS),
-    messages=st.lists(messages).map(tuple),
-    question=contents,
-    gold=st.text(),
-    verifier=st.text(),
-    recipe=st.text(),
-    choices=st.lists(st.text()).map(tuple),
-    origin=st.none() | origins,
+sides = st.tuples(st.integers(1), st.integers(1))
+numbers = st.floats(allow_nan=False)
+fields_of_all = {
+    "id": st.text(),
+    "messages": st.lists(messages).map(tuple),
+    "question": contents,
+    "gold": st.text(),
+    "verifier": st.text(),
+    "recipe": st.text(),
+    "choices": st.lists(st.text()).map(tuple),
+    "settings": st.dictionaries(st.text(), st.text() | st.integers() | numbers).map(lambda d: tuple(d.items())),
+    "weight": numbers,
+    "shaping": st.dictionaries(st.text(), numbers).map(lambda d: tuple(d.items())),
+    "image_sizes": st.lists(st.builds(ImageSize, original=sides, processed=sides)).map(tuple),
+    "license": st.text(),
+}
+problems = st.builds(PromptRecord, kind=st.just("problem"), **fields_of_all)
+recycled = st.builds(RecycledRecord, kind=st.sampled_from(KINDS[1:]), origin=origins, **fields_of_all)
+verdicts = st.builds(
+    Verdict,
+    score=numbers,
+    parsed=st.none() | st.text(),
+    status=st.sampled_from(["ok", "unparsable", "timeout", "error"]),
+    detail=st.text(),
+    shaping=st.dictionaries(st.text(), numbers).map(lambda d: tuple(d.items())),
 )
+rollouts = st.builds(
+    Rollout,
+    token_ids=st.lists(st.integers(0), min_size=1).map(tuple),
+    logprobs=st.lists(numbers).map(tuple),
+    text=st.text(),
+    finish_reason=st.sampled_from(["stop", "length"]),
+) | st.builds(Rollout, token_ids=st.just(()), logprobs=st.just(()), text=st.text(), finish_reason=st.just("stop"))
 
 
-@given(record=records)
+@given(record=problems | recycled)
 def test_a_record_survives_json(record):
     text = json.dumps(record_to_json(record))
     assert record_from_json(json.loads(text)) == record
+
+
+@given(record=problems | recycled, pairs=st.lists(st.tuples(rollouts, verdicts), max_size=3))
+def test_a_verified_group_survives_json(record, pairs):
+    group = RolloutGroup(record, tuple(r for r, _ in pairs), tuple(v for _, v in pairs))
+    assert group_from_json(json.loads(json.dumps(group_to_json(group)))) == group
+
+
+def test_only_a_recycled_record_has_an_origin_and_the_kind_says_which_it_is():
+    """Both directions: a problem that is recycled, and a judgment of nothing, cannot be made."""
+    problem, judgment = make_record("p", "?"), make_record("p@3#pointwise", "?", kind="pointwise")
+    assert (type(problem), type(judgment)) == (PromptRecord, RecycledRecord)
+    assert (problem.parent_id, judgment.parent_id) == ("p", judgment.origin.parent_id)
+    with pytest.raises(TypeError, match="origin"):
+        PromptRecord(**vars(problem) | {"origin": judgment.origin})
+    with pytest.raises(TypeError, match="origin"):
+        RecycledRecord(**vars(problem) | {"kind": "pairwise"})
+    for kind in KINDS[1:]:
+        with pytest.raises(ValueError, match=f"p: a PromptRecord is of kind '{kind}'; allowed: 'problem'"):
+            replace(problem, kind=kind)
+        assert replace(judgment, kind=kind).origin == judgment.origin
+    with pytest.raises(ValueError, match="a RecycledRecord is of kind 'problem'; allowed: 'pointwise' or 'pairwise'"):
+        replace(judgment, kind="problem")
 
 
 def test_a_record_as_json_is_what_a_checkpoint_holds():
     origin = Origin("digits/7", 3, "yes_no", (2,), True, (r"So \boxed{7}",))
     record = make_record("digits/7@3#pointwise", ImageRef(data=b"\x89P"), "Right?", gold="Yes", kind="pointwise")
     record = replace(record, choices=("Yes", "No"), origin=origin, question=(ImageRef("a.png", "/data"), "Larger?"))
+    record = replace(record, image_sizes=(ImageSize((640, 480), (644, 476)),))
     record = replace(record, settings=(("relative", 0.05),), weight=0.9, shaping=(("format", 0.1),), license="MIT")
     assert record_from_json(record_to_json(record)) == record
     assert record_to_json(record) == {
@@ -78,6 +124,7 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
         "weight": 0.9,
         "shaping": {"format": 0.1},
         "license": "MIT",
+        "image_sizes": [{"original": [640, 480], "processed": [644, 476]}],
         "origin": {
             "parent_id": "digits/7",
             "step": 3,
@@ -87,10 +134,9 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
             "completions": [r"So \boxed{7}"],
         },
     }
-    assert record_to_json(record).keys() == {field.name for field in fields(PromptRecord)} - {
-        "image_sizes",
-        "coordinates",
-    }
+    assert record_to_json(record).keys() == {field.name for field in fields(RecycledRecord)}
+    problem = make_record("digits/7", "?")
+    assert record_to_json(problem).keys() == {field.name for field in fields(PromptRecord)}
 
 
 @pytest.mark.parametrize(

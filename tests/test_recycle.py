@@ -12,15 +12,16 @@ from spark_vl.prompts.templater import Templater
 from spark_vl.records import (
     ImageRef,
     Message,
+    Origin,
     PromptRecord,
+    RecycledRecord,
     Rollout,
     RolloutGroup,
     Verdict,
     plain_text,
-    record_from_json,
-    record_to_json,
 )
 from spark_vl.recycle import Recycled, recycle
+from spark_vl.run.codec import record_from_json, record_to_json
 
 TEMPLATER = Templater.load()
 IMAGE = ImageRef(data=b"png")
@@ -28,6 +29,7 @@ ALL = RecycleConfig(max_judge=10_000, max_reflection=10_000)
 """Defaults without caps."""
 RIGHT, WRONG = [1.0] * 4, [0.0] * 4
 MIXED = [1.0, 0.0, 0.0, 1.0]
+PARENT = Origin("r/parent", 1, "template", (0,))
 
 
 def config(**changes) -> RecycleConfig:
@@ -41,10 +43,11 @@ def group(scores, *, texts=None, finish_reason="stop", status="ok", kind="proble
         texts = [rf"Idea {i}. \boxed{{{'right' if s else 'wrong'} answer {i} of {name}}}" for i, s in enumerate(scores)]
     question = ("Look: ", IMAGE, f" What is {name}?")
     record = PromptRecord(
-        f"r/{name}", kind, (Message("user", question),), question, f"gold of {name}", "choice", "r", ("x", "y")
+        f"r/{name}", "problem", (Message("user", question),), question, f"gold of {name}", "choice", "r", ("x", "y")
     )
     rollouts = tuple(Rollout((1,), (-0.5,), text, finish_reason) for text in texts)
-    return RolloutGroup(record, rollouts, tuple(Verdict(s, None, status) for s in scores))
+    verified = RolloutGroup(record, rollouts, tuple(Verdict(s, None, status) for s in scores))
+    return verified if kind == "problem" else as_recycled(verified, kind)
 
 
 def many(scores, n: int, prefix: str = "") -> list[RolloutGroup]:
@@ -139,7 +142,7 @@ def test_half_of_the_reflections_show_the_whole_completion():
 
 @pytest.mark.parametrize("scores", [RIGHT, WRONG, MIXED])
 def test_a_reflections_own_group_gives_a_pointwise_prompt_where_asked_and_never_a_reflection(scores):
-    groups = [replace_kind(g, "reflection") for g in many(scores, 20)]
+    groups = [as_recycled(g, "reflection") for g in many(scores, 20)]
     off, on = run(groups), run(groups, config(judge_reflections=True, balance_labels=False))
     assert off.judge + off.reflection + on.reflection == []
     assert [record.kind for record in on.judge] == ["pointwise"] * 20
@@ -147,7 +150,7 @@ def test_a_reflections_own_group_gives_a_pointwise_prompt_where_asked_and_never_
 
 @pytest.mark.parametrize("kind", ["pointwise", "pairwise"])
 def test_judgments_are_never_recycled(kind):
-    groups = [replace_kind(g, kind) for s in (RIGHT, WRONG, MIXED) for g in many(s, 5)]
+    groups = [as_recycled(g, kind) for s in (RIGHT, WRONG, MIXED) for g in many(s, 5)]
     recycled = run(groups, config(judge_reflections=True, judge_sees="cot"))
     assert recycled.judge + recycled.reflection == []
     assert not any(recycled.counts.values())
@@ -163,8 +166,10 @@ def test_what_is_recycled_can_be_recycled_once_more_only_as_a_judged_reflection(
     assert run(third, config(judge_reflections=True), step=5).judge == []
 
 
-def replace_kind(source: RolloutGroup, kind: str) -> RolloutGroup:
-    return replace(source, record=replace(source.record, kind=kind))
+def as_recycled(source: RolloutGroup, kind: str) -> RolloutGroup:
+    """`source` with a record of `kind` that was recycled from some other problem."""
+    record = RecycledRecord(**vars(source.record) | {"kind": kind, "origin": PARENT})
+    return replace(source, record=record)
 
 
 # ── traps of the released code ──

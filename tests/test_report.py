@@ -70,7 +70,7 @@ def test_table_fits_80_columns_and_names_every_figure(run):
     # only files that are there, on lines that can be copied however long the path is
     assert f"{run / 'model'}\n" in files
     assert f"{run / 'metrics.jsonl'}\n" in files
-    assert "rollouts.jsonl" not in files
+    assert "curves.png" not in files
 
 
 def test_table_of_several_recipes_and_of_a_figure_that_came_later(run):

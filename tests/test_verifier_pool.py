@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 import types
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from spark_vl.records import ImageRef, Message, PromptRecord, Verdict
+from spark_vl.records import ImageRef, Message, Origin, PromptRecord, RecycledRecord, Verdict
 from spark_vl.verifiers.base import run_verifier
-from spark_vl.verifiers.pool import VerifierPool
+from spark_vl.verifiers.pool import VerifierPool, _without_images
 
 YES_NO = ("Yes", "No")
 
@@ -150,6 +151,13 @@ def test_workers_get_neither_pixels_nor_the_parents_modules() -> None:
     with VerifierPool(workers=1) as own:
         received = json.loads(own.verify([("x", full)])[0].parsed)
     assert received == {"messages": [], "question": ["How many? <image>"], "heavy": [], "main": None}
+
+
+def test_workers_do_not_get_the_completions_that_a_judgment_quotes() -> None:
+    origin = Origin("toy/7", 3, "yes_no", (1,), True, ("x" * 1_000_000,))
+    full = RecycledRecord("r", "pointwise", (), ("How many?",), "Yes", "judgment", "toy", ("Yes", "No"), origin=origin)
+    _, sent = _without_images("x", full)
+    assert sent == replace(full, verifier=sent.verifier, origin=replace(origin, completions=()))
 
 
 def test_prints_of_a_verifier_stay_out_of_standard_output(

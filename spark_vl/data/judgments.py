@@ -1,8 +1,8 @@
 """Groups as rows of a dataset, and back: what a run samples and verifies is a dataset that others train and test on.
 
-One row is one prompt with its G completions and their verdicts, as lists: a row for each completion would repeat the
-images G times. There is a configuration of the dataset for each kind of prompt; that of problems is `rollouts`. A
-quoted rollout stands there whole (`completion`), whatever the prompt shows of it. Prompts are in the chat format of
+One row is one prompt with its G completions and their verdicts, as lists: one row per completion would repeat the
+images G times. The dataset has one configuration per kind of prompt; that of problems is called `rollouts`. A quoted
+rollout is stored in full (`completion`), whatever part of it the prompt shows. Prompts are in the chat format of
 transformers and TRL, and images are bytes that `encode_image` made.
 """
 
@@ -24,10 +24,11 @@ from spark_vl.records import (
     BadRecordError,
     Content,
     ImageRef,
-    Kind,
     Message,
     Origin,
     PromptRecord,
+    RecycledKind,
+    RecycledRecord,
     Rollout,
     RolloutGroup,
     Verdict,
@@ -38,23 +39,23 @@ from spark_vl.verifiers.base import VERIFIERS, check_settings
 if TYPE_CHECKING:
     import datasets
 
-Config = Literal["pointwise", "pairwise", "reflection", "rollouts"]
+Config = Literal[RecycledKind, "rollouts"]
 CONFIGS: tuple[Config, ...] = get_args(Config)
 """The configurations of a dataset. `rollouts` are the problems, the others recycled prompts of that kind."""
 
 Split = Literal["train", "test"]
 
 _TEST_SHARE = 20
-"""One problem in so many is in the split `test`."""
+"""One problem in this many is in the split `test`."""
 
 _PLACE = "<image>"
-"""What stands in the column `question` where an image belongs (see `plain_text`)."""
+"""What marks the place of an image in the column `question` (see `plain_text`)."""
 
 _ROLES = ("system", "user", "assistant")
 _STATUSES = ("ok", "unparsable", "timeout", "error")
 _FINISHES = ("stop", "length")
 
-_QUOTED = {
+_QUOTED: dict[RecycledKind, tuple[str, ...]] = {
     "pointwise": ("completion",),
     "pairwise": ("completion_a", "completion_b"),
     "reflection": ("completion",),
@@ -64,7 +65,7 @@ _QUOTED = {
 
 def config_of(record: PromptRecord) -> Config:
     """The configuration that `record` belongs to."""
-    return "rollouts" if record.kind == "problem" else record.kind
+    return record.kind if isinstance(record, RecycledRecord) else "rollouts"
 
 
 def completions_column(config: Config) -> str:
@@ -119,10 +120,11 @@ def features(config: Config) -> datasets.Features:
 
 
 def split_of(record: PromptRecord) -> Split:
-    """The split of `record`, decided by its question: all that is made of a problem is on one side."""
+    """The split of `record`, decided by its question: a problem and all that is recycled from it share a split."""
     digest = hashlib.sha256()
     for part in record.question:
-        data = part.encode() if isinstance(part, str) else part.path.encode() if part.data is None else part.data
+        words = part if isinstance(part, str) else str(part.path)
+        data = part.data if isinstance(part, ImageRef) and part.data is not None else words.encode()
         digest.update(len(data).to_bytes(8) + data)
     return "test" if int.from_bytes(digest.digest()[:8]) % _TEST_SHARE == 0 else "train"
 
@@ -142,30 +144,30 @@ def row_of(
 
     Args:
         step: training step in which its completions were sampled.
-        model: which is trained, and `model_revision` its revision on the Hub.
+        model: the model that is trained, and `model_revision` its revision on the Hub.
         image_bytes: an image → its file in the dataset, such as `encode_image`.
 
     Raises:
-        BadRecordError: an image cannot be read, or the rollouts that the record quotes are not known.
+        BadRecordError: an image cannot be read, or the text of a quoted rollout is not known.
         ValueError: the group has not been verified.
     """
-    record, origin = group.record, group.record.origin
+    record = group.record
     if len(group.verdicts) != len(group.rollouts):
         raise ValueError(f"{record.id}: {len(group.verdicts)} verdicts for {len(group.rollouts)} rollouts")
     try:
         images = [{"bytes": image_bytes(ref), "path": None} for ref in record.images]
     except ImageError as error:
         raise BadRecordError(record.id, f"an image: {error}") from error
-    recycled_here = origin is not None and bool(origin.rollouts)
+    recycled_here = isinstance(record, RecycledRecord) and bool(record.origin.rollouts)
     return {
-        # What is drawn from a recipe comes again in each epoch.
+        # A row of a recipe is drawn again in each epoch.
         "id": record.id if recycled_here else f"{record.id}@{step}",
         "images": images,
         "messages": [{"role": message.role, "content": _parts(message.content)} for message in record.messages],
         "question": plain_text(record.question),
         "label": record.gold,
         "choices": list(record.choices),
-        **_quoted(record),
+        **(_quoted(record) if isinstance(record, RecycledRecord) else {}),
         completions_column(config_of(record)): [rollout.text for rollout in group.rollouts],
         "reward": group.scores,
         "parsed": [verdict.parsed for verdict in group.verdicts],
@@ -173,7 +175,7 @@ def row_of(
         "finish_reason": [rollout.finish_reason for rollout in group.rollouts],
         "verifier": record.verifier,
         "settings": json.dumps(dict(record.settings)),
-        "parent_id": record.id if record.kind == "problem" else origin.parent_id,
+        "parent_id": record.parent_id,
         "recipe": record.recipe,
         "license": record.license,
         "model": model,
@@ -188,10 +190,8 @@ def _parts(content: Content) -> list[dict[str, str | None]]:
     ]
 
 
-def _quoted(record: PromptRecord) -> dict[str, Any]:
+def _quoted(record: RecycledRecord) -> dict[str, Any]:
     """The columns that only recycled prompts have: what they quote."""
-    if record.kind == "problem":
-        return {}
     columns, origin = _QUOTED[record.kind], record.origin
     if len(origin.completions) != len(columns):
         raise BadRecordError(
@@ -215,14 +215,14 @@ def record_of(
     verifiers: Collection[str],
     neutralize: Callable[[str], str],
 ) -> PromptRecord:
-    """The prompt of a row, which is not trusted: nothing that it names is read or imported.
+    """The prompt of a row. Rows are not trusted: nothing that a row names is opened or imported.
 
     Args:
         id, recipe: of the record.
         verifiers: the names that the row may give. A judgment's is always `judgment`.
 
     Raises:
-        ValueError: a cell is not as `features` and `row_of` have it; names the column.
+        ValueError: a cell does not have the type and form that `features` and `row_of` give it; names the column.
     """
     images = _images(row)
     gold, choices, verifier = text(row, "label"), options(row, "choices"), text(row, "verifier")
@@ -233,25 +233,26 @@ def record_of(
         raise ValueError(f"'label' is {gold!r}; allowed are the choices {list(choices)}")
     if verifier == "choice" and ", ".join(match_choices(gold, choices)) != gold:
         raise ValueError(f"'label' is {gold!r}; the letter of one of the choices {list(choices)} is allowed")
-    return PromptRecord(
-        id=id,
-        kind=_kind_of(config),
-        messages=_messages(row, images, neutralize),
-        question=_question(text(row, "question"), images),
-        gold=gold,
-        verifier=verifier,
-        recipe=recipe,
-        choices=choices,
-        origin=None if config == "rollouts" else _origin(row, config),
-        settings=_verifier_settings(row, verifier),
-        license=text(row, "license"),
-    )
+    fields: dict[str, Any] = {
+        "id": id,
+        "messages": _messages(row, images, neutralize),
+        "question": _question(text(row, "question"), images),
+        "gold": gold,
+        "verifier": verifier,
+        "recipe": recipe,
+        "choices": choices,
+        "settings": _verifier_settings(row, verifier),
+        "license": text(row, "license"),
+    }
+    if config == "rollouts":
+        return PromptRecord(kind="problem", **fields)
+    return RecycledRecord(kind=config, origin=_origin(row, config), **fields)
 
 
 def group_of(row: Row, config: Config = "rollouts", *, neutralize: Callable[[str], str]) -> RolloutGroup:
-    """The verified group of a row of `rollouts` or `reflection`, to recycle; its tokens are not known.
+    """The verified group of a row of `rollouts` or `reflection`, to be recycled. Its rollouts have no tokens.
 
-    Its record may name any verifier, since recycling runs none. Do not run it.
+    Its record may name any verifier, because recycling runs none: do not run it.
 
     Raises:
         ValueError: see `record_of`.
@@ -285,16 +286,12 @@ def _verifier_settings(row: Row, verifier: str) -> tuple[tuple[str, Any], ...]:
     try:
         settings = json.loads(words)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"'settings' is no JSON: {error}") from error
+        raise ValueError(f"'settings' is not JSON: {error}") from error
     if not isinstance(settings, dict) or not all(isinstance(value, str | int | float) for value in settings.values()):
-        raise ValueError(f"'settings' is {words!r:.80}; a JSON object of texts and numbers is allowed")
+        raise ValueError(f"'settings' is {words!r:.80}; a JSON object whose values are strings and numbers is allowed")
     if settings and verifier in VERIFIERS:
         check_settings(verifier, settings)
     return tuple(settings.items())
-
-
-def _kind_of(config: Config) -> Kind:
-    return "problem" if config == "rollouts" else config
 
 
 def _list(row: Row, column: str) -> Sequence[Any]:
@@ -309,14 +306,14 @@ def _images(row: Row) -> list[ImageRef]:
     for item in _list(row, "images"):
         if not isinstance(item, Mapping) or not isinstance(item.get("bytes"), bytes):
             raise ValueError(
-                f"'images' holds {type_name(item)}; mappings with bytes are allowed, and no path is followed"
+                f"'images' holds {type_name(item)}; mappings with bytes are allowed, and paths are never opened"
             )
         images.append(ImageRef(data=item["bytes"]))
     return images
 
 
 def _messages(row: Row, images: Sequence[ImageRef], neutralize: Callable[[str], str]) -> tuple[Message, ...]:
-    """The messages with their images, and texts as harmless as those that a templater renders."""
+    """The messages with their images; special tokens in their texts are neutralized, as a templater does."""
     refs = iter(images)
     places = 0
     messages = []
@@ -330,7 +327,7 @@ def _messages(row: Row, images: Sequence[ImageRef], neutralize: Callable[[str], 
                     places += 1
                     content += islice(refs, 1)
                 case {"type": "text", "text": str(words)} if content and isinstance(content[-1], str):
-                    content[-1] += unicode(words, "text")  # in one piece, so that no special token hides in a seam
+                    content[-1] += unicode(words, "text")  # joined, so that no special token spans two parts
                 case {"type": "text", "text": str(words)}:
                     content.append(unicode(words, "text"))
                 case _:
@@ -352,7 +349,7 @@ def _question(words: str, images: Sequence[ImageRef]) -> Content:
     return tuple(part for part in content if part != "")
 
 
-def _origin(row: Row, config: Config) -> Origin:
+def _origin(row: Row, config: RecycledKind) -> Origin:
     step = cell(row, "step")
     if not isinstance(step, int) or isinstance(step, bool):
         raise ValueError(f"'step' is {type_name(step)}; an integer is allowed")

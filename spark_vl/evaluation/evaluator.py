@@ -17,7 +17,7 @@ from spark_vl.evaluation.prompts import draw_problems, judge_and_reflect, proces
 from spark_vl.evaluation.samples import append_samples
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
-from spark_vl.records import PromptRecord, RolloutGroup
+from spark_vl.records import PromptRecord, RecycledRecord, RolloutGroup
 from spark_vl.rollout import RolloutEngine, Sampling
 from spark_vl.verifiers import VerifierPool, verify_groups
 
@@ -88,7 +88,7 @@ class Evaluator:
 
         greedy = generate("greedy", prompts, 1, 0.0)
         # Of reflections on right answers only the greedy figure is reported.
-        prompts = [p for p in prompts if not (p.record.kind == "reflection" and p.record.origin.quoted_correct)]
+        prompts = [prompt for prompt in prompts if not _keeps(prompt.record)]
         sampled = generate("sampled", prompts, self.config.samples, self.rollout.temperature)
         answers = [group for group in greedy if group.record.kind == "problem"]
         revised, steps = self._revise(answers, ask)
@@ -141,7 +141,7 @@ class Evaluator:
             unanswered = {group.record.id for group in pending if group.verdicts[0].status == "unparsable"}
             judgments = ask(self._judge(group, turn) for group in pending if group.record.id not in unanswered)
             judged_wrong = {
-                judgment.record.origin.parent_id
+                judgment.record.parent_id
                 for judgment in judgments
                 if judgment.verdicts[0].parsed is not None and judgment.verdicts[0].score == 0
             }
@@ -149,26 +149,31 @@ class Evaluator:
             reflections = ask(self._reflect(group, turn) for group in pending if group.record.id in wrong)
             pending = []
             for reflection in reflections:
-                problem = latest[reflection.record.origin.parent_id].record
+                problem = latest[reflection.record.parent_id].record
                 latest[problem.id] = replace(reflection, record=problem)
                 pending.append(latest[problem.id])
             steps += judgments + reflections
         return list(latest.values()), steps
 
-    def _judge(self, answer: RolloutGroup, turn: int) -> PromptRecord:
+    def _judge(self, answer: RolloutGroup, turn: int) -> RecycledRecord:
         """Whether `answer` is right; gold is the label that says so."""
         problem = answer.record
         rng = random.Random(f"{problem.id}/judge/{turn}")
         rendered = self.templater.pointwise(problem.question, _quote(answer), correct=True, rng=rng)
         return rendered.record(problem, "pointwise", id=f"{problem.id}#pointwise_own_{turn}")
 
-    def _reflect(self, answer: RolloutGroup, turn: int) -> PromptRecord:
+    def _reflect(self, answer: RolloutGroup, turn: int) -> RecycledRecord:
         """Another try. The prompt says "check it", not "it is wrong", which nobody knows."""
         problem = answer.record
         rng = random.Random(f"{problem.id}/reflect/{turn}")
         shows = "answer" if last_boxed(answer.rollouts[0].text) else "cot"
         rendered = self.templater.reflection(problem.question, _quote(answer), correct=True, shows=shows, rng=rng)
         return rendered.record(problem, "reflection", id=f"{problem.id}#reflection_own_{turn}")
+
+
+def _keeps(record: PromptRecord) -> bool:
+    """Whether `record` is a reflection on a right answer."""
+    return isinstance(record, RecycledRecord) and record.kind == "reflection" and bool(record.origin.quoted_correct)
 
 
 def _quote(answer: RolloutGroup) -> str:
@@ -185,8 +190,7 @@ def _majority(sampled: Sequence[RolloutGroup], budget: Iterable[RolloutGroup]) -
     """
     tokens: Counter[str] = Counter()
     for group in budget:
-        origin = group.record.origin
-        tokens[origin.parent_id if origin else group.record.id] += sum(len(r.token_ids) for r in group.rollouts)
+        tokens[group.record.parent_id] += sum(len(r.token_ids) for r in group.rollouts)
     chosen = []
     for group in sampled:
         answers: list[str | None] = []

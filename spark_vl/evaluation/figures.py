@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from statistics import NormalDist, fmean
 
-from spark_vl.records import RolloutGroup
+from spark_vl.records import PromptRecord, RecycledRecord, RolloutGroup
 
 Estimate = dict[str, float]
 """`value`, the bounds `low` and `high` of its 95 % interval, and `n`."""
@@ -84,9 +84,9 @@ def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate
     def add(name: str, measure: Measure, mode: str, kind: str, quoted_correct: bool | None = None) -> None:
         problems = defaultdict(list)
         for group in groups.get(mode, ()):
-            origin = group.record.origin
-            if group.record.kind == kind and (quoted_correct is None or origin.quoted_correct is quoted_correct):
-                problems[origin.parent_id if origin else group.record.id].append(group)
+            record = group.record
+            if record.kind == kind and (quoted_correct is None or _quoted_correct(record) is quoted_correct):
+                problems[record.parent_id].append(group)
         if problems:
             results[name] = estimate(fmean(map(measure, problems.values())), len(problems))
 
@@ -111,9 +111,9 @@ def _both_orders(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
     """The judgments of those pairs that are asked in both orders; those of a published dataset come in one."""
     pairs = defaultdict(list)
     for group in groups:
-        if group.record.kind == "pairwise":
-            origin = group.record.origin
-            pairs[origin.parent_id, origin.template, *sorted(origin.completions)].append(group)
+        record = group.record
+        if isinstance(record, RecycledRecord) and record.kind == "pairwise":
+            pairs[record.parent_id, record.origin.template, *sorted(record.origin.completions)].append(group)
     return [group for pair in pairs.values() if len({g.record.gold for g in pair}) == 2 for group in pair]
 
 
@@ -127,10 +127,14 @@ def _unparsable(groups: Sequence[RolloutGroup]) -> float:
 
 def _says_correct(groups: Sequence[RolloutGroup]) -> float:
     return fmean(
-        verdict.parsed is not None and (verdict.score == 1) == group.record.origin.quoted_correct
+        verdict.parsed is not None and (verdict.score == 1) == _quoted_correct(group.record)
         for group in groups
         for verdict in group.verdicts
     )
+
+
+def _quoted_correct(record: PromptRecord) -> bool | None:
+    return record.origin.quoted_correct if isinstance(record, RecycledRecord) else None
 
 
 def _consistency(groups: Sequence[RolloutGroup]) -> float:

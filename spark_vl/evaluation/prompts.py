@@ -17,7 +17,7 @@ from spark_vl.answers import last_boxed
 from spark_vl.data.problems import ProblemSet
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, Kind, PromptRecord, plain_text
+from spark_vl.records import BadRecordError, Kind, PromptRecord, RecycledRecord, plain_text
 from spark_vl.verifiers import VerifierPool, boxed_gold, check_golds
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _answer(problem: PromptRecord) -> str:
     return last_boxed(boxed_gold(problem)) or problem.gold
 
 
-def judge_and_reflect(problem: PromptRecord, wrong: str, templater: Templater) -> list[PromptRecord]:
+def judge_and_reflect(problem: PromptRecord, wrong: str, templater: Templater) -> list[RecycledRecord]:
     """The six prompts made from one problem and a wrong answer to it.
 
     Both pointwise prompts have the same template and polarity, and so have both orders of the pair: a judge that always

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from spark_vl.config import ConfigError, PublishConfig
 from spark_vl.hub.client import HubError, check_repo_name, find_token
+from spark_vl.run.jsonl import append_lines
 from spark_vl.run.paths import CHECKPOINTS, CONFIG, MODEL
 from spark_vl.run.sinks import Sink
 
@@ -188,8 +188,7 @@ class BackgroundPublisher(Sink):
     def _note(self, checkpoint: Path, ok: bool, seconds: float, problem: str) -> None:
         line = {"checkpoint": checkpoint.name, "ok": ok, "seconds": round(seconds, 1), "problem": problem}
         try:
-            with (self.run / "publish.jsonl").open("a") as lines:
-                lines.write(json.dumps(line) + "\n")
+            append_lines(self.run / "publish.jsonl", [line])
         except OSError as error:  # a full disk is for the trainer to find
             self.console.print(f"publish.jsonl cannot be written: {error}", soft_wrap=True, markup=False)
 

@@ -14,8 +14,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from spark_vl import __version__
 from spark_vl.data.judgments import CONFIGS, features
-from spark_vl.hub.run import recipe_facts
 from spark_vl.run.paths import CONFIG
+from spark_vl.run.reader import recipe_facts
 from spark_vl.run.shards import Shard, read_shard
 
 _ASKS = {

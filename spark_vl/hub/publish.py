@@ -16,7 +16,7 @@ from spark_vl.hub.cards import BASE_LICENSE, write_eval_results, write_model_car
 from spark_vl.hub.client import Hub, HubError, check_repo_name, find_token
 from spark_vl.hub.judgments import write_judgments_card
 from spark_vl.hub.release import Release, ReleaseError, Secrets, files_of, make_release
-from spark_vl.hub.run import TrainedModel, find_model, find_run
+from spark_vl.hub.run import TrainedModel, find_model, run_of
 from spark_vl.hub.space import stage_space
 from spark_vl.hub.upload import Published, upload
 from spark_vl.prompts.templater import PROMPTS_FILE
@@ -137,7 +137,7 @@ def prepare_judgments(folder: Path, *, run: Path | str, repo: str) -> Release:
         ReleaseError: see `publish_judgments`.
     """
     check_repo_name(repo)
-    run = find_run(Path(run))
+    run = run_of(Path(run))
     shards = find_shards(run / JUDGMENTS)
     if not shards:
         raise ReleaseError(f"{run / JUDGMENTS}: holds no judgments; a run writes them unless logging.judgments is off")

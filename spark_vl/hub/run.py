@@ -1,10 +1,9 @@
-"""A run's folder, read for its cards: every number in a card comes from here."""
+"""The model of a run, read for its card: every number in a card comes from here."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +14,12 @@ import yaml
 
 from spark_vl.hub.release import ReleaseError
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
-from spark_vl.report import comparison, read_lines
-from spark_vl.run.paths import BEST, CONFIG, ENVIRONMENT, LATEST, MODEL, RECIPES, TRAINING_FILE, pointed
+from spark_vl.report import comparison
+from spark_vl.run.jsonl import read_lines
+from spark_vl.run.paths import BEST, CONFIG, ENVIRONMENT, LATEST, MODEL, TRAINING_FILE, pointed
 from spark_vl.run.provenance import public_name
+from spark_vl.run.reader import find_run, recipe_facts
 
-_OF_A_RUN = (CONFIG, RECIPES)
 _OF_A_MODEL = ("metrics.jsonl", ENVIRONMENT)
 _FOLDERS = re.compile(r"(?<=['\"])[^'\"]*/")
 """In front of the last part of a quoted path."""
@@ -114,29 +114,22 @@ def find_model(checkpoint: Path) -> TrainedModel:
             f"{checkpoint}: holds no trained model; allowed: the folder of a finished run, its model/, one of its "
             "checkpoints/step-*/, or its checkpoints/best"
         )
-    facts, run = json.loads((folder / TRAINING_FILE).read_text()), find_run(folder)
+    facts, run = json.loads((folder / TRAINING_FILE).read_text()), run_of(folder)
     if missing := [name for name in _OF_A_MODEL if not (run / name).is_file()]:
         raise ReleaseError(f"{run}: {' and '.join(missing)}: is missing, and the card says nothing that is not there")
     return TrainedModel(folder, run, facts["step"], facts["base"], facts["base_commit"])
 
 
-def recipe_facts(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What `provenance.write_recipes` noted of recipes, by their names in the configuration."""
-    facts = json.loads((run / RECIPES).read_text())
-    return [facts[name] for name in names]
-
-
-def find_run(path: Path) -> Path:
+def run_of(path: Path) -> Path:
     """The folder of the run that `path` is in.
 
     Raises:
-        ReleaseError: it is in none.
+        ReleaseError: it is not in one, so there is nothing to write a card from.
     """
-    path = path.resolve()
-    for folder in (path, *path.parents):
-        if all((folder / name).is_file() for name in _OF_A_RUN):
-            return folder
-    raise ReleaseError(f"{path}: is in no run's folder (one that has {' and '.join(_OF_A_RUN)}), which its card needs")
+    try:
+        return find_run(path)
+    except ValueError as error:
+        raise ReleaseError(f"{error}, which its card needs") from error
 
 
 def _public_recipe(written: str) -> str:

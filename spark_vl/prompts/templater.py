@@ -12,7 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.resources import files as package_files
 from importlib.resources.abc import Traversable
@@ -24,7 +24,7 @@ import yaml
 from spark_vl.answers import last_boxed, match_label
 from spark_vl.config import DEFAULT_REASONING_SUFFIX as REASONING_SUFFIX
 from spark_vl.config import PromptConfig, blamed_on
-from spark_vl.records import JUDGMENTS, Content, Kind, Message, Origin, PromptRecord
+from spark_vl.records import JUDGMENTS, Content, Message, Origin, PromptRecord, RecycledKind, RecycledRecord
 
 PROMPTS_FILE = "spark_prompts.json"
 """What `Templater.save` writes into the folder of a model, so that the model is asked in the words that it was trained
@@ -110,32 +110,29 @@ class Rendered:
     def record(
         self,
         parent: PromptRecord,
-        kind: Kind,
+        kind: RecycledKind,
         *,
         id: str,
         step: int = 0,
         rollouts: tuple[int, ...] = (),
         quoted_correct: bool | None = None,
         completions: tuple[str, ...] = (),
-    ) -> PromptRecord:
+    ) -> RecycledRecord:
         """This prompt, made from `parent`: a reflection is scored as its parent is, a judgment by its label.
 
         For `step`, `rollouts`, `quoted_correct` and `completions` see `Origin`.
         """
-        judgment = kind in JUDGMENTS
-        return replace(
-            parent,
-            id=id,
-            kind=kind,
-            messages=self.messages,
-            gold=self.gold if judgment else parent.gold,
-            verifier="judgment" if judgment else parent.verifier,
-            choices=self.labels if judgment else parent.choices,
-            settings=() if judgment else parent.settings,
-            image_sizes=(),
-            coordinates=None,
-            origin=Origin(parent.id, step, self.template, rollouts, quoted_correct, completions),
-        )
+        own: dict[str, Any] = {
+            "id": id,
+            "kind": kind,
+            "messages": self.messages,
+            "image_sizes": (),
+            "coordinates": None,
+            "origin": Origin(parent.id, step, self.template, rollouts, quoted_correct, completions),
+        }
+        if kind in JUDGMENTS:
+            own |= {"gold": self.gold, "verifier": "judgment", "choices": self.labels, "settings": ()}
+        return RecycledRecord(**vars(parent) | own)
 
 
 class Templater:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from spark_vl.run.files import flush
 
 MANIFEST = "manifest.json"
 
@@ -45,15 +46,6 @@ def find_damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         name for path, digest in _digests(present) if digest != files[name := str(path.relative_to(folder))]["sha256"]
     ]
     return [f"{name} is missing" for name in missing] + [f"{name} has changed" for name in changed]
-
-
-def flush(path: Path) -> None:
-    """Make sure that `path`, a file or a folder, is on the disk and not only in the system's cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

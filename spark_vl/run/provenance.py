@@ -1,4 +1,4 @@
-"""Where a run comes from: its data and their licenses, its machines and package versions. Cards quote it."""
+"""What a run was made from: its data and their licenses, its machines and package versions. Cards quote it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 
 from spark_vl.config import OfflineConfig, dump_config
 from spark_vl.data.recipes import load_recipe
+from spark_vl.run.jsonl import append_lines
 from spark_vl.run.paths import CONFIG, ENVIRONMENT, RECIPES
 
 _PACKAGES = ("spark-vl", "torch", "transformers", "accelerate", "qwen-vl-utils")
@@ -23,7 +24,7 @@ _PACKAGES = ("spark-vl", "torch", "transformers", "accelerate", "qwen-vl-utils")
 def write_recipes(run: Path, names: Iterable[str]) -> None:
     """Add to `recipes.json` for each name in the configuration the recipe's name, description, license, and the
     dataset (`id`, `config`, `revision`), if it is on the Hub."""
-    file = run / RECIPES  # of an earlier start, whose checkpoints may have other recipes
+    file = run / RECIPES  # from an earlier start, whose checkpoints may have other recipes
     facts: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for name in names:
         recipe = load_recipe(name)
@@ -45,7 +46,7 @@ def write_recipes(run: Path, names: Iterable[str]) -> None:
 
 
 def note_environment(run: Path, step: int, launch: Mapping[str, Any], changed: Sequence[str]) -> None:
-    """Append to `environment.jsonl` on what the run goes on after `step`: a resumed run may change machines.
+    """Append to `environment.jsonl` where the run continues after `step`: a resumed run may change machines.
 
     Args:
         launch: see `distributed.launch.describe_launch`.
@@ -59,12 +60,11 @@ def note_environment(run: Path, step: int, launch: Mapping[str, Any], changed: S
         "packages": {name: version(name) for name in packages},
         "changed": list(changed),
     }
-    with (run / ENVIRONMENT).open("a") as lines:
-        lines.write(json.dumps(line) + "\n")
+    append_lines(run / ENVIRONMENT, [line])
 
 
 def copy_provenance(run: Path, output: Path, config: OfflineConfig) -> None:
-    """Give `output`, which was recycled from the rollouts of `run`, the files that its card is written from."""
+    """Copy to `output`, which was recycled from the rollouts of `run`, the files that its card is written from."""
     settings = yaml.safe_load((run / CONFIG).read_text())
     settings |= {name: part for name, part in asdict(config).items() if name in ("prompts", "recycle")}
     output.mkdir(parents=True, exist_ok=True)
@@ -73,5 +73,5 @@ def copy_provenance(run: Path, output: Path, config: OfflineConfig) -> None:
 
 
 def public_name(location: str) -> str:
-    """`location`, or its last part where it is a path of the author's machine, which no reader could look up."""
+    """`location`, or only its last part if it is a path on the author's machine, where no reader can look it up."""
     return Path(location).name if Path(location).is_absolute() or Path(location).exists() else location

@@ -1,20 +1,20 @@
-"""Rows that could not be used: listed with the reason, counted, and too many of them stop the run."""
+"""Rows that cannot be used are listed with the reason and counted; too many of them stop the run."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spark_vl.records import BadRecordError
+from spark_vl.run.jsonl import append_lines, read_lines
 
 _FEWEST_SEEN = 20
-"""Rows before whose end no share is judged."""
+"""The share of bad rows is not checked before this many rows were drawn."""
 
 _DEVIATIONS = 4
-"""Standard deviations by which bad rows must be more than the share that is allowed: it is judged after every row, and
-by chance a run of rows often has more of them."""
+"""The run stops when the number of bad rows exceeds what the allowed share predicts by this many standard deviations.
+The share is checked after every row, and it often exceeds the allowed one by chance."""
 
 
 class TooManyBadRowsError(ValueError):
@@ -22,12 +22,15 @@ class TooManyBadRowsError(ValueError):
 
 
 class Quarantine:
-    """Takes bad rows in.
+    """Lists and counts bad rows.
 
     Args:
-        path: JSONL file of `{"id", "source", "reason"}`, written by one process; a resumed run goes on with it.
-        max_fraction: the largest share of bad rows, in [0, 1], that is put up with. The run stops when there are more
-            than chance would give with that share.
+        path: JSONL file of `{"id", "source", "reason"}`, written by one process; a resumed run appends to it.
+        max_fraction: the largest share of bad rows, in [0, 1], that is tolerated. The run stops when there are more
+            than chance explains at that share.
+
+    Raises:
+        ValueError: `max_fraction` is not in [0, 1].
     """
 
     def __init__(self, path: Path | str, max_fraction: float) -> None:
@@ -39,8 +42,8 @@ class Quarantine:
         self.rows_bad = 0
         """Those of them that were bad; a row that is drawn again counts again."""
         self.prompts_bad = 0
-        """Recycled prompts, and what is written of them, that could not be used: no fault of the data."""
-        self._listed = _ids(self.path)
+        """Recycled prompts that could not be used, or not be written down: not a fault of the data."""
+        self._listed = {line["id"] for line in read_lines(self.path)}
 
     def seen(self, n: int) -> None:
         """`n` more rows were drawn, good or bad.
@@ -52,10 +55,10 @@ class Quarantine:
         self._check("")
 
     def add(self, error: BadRecordError) -> None:
-        """A row, which `seen` counts too, was bad. Each id is listed once.
+        """A row, which `seen` also counts, was bad. Each id is listed once.
 
-        Its `source` is the recipe and split, `recipe/split`, in which every id begins: a recycled prompt's too, whose
-        id goes on with its parent's row. A dataset of judgments may use such ids itself, so only the beginning counts.
+        Its `source` is the recipe and split, `recipe/split`, with which every id begins, also that of a recycled
+        prompt. Only the beginning counts: a dataset of judgments may itself use ids of that form.
 
         Raises:
             TooManyBadRowsError: see `max_fraction`.
@@ -65,7 +68,7 @@ class Quarantine:
         self._check(f"; the last one: {error}")
 
     def add_prompt(self, error: BadRecordError) -> None:
-        """Something that is no row was bad. It is listed as rows are, counted apart, and stops no run."""
+        """A prompt that is not a row was bad. It is listed as rows are, counted separately, and never stops the run."""
         self.prompts_bad += 1
         self._list(error)
 
@@ -86,10 +89,8 @@ class Quarantine:
         if error.record_id not in self._listed:
             self._listed.add(error.record_id)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as lines:
-                source = "/".join(error.record_id.split("/", 2)[:2])
-                line = {"id": error.record_id, "source": source, "reason": error.reason}
-                lines.write(json.dumps(line) + "\n")
+            source = "/".join(error.record_id.split("/", 2)[:2])
+            append_lines(self.path, [{"id": error.record_id, "source": source, "reason": error.reason}])
 
     def _check(self, example: str) -> None:
         share, n = self.max_fraction, self.rows_seen
@@ -98,14 +99,3 @@ class Quarantine:
                 f"{self.rows_bad} of {self.rows_seen} rows cannot be used, more than the share of "
                 f"{self.max_fraction:g} that is allowed; {self.path} lists them with reasons{example}"
             )
-
-
-def _ids(path: Path) -> set[str]:
-    """The ids in the file. A last line that a killed process left unfinished is cut off."""
-    if not path.exists():
-        return set()
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        path.write_bytes(whole)
-    return {json.loads(line)["id"] for line in whole.splitlines() if line.strip()}

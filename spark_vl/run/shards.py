@@ -8,7 +8,6 @@ files, byte for byte, as one that was not.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from spark_vl.data.images import ImageError, check_encoded, encode_image
 from spark_vl.data.judgments import CONFIGS, Config, config_of, features, row_of, split_of
 from spark_vl.records import ImageRef, RolloutGroup
+from spark_vl.run.files import unfinished_name, written_whole
 
 MAX_BYTES = 64 * 2**20
 """Rows of about so many bytes, images included, go into one file, and the rest of their step."""
@@ -228,7 +228,7 @@ def _check_schema(path: Path, found: pa.Schema, config: Config) -> None:
 def _drop_after(folder: Path, step: int) -> None:
     """Delete the shards of steps after `step`, and what a killed process left unfinished."""
     for config in CONFIGS:
-        for unfinished in (folder / config).glob(".*.parquet.tmp"):
+        for unfinished in (folder / config).glob(unfinished_name("*.parquet")):
             unfinished.unlink()
     shards = find_shards(folder)
     for shard in shards:
@@ -245,21 +245,11 @@ def _write(path: Path, config: Config, rows: list[dict[str, Any]]) -> None:
     """The file, whole or not at all."""
     schema = features(config).arrow_schema
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("wb") as file:
-        # Pages are cut only between so many values: a thousand images would be one page, which readers hold whole.
-        settings = {"compression": "zstd", "write_page_index": True, "write_batch_size": 8}
-        with pq.ParquetWriter(file, schema, **settings) as writer:
-            for group in _row_groups(rows):
-                writer.write_table(pa.Table.from_pylist(group, schema=schema))
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # A page is cut only after a batch of values; a page of a thousand images would be held whole by its readers.
+    settings = {"compression": "zstd", "write_page_index": True, "write_batch_size": 8}
+    with written_whole(path) as unfinished, pq.ParquetWriter(unfinished, schema, **settings) as writer:
+        for group in _row_groups(rows):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
 def _row_groups(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -30,7 +30,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Literal
 
-from spark_vl.records import PromptRecord, Verdict, plain_text
+from spark_vl.records import PromptRecord, RecycledRecord, Verdict, plain_text
 from spark_vl.verifiers.base import VERIFIERS, get_verifier, run_verifier
 
 INLINE = frozenset({"choice", "number", "count", "text", "list", "set", "interval", "json_field", "judgment"})
@@ -297,7 +297,7 @@ class _Worker:
         return None
 
     def end(self, grace_s: float = 0.0) -> int:
-        """Kills the worker, unless it exits within `grace_s`, and the processes that it started; returns its exit code."""
+        """Kills the worker, unless it exits within `grace_s`, and its child processes. Returns its exit code."""
         self.pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
@@ -308,7 +308,9 @@ class _Worker:
 
 
 def _without_images(completion: str, record: PromptRecord) -> tuple[str, PromptRecord]:
-    record = replace(record, messages=(), question=(plain_text(record.question),), origin=None)
+    record = replace(record, messages=(), question=(plain_text(record.question),))
+    if isinstance(record, RecycledRecord):
+        record = replace(record, origin=replace(record.origin, completions=()))
     return completion, replace(record, verifier=VERIFIERS.get(record.verifier, record.verifier))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spark_vl.demo.digits import problem
-from tests.distributed.launching import launch, lines, metrics
+from tests.distributed.launching import judgments, launch, metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -67,4 +67,4 @@ def test_no_process_waits_for_ever(tmp_path, recipe, strategy, problems, setting
     assert any(line["update/grad_norm"] > 0 for line in steps)
     recycled = sum(line.get(f"recycle/{kind}", 0) for line in steps for kind in ("pairwise", "reflection_incorrect"))
     assert recycled > 0, "nothing was recycled"
-    assert lines(folder, "rollouts")
+    assert judgments(folder)
