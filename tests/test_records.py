@@ -108,7 +108,7 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
     origin = Origin("digits/7", 3, "yes_no", (2,), True, (r"So \boxed{7}",))
     record = make_record("digits/7@3#pointwise", ImageRef(data=b"\x89P"), "Right?", gold="Yes", kind="pointwise")
     record = replace(record, choices=("Yes", "No"), origin=origin, question=(ImageRef("a.png", "/data"), "Larger?"))
-    record = replace(record, image_sizes=(ImageSize((640, 480), (644, 476)),))
+    record = replace(record, image_sizes=(ImageSize((640, 480), (644, 476)),), coordinates="resized")
     record = replace(record, settings=(("relative", 0.05),), weight=0.9, shaping=(("format", 0.1),), license="MIT")
     assert record_from_json(record_to_json(record)) == record
     assert record_to_json(record) == {
@@ -125,6 +125,7 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
         "shaping": {"format": 0.1},
         "license": "MIT",
         "image_sizes": [{"original": [640, 480], "processed": [644, 476]}],
+        "coordinates": "resized",
         "origin": {
             "parent_id": "digits/7",
             "step": 3,
