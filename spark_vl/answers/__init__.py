@@ -6,26 +6,10 @@ shown is the text that was scored. Every function here runs in time linear in th
 
 from spark_vl.answers.boxed import compact, last_boxed, normalized, plain
 from spark_vl.answers.choices import match_choice, match_choices, match_label
-from spark_vl.answers.quantities import (
-    TOLERANCE,
-    Quantity,
-    agrees,
-    parse_count,
-    parse_quantity,
-    parse_word,
-    same_unit,
-)
-from spark_vl.answers.sequences import (
-    MAX_ITEMS,
-    Interval,
-    last_json_object,
-    parse_intervals,
-    parse_items,
-    parse_json,
-)
+from spark_vl.answers.quantities import TOLERANCE, Quantity, agrees, parse_count, parse_quantity, same_unit
+from spark_vl.answers.sequences import Interval, last_json_object, parse_intervals, parse_items, parse_json
 
 __all__ = [
-    "MAX_ITEMS",
     "TOLERANCE",
     "Interval",
     "Quantity",
@@ -42,7 +26,6 @@ __all__ = [
     "parse_items",
     "parse_json",
     "parse_quantity",
-    "parse_word",
     "plain",
     "same_unit",
 ]

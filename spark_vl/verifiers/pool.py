@@ -297,7 +297,7 @@ class _Worker:
         return None
 
     def end(self, grace_s: float = 0.0) -> int:
-        """Kills the worker, unless it exits within `grace_s`, and its child processes. Returns its exit code."""
+        """Kills the worker, unless it exits within `grace_s`, and what it started; returns its exit code."""
         self.pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
