@@ -624,8 +624,14 @@ def test_what_is_saved_is_read_back_and_draws_and_words_the_same(templater, tmp_
             lambda saved: saved | {"reasoning_suffix": None},
             r"found .*'reasoning_suffix': None.*reasoning_suffix \(a text\)",
         ),
-        (lambda saved: saved | {"reserved": []}, r"reserved: found \[\]; allowed: at least one text, and each of two"),
-        (lambda saved: saved | {"reserved": ["<"]}, r"reserved: found \['<'\]; allowed: at least one text, and each"),
+        (
+            lambda saved: saved | {"reserved": []},
+            r"reserved: found \[\]; allowed: at least one text, each of two or more",
+        ),
+        (
+            lambda saved: saved | {"reserved": ["<"]},
+            r"reserved: found \['<'\]; allowed: at least one text, each of two",
+        ),
         (lambda saved: saved | {"reserved": [7]}, r"found .*; allowed: .*reserved \(a list of texts\)"),
         (lambda saved: saved | {"templates": {}}, r"found dict; allowed: a list of templates"),
         (lambda saved: saved | {"templates": []}, r"found list; allowed: a list of templates, not empty"),

@@ -170,7 +170,7 @@ class Templater:
         self._reserved = _all_reserved() if reserved is None else tuple(reserved)
         if not self._reserved or any(len(text) < 2 for text in self._reserved):
             raise ValueError(
-                f"reserved: found {list(self._reserved)}; allowed: at least one text, and each of two characters or more"
+                f"reserved: found {list(self._reserved)}; allowed: at least one text, each of two or more characters"
             )
         self._special = re.compile("|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in self._reserved))
         pointwise = [t for t in templates if t.kind == "pointwise"]
