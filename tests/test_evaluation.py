@@ -590,6 +590,7 @@ def test_a_real_model_end_to_end(make_policy, processor, verifiers, tmp_path):
 
     results = evaluator(engine, processor, verifiers, counting)
     assert set(heard.values()) == {0}  # all that was announced has been heard of
+    assert not processor._images, "the decoded images of an evaluation are kept"
     assert results == evaluator(engine, processor, verifiers)
     assert all(result["low"] <= result["value"] <= result["high"] for result in results.values())
     assert {result["n"] for result in results.values()} == {6}
@@ -639,6 +640,10 @@ def test_a_model_is_asked_in_the_words_it_was_trained_on_unless_others_are_asked
     assert suffix(PromptConfig()) == " In a box."
     assert "that the model was trained on" in capsys.readouterr().out
     assert suffix(PromptConfig(reasoning_suffix=" Boxed.")) == " Boxed."
+    (tmp_path / PROMPTS_FILE).unlink()
+    for prompts in (PromptConfig(), PromptConfig(reasoning_suffix=" Boxed.")):
+        templater = find_templater(prompts, ModelConfig(path=str(tmp_path)), ("[INST]",))
+        assert templater.neutralize("[INST] <|") == "[\u200bINST] <|", "the tokens of this model, and no others"
     (tmp_path / PROMPTS_FILE).write_text("{}")
     with pytest.raises(ConfigError, match=rf"^model\.path: .*{PROMPTS_FILE}: found"):
         suffix(PromptConfig())

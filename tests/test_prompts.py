@@ -627,9 +627,13 @@ def test_what_is_saved_is_read_back_and_draws_and_words_the_same(templater, tmp_
         ),
         (
             lambda saved: saved | {"reserved": []},
-            r"found .*reserved \(a list of texts of two characters or more, not empty",
+            r"reserved: found \[\]; allowed: at least one text, each of two or more",
         ),
-        (lambda saved: saved | {"reserved": ["<"]}, r"found .*reserved \(a list of texts of two characters or more"),
+        (
+            lambda saved: saved | {"reserved": ["<"]},
+            r"reserved: found \['<'\]; allowed: at least one text, each of two",
+        ),
+        (lambda saved: saved | {"reserved": [7]}, r"found .*; allowed: .*reserved \(a list of texts\)"),
         (lambda saved: saved | {"templates": {}}, r"found dict; allowed: a list of templates"),
         (lambda saved: saved | {"templates": []}, r"found list; allowed: a list of templates, not empty"),
         (lambda saved: saved | {"templates": [YES_NO]}, r"templates: there is no pairwise"),

@@ -146,7 +146,7 @@ class Templater:
             None: that is not known, so those of all model families count.
 
     Raises:
-        ValueError: two templates have the same name, or one that is needed is missing.
+        ValueError: two templates have the same name, one that is needed is missing, or `reserved` is not as described.
     """
 
     def __init__(
@@ -165,6 +165,10 @@ class Templater:
         self._system = () if system_prompt is None else (Message("system", (system_prompt,)),)
         self._suffix = reasoning_suffix
         self._reserved = _all_reserved() if reserved is None else tuple(reserved)
+        if not self._reserved or any(len(text) < 2 for text in self._reserved):
+            raise ValueError(
+                f"reserved: found {list(self._reserved)}; allowed: at least one text, each of two or more characters"
+            )
         self._special = re.compile("|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in self._reserved))
         pointwise = [t for t in templates if t.kind == "pointwise"]
         reflection = [t for t in templates if t.kind == "reflection"]
@@ -242,13 +246,11 @@ class Templater:
             and isinstance(saved["system"], str | None)
             and isinstance(saved["reasoning_suffix"], str)
             and isinstance(saved["reserved"], list)
-            and saved["reserved"]
-            and all(isinstance(text, str) and len(text) > 1 for text in saved["reserved"])
+            and all(isinstance(text, str) for text in saved["reserved"])
         ):
             raise ValueError(
                 f"{file}: found {saved!r:.200}; allowed: a mapping with system (a text or null), reasoning_suffix "
-                "(a text), reserved (a list of texts of two characters or more, not empty), templates (a list) and "
-                "nothing else"
+                "(a text), reserved (a list of texts), templates (a list) and nothing else"
             )
         templates = _templates(saved["templates"], file)
         try:
