@@ -57,17 +57,17 @@ def show_groups(
         if wrong and all(score == 1 for score in row["reward"]):
             continue
         if limit and shown == limit:
-            yield f"These are the first {limit} groups; --limit 0 shows all."
+            yield f"Stopped after {limit}; --limit 0 shows all."
             return
         shown += 1
         text = _group_text(shard, row, recycled.get(_record_id(row), ()))
-        for image in row["images"] if images else ():
-            text += f"\nimage: {_write_image(images, image['bytes'])}"
+        if images is not None:
+            text += "".join(f"\nimage: {_write_image(images, image['bytes'])}" for image in row["images"])
         yield _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
     if not seen:
         raise ValueError(f"{run}: holds no {groups} of step {step}; it holds steps {first} to {last}")
     if not shown:
-        yield f"Step {step}: all completions of its {seen} {groups} are right."
+        yield f"Step {step}: none of the {groups} has a wrong completion ({seen} read)."
 
 
 def _kind(shard: Shard) -> Kind:
@@ -91,12 +91,12 @@ def _group_text(shard: Shard, row: Row, recycled: Sequence[tuple[Shard, Row]]) -
         answer = "no answer" if parsed is None else f"answer {parsed}"
         lines += [f"── {i}: score {score:g} · {answer} · {status} · finished by {finish_reason}", text]
     for other, made in recycled:
-        said = Counter("no answer" if parsed is None else parsed for parsed in made["parsed"]).most_common()
-        score = f"; mean score {fmean(made['reward']):.2f}" if said else ""
-        lines.append(
-            f"recycled: {other.config} · template {made['template']} · gold {made['label']} · "
-            f"in step {made['step']} the model said {', '.join(f'{answer} × {n}' for answer, n in said)}{score}"
-        )
+        replies = Counter("no answer" if parsed is None else parsed for parsed in made["parsed"]).most_common()
+        said = "not sampled"
+        if replies:
+            said = f"in step {made['step']} the model said {', '.join(f'{answer} × {n}' for answer, n in replies)}"
+            said += f"; mean score {fmean(made['reward']):.2f}"
+        lines.append(f"recycled: {other.config} · template {made['template']} · gold {made['label']} · {said}")
     return "\n".join(lines)
 
 

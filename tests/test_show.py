@@ -107,7 +107,7 @@ def test_kinds_wrong_groups_and_a_limit(run: Path):
     everything = list(show_groups(run, step=step))
     assert list(show_groups(run, step=step, limit=len(everything))) == everything
     *first, note = show_groups(run, step=step, limit=2)
-    assert (first, note) == (everything[:2], "These are the first 2 groups; --limit 0 shows all.")
+    assert (first, note) == (everything[:2], "Stopped after 2; --limit 0 shows all.")
 
 
 def test_only_groups_with_a_wrong_completion(tmp_path: Path):
@@ -115,7 +115,7 @@ def test_only_groups_with_a_wrong_completion(tmp_path: Path):
     write(tmp_path, {1: [sampled(problem(name), of) for name, of in scores.items()], 2: [sampled(problem("x"), (1,))]})
     wrong = [f"r/train/{name}" for name in scores if name != "right"]
     assert sorted(ids(list(show_groups(tmp_path, step=1, wrong=True)))) == sorted(wrong)
-    assert list(show_groups(tmp_path, wrong=True)) == ["Step 2: all completions of its 1 groups are right."]
+    assert list(show_groups(tmp_path, wrong=True)) == ["Step 2: none of the groups has a wrong completion (1 read)."]
 
 
 def test_images_are_written_once_and_named(tmp_path: Path):

@@ -83,8 +83,8 @@ def group_from_json(data: dict[str, Any]) -> RolloutGroup:
     """The group that `group_to_json` was given. Other fields of `data` are not allowed."""
     rollouts, verdicts = [], []
     for completion in data["completions"]:
-        tokens = (tuple(completion.get(name, ())) for name in ("token_ids", "logprobs"))
-        rollouts.append(Rollout(*tokens, completion["text"], completion["finish_reason"]))
+        token_ids, logprobs = (tuple(completion.get(name, ())) for name in ("token_ids", "logprobs"))
+        rollouts.append(Rollout(token_ids, logprobs, completion["text"], completion["finish_reason"]))
         said = {name: completion[name] for name in ("score", "parsed", "status", "detail")}
         verdicts.append(Verdict(**said, shaping=tuple(completion["shaping"].items())))
     record = record_from_json({name: value for name, value in data.items() if name != "completions"})
@@ -105,5 +105,5 @@ def _content_from_json(parts: list[Any]) -> Content:
     return tuple(part if isinstance(part, str) else _image_from_json(part) for part in parts)
 
 
-def _image_from_json(part: dict[str, str]) -> ImageRef:
+def _image_from_json(part: dict[str, Any]) -> ImageRef:
     return ImageRef(data=base64.b64decode(part["data"])) if "data" in part else ImageRef(**part)

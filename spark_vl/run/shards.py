@@ -119,7 +119,7 @@ class ShardWriter:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self._rows = RowWriter(folder, rank=rank, resumed=resumed, max_bytes=max_bytes)
-        self._provenance = {"model": model, "model_revision": model_revision}
+        self._provenance: dict[str, Any] = {"model": model, "model_revision": model_revision}
         self._encoded: dict[ImageRef, bytes] = {}  # of this step: several of its rows show the same image
         self._step = 0
 
