@@ -1,6 +1,6 @@
 # make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
 # make test: the test suite; make test-distributed: the tests that start several processes; make test-slow: long ones;
-# make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and layers.
+# make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and types.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
 
 PYTHON ?= python3
@@ -51,6 +51,7 @@ fuzz: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: .venv/.installed-test
 	$(BIN)/ruff check --fix .
