@@ -38,7 +38,7 @@ test-distributed: .venv/.installed-test
 	$(WITH_BIN) $(BIN)/python -m pytest -m distributed tests/distributed
 
 test-slow: .venv/.installed-test
-	$(BIN)/python -m pytest -m "slow and not distributed and not vllm and not gpu"
+	$(BIN)/python -m pytest -m "slow and not distributed and not gpu"
 
 # Debian: apt-get install chromium chromium-driver
 test-browser: .venv/.installed-test
