@@ -1,6 +1,6 @@
 # make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
 # make test: the test suite; make test-distributed: the tests that start several processes; make test-slow: long ones;
-# make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and layers.
+# make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and types.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ test-distributed: .venv/.installed-test
 	$(WITH_BIN) $(BIN)/python -m pytest -m distributed tests/distributed
 
 test-slow: .venv/.installed-test
-	$(BIN)/python -m pytest -m "slow and not distributed and not vllm and not gpu"
+	$(BIN)/python -m pytest -m "slow and not distributed and not gpu"
 
 # Debian: apt-get install chromium chromium-driver
 test-browser: .venv/.installed-test
@@ -51,6 +51,7 @@ fuzz: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: .venv/.installed-test
 	$(BIN)/ruff check --fix .

@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, f"spark-vl: stopped: {error}\n")
 
 
-def train(config: TrainConfig, resume: str, *, allow_config_change: bool = False) -> None:
+def train(config: TrainConfig, resume: str = "none", *, allow_config_change: bool = False) -> None:
     """`spark-vl train`: train, evaluate before and after, and print what changed."""
     check_train_config(config)
     _check_recipes("data.recipes", config.data.recipes, "train")

@@ -202,8 +202,7 @@ def test_the_rollout_is_what_the_engine_allocates(wide, processor, kind, n, new,
         shape, config, prompts=4, n=n, prompt=longest, image=16, new=new, cast=kind == "autocast"
     )
     copies = weights.cast_bytes(shape, config) if kind == "autocast" else 0
-    # A CPU without instructions for bfloat16 computes in buffers of float32, which a GPU does not need: they are not
-    # estimated.
+    # A CPU without bfloat16 instructions computes in buffers of float32, which no GPU needs: they are not estimated.
     least = 0.8 if kind == "bfloat16" else 0.93
     assert least < (cache + working + copies) / allocated(run) < 1.1
 

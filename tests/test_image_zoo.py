@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from spark_vl.data import images
 from spark_vl.data.images import ImageError, encode_image, load_image
 from spark_vl.data.problems import ProblemSet, check
 from spark_vl.data.recipes import load_recipe
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef
-from tests.image_zoo import Specimen, tiff, zoo
+from tests.image_zoo import Specimen, zoo
 from tests.test_images import RED, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of bombs and of damaged metadata
@@ -59,29 +56,6 @@ def test_pixels_or_a_reason(specimen: Specimen) -> None:
 def test_there_are_many() -> None:
     assert len(zoo()) >= 40
     assert sum(specimen.refused is not None for specimen in zoo()) >= 20
-
-
-def test_the_tiles_of_a_tiff_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    (data,) = (specimen.data for specimen in zoo() if specimen.name == "tiff-tiles-deflated")
-    monkeypatch.setattr(images, "MAX_TILE_PIXELS", 4 * 16 * 16)
-    assert load_image(ImageRef(data=data)).size == (20, 20)
-    monkeypatch.setattr(images, "MAX_TILE_PIXELS", 4 * 16 * 16 - 1)
-    with pytest.raises(ImageError, match="its 4 tiles of 16×16"):
-        load_image(ImageRef(data=data))
-
-
-@pytest.mark.parametrize("compression", [1, 8], ids=["raw", "deflated"])
-def test_a_small_tiff_of_many_tiles_is_refused_at_once(compression: int) -> None:
-    """It would take minutes: 200 tiles of 63 megapixels each, all with the same 62 KiB of data."""
-    pixels = bytes(565 * 113_000)
-    pixels = zlib.compress(pixels) if compression == 8 else b""
-    tiles = {0x0142: (4, [565]), 0x0143: (4, [113_000]), 0x0144: (4, 200 * [8]), 0x0145: (4, 200 * [len(pixels)])}
-    data = tiff(113_000, 565, (8,), 1, pixels, compression=compression, more=tiles, strip=False)
-    assert len(data) < 2**16
-    start = time.process_time()
-    with pytest.raises(ImageError, match="its 200 tiles of 565×113000 are more than 128000000 pixels"):
-        load_image(ImageRef(data=data))
-    assert time.process_time() - start < 1
 
 
 # ── a run ──
@@ -138,12 +112,12 @@ def as_nobody() -> Iterator[None]:
     ("name", "reason"),
     [
         ("private.png", "cannot be read|cannot be followed"),
-        ("folder.png", "no file"),
-        ("fifo.png", "no file"),
+        ("folder.png", "not a file"),
+        ("fifo.png", "not a file"),
         ("zero.png", "leads out"),
-        ("loop.png", "cannot be followed|no file"),
-        ("gone.png", "no file"),
-        ("locked/picture.png", "cannot be followed|no file"),
+        ("loop.png", "cannot be followed|not a file"),
+        ("gone.png", "not a file"),
+        ("locked/picture.png", "cannot be followed|not a file"),
     ],
 )
 def test_what_is_no_readable_file_is_refused(name: str, reason: str, problems, processor) -> None:
@@ -173,7 +147,7 @@ def test_a_file_that_goes_while_a_run_holds_its_record_is_a_bad_record(problems,
     file.write_bytes(encode(Image.new("RGB", (4, 4), RED), "PNG"))
     record = problems(["picture.png"])[0]
     file.unlink()
-    with pytest.raises(BadRecordError, match="no file"):
+    with pytest.raises(BadRecordError, match="not a file"):
         processor.process(record)
 
 

@@ -56,7 +56,7 @@ def photo() -> np.ndarray:
 # ── right pixels ──
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("format", ["PNG", "BMP"])
 def test_lossless_formats_come_back_exactly(format: str, photo: np.ndarray) -> None:
     assert (pixels(encode(Image.fromarray(photo), format)) == photo).all()
 
@@ -84,7 +84,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
 def test_exif_orientation_is_applied_once(format: str, orientation: int, photo: np.ndarray) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -104,13 +104,12 @@ def test_exif_orientation_of_a_jpeg_swaps_the_sides() -> None:
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_gray_is_scaled_not_clipped(format: str, orientation: int) -> None:
+def test_16_bit_gray_is_scaled_not_clipped(orientation: int) -> None:
     gray = np.array([[0, 128, 129, 257], [1000, 30000, 65407, 65535]], np.uint16)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     expected = UPRIGHT[orientation](np.array([[0, 0, 1, 1], [4, 117, 255, 255]]))  # v · 255/65535, rounded
-    shown = pixels(encode(Image.fromarray(gray), format, exif=exif))
+    shown = pixels(encode(Image.fromarray(gray), "PNG", exif=exif))
     assert (shown == expected[..., None]).all()
 
 
@@ -140,12 +139,11 @@ def test_alpha_of_webp_is_composited_over_white() -> None:
     assert pixels(encode(Image.new("RGBA", (2, 2), (*RED, 0)), "WEBP", lossless=True)).min() == 255
 
 
-@pytest.mark.parametrize("format", ["PNG", "GIF"])
-def test_transparent_palette_entry_is_white(format: str) -> None:
+def test_transparent_palette_entry_is_white() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([*RED, *BLUE])
     image.putdata([0, 1])
-    assert pixels(encode(image, format, transparency=0))[0].tolist() == [list(WHITE), list(BLUE)]
+    assert pixels(encode(image, "PNG", transparency=0))[0].tolist() == [list(WHITE), list(BLUE)]
 
 
 def test_palette_with_an_alpha_for_each_entry_is_composited() -> None:
@@ -178,9 +176,8 @@ def test_bilevel_is_black_and_white() -> None:
     assert pixels(encode(image, "PNG"))[0].tolist() == [[0] * 3, [255] * 3]
 
 
-@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
-def test_cmyk_becomes_rgb(format: str) -> None:
-    shown = pixels(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), format))
+def test_cmyk_becomes_rgb() -> None:
+    shown = pixels(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
     assert abs(shown.astype(int) - RED).max() <= 3
 
 
@@ -201,13 +198,13 @@ def refused(reason: str, data: bytes) -> None:
         load_image(ImageRef(data=data))
 
 
-@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP", "PNG"])
+@pytest.mark.parametrize("format", ["WEBP", "PNG"])
 def test_more_than_one_frame_is_refused(format: str) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     refused("more than one frame", encode(frames[0], format, save_all=True, append_images=frames[1:]))
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP"])
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_truncated_files_are_refused(format: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
@@ -228,9 +225,12 @@ def test_other_bytes_are_refused(data: bytes) -> None:
     refused("not an image in one of the formats|broken image", data)
 
 
-@pytest.mark.parametrize("format", ["ICO", "PPM", "TGA", "PCX", "EPS", "JPEG2000"])
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "ICO", "PPM", "TGA", "PCX", "EPS", "JPEG2000"])
 def test_other_formats_are_refused(format: str) -> None:
-    refused("not an image in one of the formats PNG", encode(Image.new("RGB", (16, 16)), format))
+    refused(
+        "not an image in one of the formats PNG, JPEG, WEBP, BMP; convert it to one",
+        encode(Image.new("RGB", (16, 16)), format),
+    )
 
 
 def test_no_bytes_are_refused() -> None:
@@ -261,14 +261,9 @@ def test_the_aspect_ratio_ends_at_200() -> None:
     refused("ratio of more than 200", encode(Image.new("RGB", (1, 201)), "PNG"))
 
 
-@pytest.mark.parametrize("mode", ["F", "I"])
-def test_pixels_without_a_range_are_refused(mode: str) -> None:
-    refused(f"pixel mode '{mode}'", encode(Image.new(mode, (4, 4)), "TIFF"))
-
-
 @settings(max_examples=150, deadline=None)
 @given(
-    format=st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]),
+    format=st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]),
     changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),
 )
 @pytest.mark.filterwarnings("ignore")
@@ -330,14 +325,14 @@ def test_the_root_may_be_a_link_or_relative(root: Path, monkeypatch: pytest.Monk
         ("outside.png", "leads out"),
         ("outside/picture.png", "leads out"),
         ("outside", "leads out"),
-        ("loop", "cannot be followed|no file"),
-        ("sub", "no file"),
-        ("", "no file"),
-        ("%2e%2e/picture.png", "no file"),
-        ("~/picture.png", "no file"),
-        ("missing.png", "no file"),
-        ("pipe", "no file"),
-        ("x" * 5000, "cannot be followed|no file"),
+        ("loop", "cannot be followed|not a file"),
+        ("sub", "not a file"),
+        ("", "not a file"),
+        ("%2e%2e/picture.png", "not a file"),
+        ("~/picture.png", "not a file"),
+        ("missing.png", "not a file"),
+        ("pipe", "not a file"),
+        ("x" * 5000, "cannot be followed|not a file"),
     ],
 )
 def test_other_paths_are_refused(root: Path, path: str, reason: str) -> None:
@@ -374,8 +369,8 @@ def encoded(data: bytes) -> bytes:
     return new
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_what_is_no_jpeg_becomes_a_png_with_equal_pixels(format: str, photo: np.ndarray) -> None:
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "BMP"])
+def test_other_formats_than_jpeg_become_a_png_with_equal_pixels(format: str, photo: np.ndarray) -> None:
     data = encode(Image.fromarray(photo), format, **({"lossless": True} if format == "WEBP" else {}))
     new = encoded(data)
     with Image.open(io.BytesIO(new)) as image:  # by Pillow alone
@@ -402,7 +397,7 @@ def location() -> Image.Exif:
     return exif
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_metadata_never_survive(format: str) -> None:
     text = PngInfo()
     text.add_text("Comment", "my password")
@@ -410,7 +405,6 @@ def test_metadata_never_survive(format: str) -> None:
         "PNG": {"pnginfo": text, "dpi": (300, 300), "icc_profile": b"a profile" * 20},
         "JPEG": {"comment": b"my password", "dpi": (300, 300), "icc_profile": b"a profile" * 20},
         "WEBP": {"xmp": b"my password", "icc_profile": b"a profile" * 20},
-        "TIFF": {"description": "my password"},
     }
     image = Image.new("RGB", (16, 16), RED)
     data = encode(image, format, exif=location(), **extra[format]) + b"PK\3\4 a zip of secrets"
@@ -475,7 +469,7 @@ def test_what_cannot_be_loaded_cannot_be_encoded(root: Path, monkeypatch: pytest
 
 
 def case_name(value: bytes | str) -> str:
-    """Names of parametrised tests, in place of the bytes."""
+    """Names of parametrized tests, in place of the bytes."""
     return value if isinstance(value, str) else "image"
 
 
@@ -514,7 +508,7 @@ def with_pixels(compressed: bytes) -> bytes:
         (png(2, 1, 16, 2, bytes(13)), "8-bit RGB"),
         (png(2, 1, 8, 3, b"\0\0\0", (b"PLTE", bytes(3))), "chunks IHDR, PLTE"),
         (encode(Image.new("RGB", (4, 4)), "WEBP"), "the format is WEBP; PNG and JPEG"),
-        (encode(Image.new("RGB", (4, 4)), "GIF"), "the format is GIF"),
+        (encode(Image.new("RGB", (4, 4)), "BMP"), "the format is BMP"),
         (b"hello", "not an image"),
         (CLEAN_PNG[:END], "broken image|IHDR, IDAT and IEND"),
     ],

@@ -61,10 +61,13 @@ def imports(source: str, package: str) -> Iterator[str]:
 
 
 def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
-    """The imports of `module` that the layers forbid. The root may be imported by all, for its version."""
+    """The imports of `module` that the layers forbid. The root may be imported by all, for its version; it names the
+    public API to type checkers, and imports nothing of it before it is asked for."""
     own = [*module.split("."), ""][1]
     package = module if is_package else module.rpartition(".")[0]
     forbidden = []
+    if not own:
+        source = ast.unparse([node for node in ast.parse(source).body if ast.unparse(node)[:16] != "if TYPE_CHECKING"])
     for name in imports(source, package):
         top, _, rest = name.partition(".")
         layer = rest.partition(".")[0]
@@ -105,6 +108,8 @@ def test_a_module_imports_only_what_stands_above_it(module):
         ("spark_vl.cli", "from spark_vl import nowhere", ["spark_vl.nowhere"]),
         ("spark_vl.cli", "import scripts.build_tiny_checkpoint", ["scripts.build_tiny_checkpoint"]),
         ("spark_vl", "from spark_vl.config import TrainConfig", ["spark_vl.config.TrainConfig"]),
+        ("spark_vl", "if TYPE_CHECKING:\n    from spark_vl.config import TrainConfig", []),
+        ("spark_vl.cli", "from spark_vl import TrainConfig", ["spark_vl.TrainConfig"]),
     ],
 )
 def test_the_checker_sees_a_violation(module, source, forbidden):

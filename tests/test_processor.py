@@ -197,7 +197,7 @@ def test_prompts_share_an_image_until_it_is_forgotten(tiny, tmp_path):
     [
         (ImageRef(data=b"no image"), r"image ImageRef\(8 bytes\): not an image in one of the formats"),
         (ImageRef(data=make_image(1).data[:200]), r"image ImageRef\(200 bytes\): broken image"),
-        (ImageRef("gone.png", "/"), r"image ImageRef\('gone.png'\): path 'gone.png' is no file"),
+        (ImageRef("gone.png", "/"), r"image ImageRef\('gone.png'\): path 'gone.png' is not a file"),
         (ImageRef("../a.png", "/tmp"), r"must be relative to the media root"),
         (make_image(1, (210, 1)), r"ratio of more than 200"),
         # Reduced to the budget, its height would be less than half a patch.

@@ -45,7 +45,7 @@ def test_a_run_publishes_its_checkpoints_and_is_not_changed_by_it(hub, finished_
     assert b"| steps | 4 |" in repo.at().files["README.md"].content
     assert re.search(r"published \d checkpoints to org/live\n", done.stdout)
     assert lines(tmp_path / "run")[-1] | {"seconds": 0} == {
-        "checkpoint": "step-000004", "ok": True, "seconds": 0, "problem": ""
+        "checkpoint": "step-000004", "ok": True, "seconds": 0, "fault": ""
     }  # fmt: skip
     assert metrics(tmp_path / "run") == metrics(finished_run), "the same run without publishing"
     assert all((a == b).all() for a, b in zip(weights(tmp_path / "run").values(), weights(finished_run).values()))  # noqa: B905
@@ -85,7 +85,7 @@ def test_failures_are_retried_counted_and_reported(hub, publisher, capsys):
     assert (it.published, it.failures) == (1, 1)
     first, second = lines(it.run)
     assert (first["ok"], second["ok"]) == (False, True)
-    assert re.search(r"403: the token from HF_TOKEN .*may not do that", first["problem"])
+    assert re.search(r"403: the token from HF_TOKEN .*may not do that", first["fault"])
     said = capsys.readouterr().out
     assert "publishing step-000003 failed, training goes on: " in said
     assert re.search(r"published 1 checkpoints to org/live; 1 tries failed, the last one because: .*403", said)
@@ -132,7 +132,7 @@ def test_files_that_cannot_be_kept_are_a_failure_of_publishing_only(hub, publish
     it.on_checkpoint(99, it.run / "checkpoints" / "step-000099")
     it.finish(wait=True)
     [line] = lines(it.run)
-    assert line["problem"].startswith("its files cannot be kept: ")
+    assert line["fault"].startswith("its files cannot be kept: ")
     assert "step-000099 --repo org/live" in capsys.readouterr().out, "what is left to do is said"
 
 

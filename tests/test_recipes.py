@@ -481,7 +481,7 @@ def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
         ({"images": ["link.png"]}, "'link.png' leads out of the media root"),
         ({"images": ["http://127.0.0.1:1/a.png"]}, "is a URL"),
         ({"images": ["file:///etc/hostname"]}, "is a URL"),
-        ({"images": ["missing.png"]}, "'missing.png' is no file"),
+        ({"images": ["missing.png"]}, "'missing.png' is not a file"),
         ([1], "the line is a JSON list; an object is allowed"),
         (None, "the line is a JSON NoneType"),
     ],

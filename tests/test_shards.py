@@ -150,7 +150,7 @@ def test_steps_come_in_order(tmp_path: Path):
         ("link.png", "leads out of the media root"),
         ("file:///etc/hostname", "is a URL"),
         ("http://127.0.0.1:1/a.png", "is a URL"),
-        ("missing.png", "is no file"),
+        ("missing.png", "is not a file"),
         ("text.png", "not an image"),
     ],
 )

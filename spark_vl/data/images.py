@@ -1,4 +1,4 @@
-"""The one loader of images, and the one encoder. Rows of datasets are untrusted, and so are their images.
+"""The only loader of images, and the only encoder. Rows of datasets are untrusted, and so are their images.
 
 Image libraries disagree on orientation, alpha, 16-bit gray and frames; here each has one meaning, and everything that
 cannot be given one is refused with a reason. Nothing is decoded before its header has been checked.
@@ -10,7 +10,6 @@ was cropped away, nothing behind the end of the file. `check_encoded` proves tha
 from __future__ import annotations
 
 import io
-import math
 import re
 import struct
 import zlib
@@ -24,8 +23,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from spark_vl.records import ImageRef
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is read; of GIF, TIFF and the animated variants of PNG and WEBP, single images only.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""What is read; of animated PNG and WEBP files, single images only. GIF and TIFF, which datasets seldom hold, are
+refused: a small file of either can cost minutes, or decode to other pixels than it shows.
 
 Of a JPEG with other images behind it (MPO), which are previews, gain maps or second views, the first is read.
 """
@@ -42,39 +42,30 @@ MAX_ASPECT = 200
 MAX_SCANS = 100
 """Most passes over the pixels of a JPEG. A progressive one has about ten; each costs as much as decoding the image."""
 
-MAX_COMMENTS = 2**20
-"""Most bytes of extension blocks in a GIF: Pillow's time grows with their square."""
-
-MAX_TILE_PIXELS = 2 * MAX_PIXELS
-"""Most pixels of all tiles of a TIFF together. They are decoded whole; those of usual sizes add little to an image."""
-
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L")
-"""Pillow modes that convert to 8-bit RGB; 32-bit integers and floats have no defined range."""
-
 
 class ImageError(ValueError):
     """An image cannot be used; the message says why. Callers add which record it belongs to (`BadRecordError`)."""
 
 
 def image_path(ref: ImageRef) -> Path:
-    """The file of `ref`, symbolic links resolved.
+    """The file of `ref`, which has a path; symbolic links resolved.
 
     Raises:
-        ImageError: the path is absolute, a URL, climbs with `..` or through a symbolic link out of the root, is no
+        ImageError: the path is absolute, a URL, climbs with `..` or through a symbolic link out of the root, is not a
             regular file, or the file is larger than `MAX_BYTES`.
     """
-    path, shown = ref.path, repr(ref.path)
+    path, shown = str(ref.path), repr(ref.path)
     if re.match(r"[A-Za-z][\w+.-]*:/|data:", path):
         raise ImageError(f"path {shown} is a URL; only files below the media root are read")
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
         raise ImageError(f"path {shown} must be relative to the media root, without '..', '\\' or NUL")
-    root = Path(ref.root).resolve()
+    root = Path(str(ref.root)).resolve()
     try:
         file = (root / path).resolve()
         if not file.is_relative_to(root):
             raise ImageError(f"path {shown} leads out of the media root {str(root)!r}")
         if not file.is_file():
-            raise ImageError(f"path {shown} is no file below the media root {str(root)!r}")
+            raise ImageError(f"path {shown} is not a file below the media root {str(root)!r}")
         size = file.stat().st_size
     except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
         raise ImageError(f"path {shown} cannot be followed: {error}") from error
@@ -85,14 +76,14 @@ def image_path(ref: ImageRef) -> Path:
 def load_image(ref: ImageRef) -> Image.Image:
     """The pixels of `ref`: mode RGB, upright, [width, height] as displayed, without metadata.
 
-    EXIF orientation is applied, alpha (also of palettes and color keys) is composited over white, 12- and 16-bit gray
-    is scaled to 8 bits, everything else is converted to RGB. White is, too, what the frame of a GIF leaves of its
-    screen. Color profiles, EXIF that is none, and the alpha of a BMP that is 0 everywhere are ignored.
+    EXIF orientation is applied, alpha (also of palettes and color keys) is composited over white, 16-bit gray is scaled
+    to 8 bits, everything else is converted to RGB. Color profiles, EXIF that cannot be read, and the alpha of a BMP
+    that is 0 everywhere are ignored.
 
     Raises:
         ImageError: the file cannot be reached (`image_path`) or read, is not one whole single image in one of
-            `FORMATS`, or is larger than `MAX_BYTES`, `MAX_PIXELS` or `MAX_ASPECT` allow, or made to cost far more than
-            its pixels do (`MAX_SCANS`, `MAX_COMMENTS`, `MAX_TILE_PIXELS`).
+            `FORMATS`, is larger than `MAX_BYTES`, `MAX_PIXELS` or `MAX_ASPECT` allow, or has more than `MAX_SCANS`
+            scans.
     """
     return _load(ref)[0]
 
@@ -114,13 +105,13 @@ def encode_image(ref: ImageRef) -> bytes:
 
 
 def check_encoded(data: bytes) -> None:
-    """Checks that `data` is a file of the form that `encode_image` gives, which holds pixels and little room besides.
+    """Check that `data` has the form of what `encode_image` writes: a file that holds pixels, and little room besides.
 
-    The form, because the bytes depend on the versions of libraries. The compressed data of a JPEG are not compared with
-    its pixels: what somebody hid among them stays.
+    Only the form is checked, because the bytes depend on the versions of libraries. The compressed data of a JPEG are
+    not compared with its pixels: what somebody hid among them stays.
 
     Raises:
-        ImageError: it is not; says which part is foreign.
+        ImageError: it has another form; the message names the foreign part.
     """
     image, format = _load(ImageRef(data=data))
     if format == "PNG":
@@ -139,14 +130,15 @@ def _load(ref: ImageRef) -> tuple[Image.Image, str]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
-            return _to_rgb(image), "JPEG" if image.format == "MPO" else image.format
+            # A JPEG with other images behind it is an MPO to Pillow. An image from a file always has a format.
+            return _to_rgb(image), "JPEG" if image.format == "MPO" else str(image.format)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         if data.startswith(_PNG_SIGNATURE):
             for _ in _png_chunks(data):  # says where the first broken one is
                 pass
-        raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
+        raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}; convert it to one") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"more than {MAX_PIXELS} pixels") from error
     except Exception as error:  # Pillow's decoders meet broken bytes with almost any type of exception
@@ -167,17 +159,9 @@ def _check_bytes(size: int) -> None:
 
 
 def _check_cost(data: bytes) -> None:
-    """What makes Pillow work for hours on a file that the other limits allow."""
-    if data[:2] == b"\xff\xd8":
-        scans = sum(1 for _ in islice(_jpeg_scans(data), MAX_SCANS + 1))
-        if scans > MAX_SCANS:
-            raise ImageError(f"the JPEG has more than {MAX_SCANS} scans")
-    elif data[:4] == b"GIF8":
-        comments = 0
-        for block in _gif_extensions(data):
-            comments += block
-            if comments > MAX_COMMENTS:
-                raise ImageError(f"the GIF has more than {MAX_COMMENTS} bytes of extensions")
+    """Refuse a JPEG that the other limits allow and that would keep Pillow busy for hours."""
+    if data[:2] == b"\xff\xd8" and sum(1 for _ in islice(_jpeg_scans(data), MAX_SCANS + 1)) > MAX_SCANS:
+        raise ImageError(f"the JPEG has more than {MAX_SCANS} scans")
 
 
 _JPEG_MARKER = re.compile(rb"\xff([^\0\x01\xd0-\xd8\xff])")
@@ -193,29 +177,6 @@ def _jpeg_scans(data: bytes) -> Iterator[int]:
         place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
 
 
-def _gif_extensions(data: bytes) -> Iterator[int]:
-    """The bytes of each extension block."""
-
-    def palette(flags: int) -> int:
-        return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
-
-    def end_of_blocks(place: int) -> int:
-        while length := data[place]:
-            place += 1 + length
-        return place + 1
-
-    place = 13 + palette(data[10]) if len(data) > 10 else len(data)
-    with suppress(IndexError):  # the file ends in a block, which Pillow will say
-        while (kind := data[place : place + 1]) not in (b"", b";"):
-            end = place + 1
-            if kind == b"!":
-                end = end_of_blocks(place + 2)
-                yield end - place
-            elif kind == b",":
-                end = end_of_blocks(place + 11 + palette(data[place + 9]))
-            place = end
-
-
 def _check_header(image: Image.Image) -> None:
     """Everything that is known before pixels are decoded."""
     width, height = image.size
@@ -223,10 +184,6 @@ def _check_header(image: Image.Image) -> None:
         raise ImageError(f"{width}×{height} is more than {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"the sides {width}×{height} are in a ratio of more than {MAX_ASPECT}")
-    if image.mode not in _MODES:
-        raise ImageError(f"pixel mode {image.mode!r} does not convert to RGB; allowed are {', '.join(_MODES)}")
-    if image.format == "TIFF":
-        _check_tiff(image)
     if image.format == "MPO":  # the first frame is the photograph, and nothing else is read
         return
     try:
@@ -236,81 +193,17 @@ def _check_header(image: Image.Image) -> None:
     raise ImageError("more than one frame; a single image is allowed")
 
 
-_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_FILL_ORDER = 0x0100, 0x0101, 0x0102, 0x0106, 0x010A
-_TIFF_SAMPLES, _TIFF_PLANAR, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 0x0115, 0x011C, 0x0142, 0x0143
-
-_TIFF_DIRECTORIES = {b"II*\0": ("<H", 12), b"MM\0*": (">H", 12), b"II+\0": ("<Q", 20)}
-"""First bytes of a TIFF → how a directory counts its entries, and the bytes of an entry."""
-
-
-def _check_tiff(image: Image.Image) -> None:
-    """What makes Pillow work for minutes on a small TIFF, and what it would read as other pixels than there are."""
-    entries = _tiff_entries(image.fp.getvalue(), image.tag_v2.offset)
-    if len(set(entries)) != len(entries):  # Pillow heeds the last, and libtiff, which decodes, the first
-        raise ImageError("the TIFF has a tag twice")
-    if _TIFF_TILE_WIDTH in entries or _TIFF_TILE_HEIGHT in entries:
-        _check_tiles(image)
-    if image.info["compression"] == "raw":
-        _check_uncompressed(image)
-
-
-def _check_tiles(image: Image.Image) -> None:
-    tags = image.tag_v2
-    width, height = tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]  # as stored; `image.size` is upright
-    across, down = tags.get(_TIFF_TILE_WIDTH, 0), tags.get(_TIFF_TILE_HEIGHT, 0)
-    if not (across > 0 and down > 0):
-        raise ImageError("the TIFF's tiles have no size")
-    if across * down > MAX_PIXELS:
-        raise ImageError(f"its tiles of {across}×{down} are more than {MAX_PIXELS} pixels")
-    # Planes do not count: each holds one sample of a pixel, and tiles without planes hold all.
-    count = math.ceil(width / across) * math.ceil(height / down)
-    if count * across * down > MAX_TILE_PIXELS:
-        raise ImageError(f"its {count} tiles of {across}×{down} are more than {MAX_TILE_PIXELS} pixels")
-
-
-def _check_uncompressed(image: Image.Image) -> None:
-    """Of a TIFF that Pillow reads without libtiff."""
-    tags, (width, height) = image.tag_v2, image.size
-    planes = tags.get(_TIFF_SAMPLES, 1) if tags.get(_TIFF_PLANAR) == 2 else 1
-    decoded = sum((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in image.tile)
-    if decoded > planes * width * height:  # it begins anew with what is left over, and again
-        raise ImageError("the TIFF has more strips or tiles than its image")
-    photometric = tags.get(_TIFF_PHOTOMETRIC, 0)
-    if photometric == 6:  # read as RGB
-        raise ImageError("an uncompressed TIFF of YCbCr is not supported")
-    plain = set(tags.get(_TIFF_BITS, (1,))) == {8} and photometric != 0 and tags.get(_TIFF_FILL_ORDER, 1) == 1
-    if tags.get(_TIFF_PLANAR) == 2 and not plain:  # read as if they were
-        raise ImageError("an uncompressed TIFF in planes is supported with plain 8-bit samples only")
-
-
-def _tiff_entries(data: bytes, place: int) -> list[int]:
-    """The tags of a directory, one for each entry."""
-    if data[:4] not in _TIFF_DIRECTORIES:
-        raise ImageError(f"a TIFF that begins with {data[:4]!r} is not supported")
-    form, size = _TIFF_DIRECTORIES[data[:4]]
-    (count,) = struct.unpack_from(form, data, place)
-    place += struct.calcsize(form)
-    return [struct.unpack_from(f"{form[0]}H", data, place + size * number)[0] for number in range(count)]
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """`image`, just opened, as `load_image` returns it. All modes of `FORMATS` but `I;16` convert to 8-bit RGB."""
     if image.format == "PNG" and "transparency" in image.info:
         image.info["transparency"] = _color_key(image)
-    with suppress(SyntaxError):  # what is no EXIF tells no orientation; Pillow takes it for empty from here on
+    with suppress(SyntaxError):  # EXIF that cannot be read tells no orientation; from here on Pillow takes it for empty
         image.getexif()
     if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
         image = image.convert("RGB")  # an alpha that is 0 everywhere was not meant
-    elif image.format == "GIF" and image.dispose_extent != (0, 0, *image.size):
-        frame, place = image.crop(image.dispose_extent).convert("RGBA"), image.dispose_extent
-        image = Image.new("RGBA", image.size)
-        image.paste(frame, place)
-    if image.mode.startswith("I;16"):
-        tags = image.tag_v2 if image.format == "TIFF" else {}
-        top = 2 ** tags.get(_TIFF_BITS, (16,))[0] - 1
+    if image.mode == "I;16":  # 16-bit gray, which Pillow would clip
         values = np.asarray(image).astype(np.uint32)
-        gray = ((values * 255 + top // 2) // top).astype(np.uint8)
-        if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for 8 bits only
-            gray = 255 - gray
+        gray = ((values * 255 + 32767) // 65535).astype(np.uint8)
         if "transparency" in image.info:
             gray[values == image.info["transparency"]] = 255
         orientation = image.getexif().get(0x0112, 1)
@@ -327,8 +220,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _color_key(image: Image.Image) -> int | bytes | tuple[int, ...]:
     """The key of a PNG that is not decoded yet, scaled as its samples will be; Pillow leaves it as it is stored."""
-    key, stored = image.info["transparency"], image.tile[0].args
-    if stored == "RGB;16B":  # decoding drops lower bytes, and a darker or lighter neighbour is not the key
+    key, stored = image.info["transparency"], image.tile[0].args  # type: ignore[attr-defined]  # of an ImageFile
+    if stored == "RGB;16B":  # decoding drops the lower bytes, so neighboring colors would match the key
         raise ImageError("a color key of 16-bit RGB is not supported")
     if image.mode == "RGB":
         return tuple(sample & 0xFF for sample in key)
@@ -349,7 +242,7 @@ _JPEG_HEADERS = {
 }
 """Marker (ISO/IEC 10918-1, table B.1) → what its segment is."""
 _JPEG_TABLES = {0xDB: (0, 1, 2, 3), 0xC4: (0x00, 0x01, 0x10, 0x11)}
-"""Marker of quantisation and of Huffman tables → their names."""
+"""Marker of quantization and of Huffman tables → their names."""
 
 
 def _check_png(data: bytes, width: int, height: int) -> None:
@@ -413,7 +306,8 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
             escaped = rb"\xff[\0\xd0-\xd7]"  # there are restart markers among the pixels
         yield marker, data[place + 4 : place + 2 + length]
         place += 2 + length
-    end = re.compile(rb"(?:[^\xff]|" + escaped + rb")*+").match(data, place).end()
+    pixels = re.compile(rb"(?:[^\xff]|" + escaped + rb")*+").match(data, place)
+    end = pixels.end() if pixels else place
     if data[end:] != b"\xff\xd9":
         raise ImageError(f"the JPEG's pixels end at byte {end} of {len(data)}; an end marker alone may follow")
 

@@ -6,7 +6,7 @@ Those of a judgment dataset are prompts already, and become records of their own
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -17,7 +17,7 @@ from spark_vl.data.cells import answer, cell, identifier, items, options, text, 
 from spark_vl.data.images import ImageError, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe
-from spark_vl.data.sources import Row, open_rows
+from spark_vl.data.sources import Row, Rows, open_rows
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
@@ -57,9 +57,7 @@ class ProblemSet:
         root: folder that image paths are relative to; None: paths are refused.
     """
 
-    def __init__(
-        self, recipe: Recipe, split: str, templater: Templater, rows: Sequence[Row], root: Path | None
-    ) -> None:
+    def __init__(self, recipe: Recipe, split: str, templater: Templater, rows: Rows, root: Path | None) -> None:
         self.recipe, self.split = recipe, split
         self._templater, self._rows, self._root = templater, rows, root
         # A dataset does not choose which code is imported: beside these, only the recipe's own `module:function`.
@@ -114,7 +112,8 @@ class ProblemSet:
         elif choices or (recipe.verifier_of(self.split) == "math" and _is_lettered(question, gold)):
             verifier = "choice"
         else:
-            verifier = recipe.verifier_of(self.split)
+            # A recipe of problems names one (`load_recipe`); only a judgment dataset's rows name theirs.
+            verifier = str(recipe.verifier_of(self.split))
         if verifier == "choice":
             text(row, columns.answer)  # a number may count the options from 0 or from 1
             gold = _letters(gold, choices)
@@ -170,7 +169,8 @@ class ProblemSet:
                 f"the question has {len(pieces) - 1} placeholders {self.recipe.image_placeholder!r} "
                 f"for {len(images)} images"
             )
-        content = [part for pair in zip(pieces, [*images, ""], strict=True) for part in pair]
+        between: list[str | ImageRef] = [*images, ""]
+        content = [part for pair in zip(pieces, between, strict=True) for part in pair]
         return tuple(part for part in content if part != "")
 
 

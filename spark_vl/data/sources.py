@@ -8,12 +8,22 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import datasets
 
 Row = Mapping[str, Any]
+
+
+class Rows(Protocol):
+    """The rows of a split, each read when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
 SourceType = Literal["hub", "jsonl", "parquet", "folder", "factory"]
 
 
@@ -32,7 +42,7 @@ class Source:
     """`hub`: commit, tag or branch."""
 
 
-def open_rows(source: Source, split: str, columns: Sequence[str]) -> tuple[Sequence[Row], Path | None]:
+def open_rows(source: Source, split: str, columns: Sequence[str]) -> tuple[Rows, Path | None]:
     """The rows of `split`, and the folder that their image paths are relative to (None: they have no such folder).
 
     Args:
@@ -70,12 +80,12 @@ def _files(folder: str | Path, pattern: str) -> list[Path]:
     return files
 
 
-def _call_factory(location: str, split: str) -> Sequence[Row]:
+def _call_factory(location: str, split: str) -> Rows:
     module, _, function = location.partition(":")
     return getattr(importlib.import_module(module), function)(split=split)
 
 
-class _ArrowRows(Sequence[Row]):
+class _ArrowRows:
     """A memory-mapped table. Rows come as they are stored: images are neither decoded nor looked up on disk."""
 
     def __init__(self, table: datasets.Dataset, columns: Sequence[str]) -> None:
@@ -90,7 +100,7 @@ class _ArrowRows(Sequence[Row]):
         return self._table[index].to_pylist()[0]
 
 
-class _JsonLines(Sequence[Row]):
+class _JsonLines:
     """One JSON object a line; only the offsets of the lines are held in memory."""
 
     def __init__(self, file: Path) -> None:

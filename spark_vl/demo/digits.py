@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-QUESTIONS = {
+from spark_vl.data.sources import Rows
+
+QUESTIONS: dict[str, Callable[[int, int], int]] = {
     "Which digit is larger?": max,
     "Which digit is smaller?": min,
     "By how much do the digits differ?": lambda a, b: abs(a - b),
@@ -60,7 +62,7 @@ def problem(split: str, index: int) -> Problem:
     return Problem(question, str(QUESTIONS[question](*digits)), digits, (left, right), image)
 
 
-def rows(split: str) -> Sequence[dict[str, Any]]:
+def rows(split: str) -> Rows:
     """The rows of `split`, each with `id`, `question`, `answer` and `image`, made when asked for.
 
     Raises:
@@ -71,7 +73,7 @@ def rows(split: str) -> Sequence[dict[str, Any]]:
     return _Rows(split)
 
 
-class _Rows(Sequence[dict[str, Any]]):
+class _Rows:
     def __init__(self, split: str) -> None:
         self.split = split
 

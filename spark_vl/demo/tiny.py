@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -63,7 +64,10 @@ def build_processor(
     Digits are split one by one, as in Qwen's tokenizers. `min_pixels` and `max_pixels` bound a resized image's area.
     """
     blank = Qwen2Tokenizer(
-        unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS)
+        unk_token=None,  # type: ignore[arg-type]  # what Qwen's own tokenizers have
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS),
     )
     tokenizer = blank.train_new_from_iterator(texts, vocab_size, show_progress=False)
     pixels = {"patch_size": 14, "merge_size": 2, "min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -83,7 +87,7 @@ def build_model(
         window: side of the attention window, in pixels.
         std: standard deviation of the initial weights.
     """
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     half_head = hidden // heads // 2
     config = Qwen2_5_VLConfig(
         text_config={
@@ -139,4 +143,5 @@ def random_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(processor.tokenizer, hidden=64, layers=2, heads=2, vision_hidden=32, window=56, std=0.125)
-    return model.to(dtype).eval(), processor
+    model.to(dtype)  # type: ignore[arg-type]  # transformers wraps the method and loses its signature
+    return model.eval(), processor

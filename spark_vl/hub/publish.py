@@ -209,7 +209,7 @@ def check_model_is_there(model: str, revision: str | None, token_from: str | Non
     info = Hub(find_token(token_from), model, "model").info(revision)
     if info is None:
         raise HubError(f"--model: there is no model {model!r} that the token can see; publish it first")
-    if PROMPTS_FILE not in [sibling.rfilename for sibling in info.siblings]:
+    if PROMPTS_FILE not in [sibling.rfilename for sibling in info.siblings or ()]:
         raise HubError(f"--model: {model!r} has no {PROMPTS_FILE}, so it was not published by spark-vl")
 
 

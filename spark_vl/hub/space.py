@@ -54,7 +54,7 @@ def stage_space(folder: Path, *, model: str, revision: str | None = None, title:
     settings = {"model": model, "revision": revision}
     (folder / "space.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     card = SpaceCard((page / "README.md").read_text(encoding="utf-8"))
-    card.data.title = title or model.rpartition("/")[2]
-    card.data.models = [model]
+    card.data["title"] = title or model.rpartition("/")[2]
+    card.data["models"] = [model]
     card.save(folder / "README.md")
     return folder

@@ -57,6 +57,8 @@ def upload(
     _open(hub, revision, public)
     for _ in range(_RACES):
         head = hub.info(revision)
+        if head is None or head.sha is None:
+            raise HubError(f"{repo} has disappeared, or the token may no longer see it; publish again")
         stale = _stale(release, head)
         commit = hub.call(f"uploading to {repo}", _commit, hub, release, revision, head.sha, stale)
         if commit is not None:
@@ -114,7 +116,7 @@ def _open(hub: Hub, revision: str | None, public: bool) -> None:
 def _stale(release: Release, head: Info) -> tuple[str, ...]:
     """The files of earlier releases at `head` that `release` does not hold."""
     paths = {file.path for file in release.files}
-    there = (sibling.rfilename for sibling in head.siblings)
+    there = (sibling.rfilename for sibling in head.siblings or ())
     return tuple(path for path in there if path not in paths and release.replaces.fullmatch(path))
 
 
@@ -151,7 +153,7 @@ def _verify(hub: Hub, commit: str, files: Sequence[ReleaseFile]) -> None:
         paths = [file.path for file in files[start : start + _PATHS_AT_ONCE]]
         place = {"repo_type": hub.repo_type, "revision": commit}
         found = hub.call(f"checking {hub.repo}", hub.api.get_paths_info, hub.repo, paths, **place)
-        there |= {entry.path: entry for entry in found}
+        there |= {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
     wrong = [file.path for file in files if file.path not in there or not _same(there[file.path], file)]
     if wrong:
         raise HubError(

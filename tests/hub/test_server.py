@@ -1,17 +1,14 @@
-"""The test Hub against the real clients, and its misbehaviors against plain HTTP."""
+"""The test Hub against the real clients. Its misbehaviors are seen at work in `tests/test_publish_faults.py`."""
 
 from __future__ import annotations
 
-import base64
 import http.client
 import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -52,14 +49,6 @@ def send(hub: HubServer, method: str, path: str, body: bytes | dict = b"", **hea
         return response.status, response.read()
     finally:
         connection.close()
-
-
-def commit(hub: HubServer, path: str, content: bytes, **header: str) -> tuple[int, bytes]:
-    value = {"path": path, "content": base64.b64encode(content).decode(), "encoding": "base64"}
-    lines = [{"key": "header", "value": {"summary": "s"} | header}, {"key": "file", "value": value}]
-    return send(
-        hub, "POST", "/api/models/org/name/commit/main", b"\n".join(json.dumps(line).encode() for line in lines)
-    )
 
 
 def put(hub: HubServer, content: bytes, claimed: bytes | None = None) -> tuple[int, int]:
@@ -231,36 +220,6 @@ def test_ranges(hub, repo):
     assert send(hub, "HEAD", url) == (200, b"")
 
 
-@pytest.mark.parametrize(
-    ("token", "name", "status", "message"),
-    [
-        (HubServer.READ, "org/new", 403, 'You don\'t have the rights to create a model under the namespace "org"'),
-        (
-            HubServer.WRITE,
-            "foreign/new",
-            403,
-            'You don\'t have the rights to create a model under the namespace "foreign"',
-        ),
-        ("", "org/new", 401, "Invalid username or password."),
-        ("hf_unknown", "org/new", 401, "Invalid credentials in Authorization header"),
-        (HubServer.WRITE, "org/name", 409, "You already created this model repo"),
-        (HubServer.WRITE, "tester/new", 200, None),
-    ],
-)
-def test_who_may_create(hub, repo, token, name, status, message):
-    namespace, name = name.split("/")
-    body = {"name": name, "organization": namespace}
-    answer = send(hub, "POST", "/api/repos/create", body, Authorization=f"Bearer {token}" if token else "")
-    assert (answer[0], json.loads(answer[1]).get("error")) == (status, message)
-
-
-@pytest.mark.parametrize(
-    ("text", "status"), [("---\na: 1\n---\n", 200), ("---\n- a\n---", 400), ("---\na: [\n---\n", 400), ("", 200)]
-)
-def test_metadata_is_parsed(hub, text, status):
-    assert send(hub, "POST", "/api/validate-yaml", {"content": text})[0] == status
-
-
 def test_who_may_read_what_is_private(hub):
     hub.create("model", "org/private", private=True)
     hub.create("model", "foreign/private", private=True)
@@ -277,97 +236,6 @@ def test_an_object_that_is_not_its_hash_is_refused(hub, repo):
     assert not repo.objects
     assert put(hub, b"whole") == (200, 200)
     assert list(repo.objects.values()) == [b"whole"]
-
-
-def test_status_so_many_times_in_order(hub, repo):
-    hub.misbehave("GET", "/api/models/org", times=2, status=429, headers={"Retry-After": "1"}, body="slower")
-    hub.misbehave("GET", r"/name\?blobs", times=None, status=500, body=b"<html>")
-    assert [send(hub, "GET", "/api/models/org/name?blobs=1") for _ in range(4)] == [
-        (429, b'{"error": "slower"}')
-    ] * 2 + [(500, b"<html>")] * 2
-    assert send(hub, "GET", "/api/models/org/name")[0] == 200
-    hub.behave()
-    assert send(hub, "GET", "/api/models/org/name?blobs=1")[0] == 200
-    assert [request.status for request in hub.requests] == [429, 429, 500, 500, 200, 200]
-
-
-def test_half_a_body_is_no_request(hub, repo):
-    """What is left of a client that was killed."""
-    host, port = hub.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"POST /api/models/org/name/commit/main HTTP/1.1\r\nContent-Length: 99\r\n\r\n{")
-        connection.shutdown(socket.SHUT_WR)
-        with pytest.raises(ConnectionResetError):
-            connection.recv(1)
-    assert len(repo.commits) == 1
-
-
-@pytest.mark.parametrize("how", ["cut", "hang up"])
-def test_cut_stores_nothing(hub, repo, how):
-    hub.misbehave("POST", "/commit/", how=how)
-    with pytest.raises(ConnectionResetError):
-        commit(hub, "a", b"a" * 10_000_000)
-    assert len(repo.commits) == 1
-    assert commit(hub, "a", b"a")[0] == 200
-
-
-def test_cut_response_stores_all(hub, repo):
-    hub.misbehave("POST", "/commit/", how="cut_response")
-    with pytest.raises(http.client.IncompleteRead):
-        commit(hub, "a", b"a")
-    assert repo.at().files["a"].content == b"a"
-    assert hub.requests[-1].status == 0
-
-
-def test_slow(hub, repo):
-    rule = hub.misbehave("POST", "/commit/", how="slow", seconds=0.3)
-    thread = threading.Thread(target=commit, args=(hub, "a", b"a"))
-    thread.start()
-    assert rule.reached.wait(5)
-    assert len(repo.commits) == 1
-    thread.join(5)
-    assert len(repo.commits) == 2
-
-
-def test_corrupt_is_silent(hub, repo):
-    hub.misbehave("POST", "/commit/", how="corrupt")
-    hub.misbehave("PUT", "/lfs/", how="corrupt")
-    assert commit(hub, "a", b"aaa")[0] == 200
-    assert repo.at().files["a"].content == b"a`a"
-    assert put(hub, b"ooo") == (200, 200)
-    assert list(repo.objects.values()) == [b"ono"]
-    asked = {"objects": [{"oid": sha256(b"ooo").hexdigest(), "size": 3}]}
-    _, answer = send(hub, "POST", "/org/name.git/info/lfs/objects/batch", asked)
-    assert "actions" in json.loads(answer)["objects"][0], "a second upload mends it"
-
-
-def test_race_makes_the_parent_stale(hub, repo):
-    parent = repo.at().oid
-    hub.misbehave("POST", "/commit/", how="race", path_in_repo="theirs", content=b"t")
-    assert commit(hub, "a", b"a", parentCommit=parent)[0] == 412
-    assert repo.at().files.keys() == {".gitattributes", "theirs"}
-    assert commit(hub, "a", b"a", parentCommit=repo.at().oid)[0] == 200
-
-
-@pytest.mark.parametrize("drop", [False, True])
-def test_pause(hub, repo, drop):
-    pause = hub.pause("POST", "/commit/")
-    answers = []
-
-    def ask() -> None:
-        try:
-            answers.append(commit(hub, "a", b"a")[0])
-        except ConnectionResetError:
-            answers.append(0)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    assert pause.reached.wait(5)
-    assert not answers
-    assert len(repo.commits) == 1
-    pause.release(drop=drop)
-    thread.join(5)
-    assert (answers, len(repo.commits)) == (([0], 1) if drop else ([200], 2))
 
 
 def test_command():
