@@ -46,7 +46,7 @@ def load_trainer(
     config: TrainConfig,
     *,
     evaluate: Evaluate | None = None,
-    sinks: Callable[[Accelerator], Sequence[Sink]] = lambda accelerator: (),
+    sinks: Callable[[Accelerator], Sequence[Sink]] | None = None,
     resume: str = "none",
     allow_config_change: bool = False,
 ) -> Trainer:
@@ -56,7 +56,7 @@ def load_trainer(
         config: of the run, checked (`check_train_config`).
         evaluate: is called before and after the run and, with `config.evaluation.every`, while it goes on.
         sinks: makes, on each process and once the folder is claimed, what is told of groups, metrics and checkpoints
-            beside the run's own files.
+            beside the run's own files. None: nothing.
         resume: `auto` (from the run's latest checkpoint, if it has one), `none`, or the path of a checkpoint.
         allow_config_change: go on although the checkpoint was written under other settings.
 
@@ -163,7 +163,7 @@ def load_trainer(
         checkpoints=checkpoints,
         best=best,
         log=log,
-        sinks=[*own, *sinks(accelerator)],
+        sinks=[*own, *(sinks(accelerator) if sinks else ())],
         evaluate=evaluate_after,
         stop=stop,
         session=session(),
