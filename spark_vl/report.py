@@ -1,4 +1,4 @@
-"""What came of a run: a table, a summary file and a picture, from the files that the run wrote."""
+"""The results of a run as a table, a summary file and a picture, from the files that the run wrote."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _BEFORE, _AFTER, _INK = "#BDBDBD", "#0072B2", "#404040"
 
 
 def comparison(run: Path, step: int | None = None) -> dict[str, Any] | None:
-    """The first evaluation of the run, and that of `step` (None: the last one). None: there is no such evaluation.
+    """The first evaluation of the run, and that of `step` (None: the last one). None: there is none.
 
     `before` and `after`: name → value; `n`: name → how many problems; `intervals`: `before` and `after`, each name →
     [low, high]; `steps`: of the two evaluations.
@@ -295,7 +295,7 @@ def _legend_below(ax: Axes) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; none if there is no such file. A last line that is not finished, as a run that is
-    killed, or is writing it, leaves one, is no line yet."""
+    """The lines of a JSONL file; none if there is no such file. An unfinished last line, which a run that was killed
+    or is still writing leaves, is left out."""
     whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
     return [json.loads(line) for line in whole.splitlines()]

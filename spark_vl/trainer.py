@@ -55,7 +55,7 @@ from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
 
 Evaluate = Callable[..., Mapping[str, Any]]
-"""Held-out evaluation of the current policy: (engine, processor, verifiers, counting=RunLog.counting) → name → estimate
+"""Held-out evaluation of the current policy: (engine, processor, verifiers, progress=RunLog.counting) → name → estimate
 (`value`, `low`, `high`, `n`)."""
 
 
@@ -415,7 +415,7 @@ class Trainer:
                 DistributedEngine(self.engine, self.accelerator),
                 self.processor,
                 DistributedVerifiers(self.verifiers, self.accelerator),
-                counting=self.log.counting,
+                progress=self.log.counting,
             )
         self.processor.forget_images()
         self.log.evaluation(self.step, results)

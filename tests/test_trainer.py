@@ -127,7 +127,7 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
 def test_evaluations_are_before_after_and_every_so_many_steps(tmp_path):
     seen = []
 
-    def evaluate(engine, processor, verifiers, counting):
+    def evaluate(engine, processor, verifiers, progress):
         seen.append(trainer.step)
         return {"figure": {"value": trainer.step / 10, "low": 0.0, "high": 1.0, "n": 5}}
 

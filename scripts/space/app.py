@@ -51,7 +51,7 @@ class Judgment:
 
 
 class Assistant:
-    """One model that answers, judges its answer and reflects on it, asked in the words that it was trained on.
+    """One model that answers, judges its answer and reflects on it, with the prompts that it was trained on.
 
     As in the test-time reflection of `spark-vl eval`, a judge sees the final answer, or the whole reply where there is
     none, and a reflection is told to check it, not that it is wrong. Replies are greedy.

@@ -1,4 +1,4 @@
-"""Asks a model the prompts of an evaluation, and lets it judge and revise its own answers."""
+"""Samples the prompts of an evaluation, and lets the model judge and revise its own answers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from spark_vl.verifiers import VerifierPool, verify_groups
 Ask = Callable[[Iterable[PromptRecord]], list[RolloutGroup]]
 """Records → a verified group of one greedy completion for each that can be processed."""
 
-Counting = Callable[[str, int], Callable[[int], None]]
-"""Name and size of a phase → what hears how many more of its items are done."""
+Progress = Callable[[str, int], Callable[[int], None]]
+"""Name and size of a phase → a function that is called with how many more of its items are done."""
 
 
 class Evaluator:
@@ -66,12 +66,13 @@ class Evaluator:
         engine: RolloutEngine,
         processor: Processor,
         verifiers: VerifierPool,
-        counting: Counting = lambda name, total: lambda finished: None,
+        progress: Progress = lambda name, total: lambda finished: None,
     ) -> dict[str, Estimate]:
         """The figures of `score`, and `unusable`, the share of the rows drawn that could not be used.
 
         Args:
-            counting: gives the listener that hears of finished completions, for each phase of the evaluation.
+            progress: called once for each phase of the evaluation; what it returns is called with the number of
+                completions that have just finished.
 
         Raises:
             ValueError: a recipe has no row that can be used.
@@ -80,8 +81,7 @@ class Evaluator:
 
         def generate(phase: str, prompts: Sequence[ProcessedPrompt], n: int, temperature: float) -> list[RolloutGroup]:
             sampling = Sampling(temperature, self.rollout.top_p, self.rollout.max_new_tokens, self.seed)
-            progress = counting(f"evaluating, {phase}", n * len(prompts))
-            groups = engine.generate(prompts, n, sampling, progress)
+            groups = engine.generate(prompts, n, sampling, progress(f"evaluating, {phase}", n * len(prompts)))
             return verify_groups(verifiers, groups, self.rollout.max_new_tokens)
 
         def ask(records: Iterable[PromptRecord]) -> list[RolloutGroup]:
@@ -163,7 +163,7 @@ class Evaluator:
         return rendered.record(problem, "pointwise", id=f"{problem.id}#pointwise_own_{turn}")
 
     def _reflect(self, answer: RolloutGroup, turn: int) -> PromptRecord:
-        """Another try. The prompt says "check it", not "it is wrong", which nobody knows."""
+        """Another attempt. The prompt says "check it", not "it is wrong", which is not known."""
         problem = answer.record
         rng = random.Random(f"{problem.id}/reflect/{turn}")
         shows: Literal["answer", "cot"] = "answer" if last_boxed(answer.rollouts[0].text) else "cot"
