@@ -282,16 +282,8 @@ def _plot_bars(ax: Axes, summary: Mapping[str, Any]) -> None:
 
 
 def _legend_below(ax: Axes) -> None:
-    ax.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.1),
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-        labelcolor=_INK,
-        columnspacing=1.2,
-        handlelength=1.4,
-    )
+    style: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 4}
+    ax.legend(**style, frameon=False, fontsize=9, labelcolor=_INK, columnspacing=1.2, handlelength=1.4)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ def judge(model: str, image: str, question: str, answer: str) -> str:
     engine = TransformersEngine(policy, processor, decode_batch_size=1)
 
     asked = (ImageRef(data=Path(image).read_bytes()), question)
-    templater = find_templater(PromptConfig(), config)  # the words that the model was trained on
+    templater = find_templater(PromptConfig(), config)  # the prompts that the model was trained on
     prompt = templater.pointwise(asked, answer, correct=True, rng=random.Random(0))
     record = PromptRecord("judge", "pointwise", prompt.messages, asked, str(prompt.gold), "judgment", "judge")
     [group] = engine.generate([processor.process(record)], 1, Sampling(temperature=0.0, max_new_tokens=256))

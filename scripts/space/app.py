@@ -271,7 +271,7 @@ def build(assistant: Assistant, name: str) -> gr.Blocks:
         turn = gr.State(time_to_live=3600)
 
         outputs = [status, answer, answer_reply, verdict, judgment_reply, note, reflection, reflection_reply, turn]
-        # One model: one question at a time, whoever asks.
+        # One model, so one question at a time, from all visitors together.
         alone = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
         asked = gr.on([ask_button.click, question.submit], ask, [question, image], outputs, api_name="ask", **alone)
         again = reflect_button.click(reflect, turn, outputs, api_name="reflect", **alone)
