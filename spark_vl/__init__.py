@@ -52,56 +52,26 @@ if TYPE_CHECKING:  # the table below, for type checkers
     from spark_vl.verifiers import as_trl_reward as as_trl_reward
     from spark_vl.verifiers import verify as verify
 
-PUBLIC: dict[str, tuple[str, ...]] = {
-    "spark_vl.config": (
-        "CheckpointConfig",
-        "DataConfig",
-        "DistributedConfig",
-        "EvalConfig",
-        "EvaluationConfig",
-        "LoggingConfig",
-        "LoraConfig",
-        "ModelConfig",
-        "ObjectiveConfig",
-        "OptimizerConfig",
-        "PromptConfig",
-        "PublishConfig",
-        "RecycleConfig",
-        "RolloutConfig",
-        "TrainConfig",
-        "VerifierConfig",
-    ),
-    "spark_vl.config_cli": ("parse_train_config",),
-    "spark_vl.cli": ("train",),
-    "spark_vl.setup": ("load_trainer",),
-    "spark_vl.trainer": ("Trainer",),
-    "spark_vl.run.sinks": ("Sink",),
-    "spark_vl.evaluation": (
-        "Evaluator",
-        "evaluate_checkpoint",
-    ),
-    "spark_vl.verifiers": (
-        "as_trl_reward",
-        "verify",
-    ),
-    "spark_vl.data.recipes": (
-        "Recipe",
-        "load_recipe",
-        "recipes",
-    ),
-    "spark_vl.prompts": ("Templater",),
-    "spark_vl.records": (
-        "BadRecordError",
-        "ImageRef",
-        "ImageSize",
-        "Message",
-        "Origin",
-        "PromptRecord",
-        "RecycledRecord",
-        "Rollout",
-        "RolloutGroup",
-        "Verdict",
-    ),
+PUBLIC = {
+    module: tuple(names.split())
+    for module, names in {
+        "spark_vl.config": """
+            CheckpointConfig DataConfig DistributedConfig EvalConfig EvaluationConfig LoggingConfig LoraConfig
+            ModelConfig ObjectiveConfig OptimizerConfig PromptConfig PublishConfig RecycleConfig RolloutConfig
+            TrainConfig VerifierConfig""",
+        "spark_vl.config_cli": "parse_train_config",
+        "spark_vl.cli": "train",
+        "spark_vl.setup": "load_trainer",
+        "spark_vl.trainer": "Trainer",
+        "spark_vl.run.sinks": "Sink",
+        "spark_vl.evaluation": "Evaluator evaluate_checkpoint",
+        "spark_vl.verifiers": "as_trl_reward verify",
+        "spark_vl.data.recipes": "Recipe load_recipe recipes",
+        "spark_vl.prompts": "Templater",
+        "spark_vl.records": """
+            BadRecordError ImageRef ImageSize Message Origin PromptRecord RecycledRecord Rollout RolloutGroup
+            Verdict""",
+    }.items()
 }
 """Module → the names of the public API that it defines."""
 

@@ -197,7 +197,7 @@ def train(config: TrainConfig, resume: str = "none", *, allow_config_change: boo
 
 
 def evaluate(config: EvalConfig) -> None:
-    """`spark-vl eval`: evaluate a checkpoint and write `results.json`, `samples.jsonl` and what it was asked in."""
+    """`spark-vl eval`: evaluate a checkpoint; write `results.json`, `samples.jsonl` and the prompts that were used."""
     check_eval_config(config)
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
     Templater.from_config(config.prompts)  # a mistake there is found before anything heavy is loaded

@@ -131,8 +131,8 @@ class PromptFeed:
             max_reflection=self._mine(self._config.max_reflection),
         )
         recycled = recycle(groups, self.templater, config, step=step, seed=self._seed)
-        self._waiting = self._waiting + recycled.judge + recycled.reflection
-        self._surplus = recycled.judge_surplus + recycled.reflection_surplus
+        self._waiting = [*self._waiting, *recycled.judge, *recycled.reflection]
+        self._surplus = [*recycled.judge_surplus, *recycled.reflection_surplus]
         return recycled.counts
 
     # ── state ──

@@ -178,6 +178,10 @@ class RecycledRecord(PromptRecord):
         return self.origin.parent_id
 
 
+Status = Literal["ok", "unparsable", "timeout", "error"]
+"""How a verification ended."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a verifier says about one completion."""
@@ -186,7 +190,7 @@ class Verdict:
     """In [0, 1]; 1 is right. Recycling and evaluation use nothing else."""
     parsed: str | None
     """The answer found in the completion; None if there is none."""
-    status: Literal["ok", "unparsable", "timeout", "error"] = "ok"
+    status: Status = "ok"
     detail: str = ""
     """The reason for any status but `ok`."""
     shaping: tuple[tuple[str, float], ...] = ()

@@ -1,4 +1,4 @@
-"""What came of a run: a table, a summary file and a picture, from the files that the run wrote."""
+"""The results of a run as a table, a summary file and a picture, from the files that the run wrote."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _BEFORE, _AFTER, _INK = "#BDBDBD", "#0072B2", "#404040"
 
 
 def comparison(run: Path, step: int | None = None) -> dict[str, Any] | None:
-    """The first evaluation of the run, and that of `step` (None: the last one). None: there is no such evaluation.
+    """The first evaluation of the run, and that of `step` (None: the last one). None: there is none.
 
     `before` and `after`: name → value; `n`: name → how many problems; `intervals`: `before` and `after`, each name →
     [low, high]; `steps`: of the two evaluations.
@@ -283,13 +283,5 @@ def _plot_bars(ax: Axes, summary: Mapping[str, Any]) -> None:
 
 
 def _legend_below(ax: Axes) -> None:
-    ax.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.1),
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-        labelcolor=_INK,
-        columnspacing=1.2,
-        handlelength=1.4,
-    )
+    style: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 4}
+    ax.legend(**style, frameon=False, fontsize=9, labelcolor=_INK, columnspacing=1.2, handlelength=1.4)

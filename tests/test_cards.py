@@ -178,7 +178,7 @@ def test_a_run_that_was_killed_while_it_wrote_a_line_has_a_card(run, tmp_path):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "environment.jsonl"])
 def test_a_file_that_the_card_needs_and_is_not_there_is_named(run, name):
     (run / name).unlink()
-    with pytest.raises(ReleaseError, match=f"{name}: is missing, and the card says nothing that is not there"):
+    with pytest.raises(ReleaseError, match=f"{name}: is missing, and the card is written from nothing else"):
         find_model(run)
 
 

@@ -110,10 +110,10 @@ def test_memory_and_cores_are_those_of_the_system(healthy):
 
 def test_the_report_ends_with_the_count_that_the_exit_status_stands_for(healthy):
     _, (status, lines, _) = healthy
-    problems, warnings = (sum(line.startswith(mark) for line in lines) for mark in ("problem ", "warning "))
-    verdict = "does not work as it is" if problems else "can work"
-    assert lines[-1] == f"problems: {problems}, warnings: {warnings}; training on this machine {verdict}"
-    assert status == min(problems, 1)
+    errors, warnings = (sum(line.startswith(mark) for line in lines) for mark in ("error ", "warning "))
+    verdict = "does not work as it is" if errors else "can work"
+    assert lines[-1] == f"errors: {errors}, warnings: {warnings}; training on this machine {verdict}"
+    assert status == min(errors, 1)
 
 
 def test_a_hub_that_cannot_be_reached_is_a_warning(healthy):
@@ -168,17 +168,17 @@ def test_a_broken_environment_is_named_part_by_part(tmp_path):
 
     assert status == 1
     mark, text, below = found["transformers"]
-    assert (mark, text) == ("problem", "5.22.0; qwen-vl-utils 0.33.0 requires transformers<5.21,>=5.16")
+    assert (mark, text) == ("error", "5.22.0; qwen-vl-utils 0.33.0 requires transformers<5.21,>=5.16")
     advised = Requirement(re.search(r'fix: pip install "(.*)"', below)[1])
     assert [advised.specifier.contains(one) for one in ("5.15", "5.20.2", "5.21")] == [False, True, False]
-    assert found["torch"][:2] == ("problem", f"{version('torch')}; qwen-vl-utils 0.33.0 requires torch==2.1.7")
+    assert found["torch"][:2] == ("error", f"{version('torch')}; qwen-vl-utils 0.33.0 requires torch==2.1.7")
     mark, text, below = found["torchvision"]
-    assert mark == "problem"
+    assert mark == "error"
     assert text.endswith("operator torchvision::nms does not exist")
     pair = f"torch=={version('torch')} torchvision=={version('torchvision')}"
     assert f"pip install --force-reinstall {pair}" in below
-    assert found["DeepSpeed"][:2] == ("problem", "the check failed: RuntimeError: out of order")
-    assert found["Hub cache"][0] == "problem"
+    assert found["DeepSpeed"][:2] == ("error", "the check failed: RuntimeError: out of order")
+    assert found["Hub cache"][0] == "error"
     assert found["Hub cache"][1].startswith("/proc/hub cannot be written: ")
     assert found["datasets cache"][0] == "ok"
     assert found["CUDA_VISIBLE_DEVICES"][0] == "warning"
@@ -191,10 +191,10 @@ def test_a_dependency_that_is_missing_and_another_python(tmp_path):
     required = ("Requires-Dist: no-such-thing>=1.2", "Requires-Dist: rich")
     install(tmp_path, "spark-vl", "9.9", "Requires-Python: <3", *required)
     found = {f.subject: f for f in examined(tmp_path, "Python", "dependencies", PYTHONPATH=str(tmp_path))}
-    assert found["Python"].mark == "problem"
+    assert found["Python"].mark == "error"
     assert found["Python"].follows.startswith("spark-vl is made for Python <3;")
     missing = found["no-such-thing"]
-    assert (missing.mark, missing.found) == ("problem", "not installed; spark-vl 9.9 requires no-such-thing>=1.2")
+    assert (missing.mark, missing.found) == ("error", "not installed; spark-vl 9.9 requires no-such-thing>=1.2")
     assert missing.fix == 'pip install "no-such-thing>=1.2"'
     assert found["rich"] == Finding("ok", "rich", version("rich"))
 
@@ -204,7 +204,7 @@ def test_tools_that_are_missing_and_a_device_that_is_not_there(tmp_path):
     texts = [f"{f.mark} {f.subject}: {f.found}" for f in found]
     if not torch.cuda.is_available():
         assert found[0] == Finding(
-            "problem",
+            "error",
             "DeepSpeed",
             f"{version('deepspeed')}, for cuda",
             "ZeRO fails: the model is on cpu",
@@ -249,7 +249,7 @@ def server():
     ("status", "token", "mark", "text"),
     [
         (200, SECRET, "ok", "{}, logged in as ada"),
-        (401, SECRET, "problem", "{} does not accept the token"),
+        (401, SECRET, "error", "{} does not accept the token"),
         (401, "", "warning", "{}, not logged in"),
         (503, SECRET, "warning", "{} answers 503"),
     ],
@@ -280,8 +280,8 @@ def test_offline_nothing_is_asked(tmp_path, server):
 
 
 LAUNCHES = {
-    "NO": ({"distributed_type": "NO", "num_processes": 2}, "problem", "starts one process"),
-    "MULTI_CPU": ({"distributed_type": "MULTI_CPU", "num_processes": 2}, "problem", "starts one process"),
+    "NO": ({"distributed_type": "NO", "num_processes": 2}, "error", "starts one process"),
+    "MULTI_CPU": ({"distributed_type": "MULTI_CPU", "num_processes": 2}, "error", "starts one process"),
     "MULTI_GPU": ({"distributed_type": "MULTI_GPU", "num_processes": 2}, "ok", ""),
     "DEEPSPEED": ({"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {}}, "ok", ""),
     "FSDP": (
@@ -344,14 +344,14 @@ def test_without_a_gpu_accelerate_itself_shards_nothing(tmp_path):
         (None, "ok", ""),
         ({"distributed_type": "MULTI_GPU", "num_processes": 4}, "ok", ""),
         ({"distributed_type": "MULTI_GPU", "num_processes": 16, "num_machines": 4}, "ok", ""),
-        ({"distributed_type": "MULTI_GPU", "num_processes": 8}, "problem", "there are 4"),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 8}, "error", "there are 4"),
         ({"distributed_type": "MULTI_GPU", "num_processes": 3}, "warning", "1 of 4 GPUs stay idle"),
         ({"distributed_type": "NO", "num_processes": 1}, "warning", "3 of 4 GPUs stay idle"),
         ({"distributed_type": "DEEPSPEED"}, "warning", "it stops at once"),
         ({"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 2}}, "ok", ""),
-        ({"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {}}, "problem", "FSDP version 1"),
+        ({"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {}}, "error", "FSDP version 1"),
         ({"distributed_type": "MEGATRON_LM", "num_processes": 4}, "warning", "has not been run with that"),
-        ({"distributed_type": "NO", "num_process": 1}, "problem", "what needs it does not work"),
+        ({"distributed_type": "NO", "num_process": 1}, "error", "what needs it does not work"),
     ],
 )
 def test_what_accelerate_launch_would_do_with_four_gpus(default_file, monkeypatch, settings, mark, text):

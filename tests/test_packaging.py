@@ -12,7 +12,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
+import spark_vl
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.demo.warm_start import TEMPLATES
 from spark_vl.prompts import Templater
@@ -110,6 +112,20 @@ def test_the_installed_package_finds_its_own_files(installed, tmp_path):
     assert found["demo templates"] == sorted(Templater.load([TEMPLATES], builtin=False).templates)
     checkpoint = {file.name for file in (installed / CHECKPOINT.relative_to(ROOT)).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= checkpoint
+
+
+def test_the_citation_names_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == spark_vl.__version__
+
+
+def test_a_commit_is_checked_as_make_lint_does():
+    """And the public CI runs what must pass before a change lands."""
+    [hooks] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    called = [line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in lint.splitlines()[1:]]
+    assert [hook["entry"] for hook in hooks["hooks"]] == called
+    [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
 
 
 def test_the_command_is_installed(installed, tmp_path):

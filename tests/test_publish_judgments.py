@@ -203,7 +203,7 @@ def test_a_run_without_judgments_says_so(hub, call, run):
 def test_a_file_that_no_run_writes_there_is_refused(hub, call, run, name):
     (run / "judgments" / name).parent.mkdir(exist_ok=True)
     shutil.copy(find_shards(run / "judgments")[0].path, run / "judgments" / name)
-    with pytest.raises(Refused, match=f"{name}: is no file that a run writes there"):
+    with pytest.raises(Refused, match=f"{name}: is not a file that a run writes"):
         call("publish_judgments", run=run, repo="org/judged")
     assert not hub.repos
 

@@ -11,6 +11,8 @@ from spark_vl.verifiers import VERIFIERS, get_verifier, verify
 from spark_vl.verifiers.shaping import SHAPING
 from tests.hub.fixtures import ROOT, spark_vl
 
+FREE = ("LOG.md", "design.md")
+
 
 def test_train_publish_and_load(hub, finished_run):
     section = re.search(r"^## Publish\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)[1]
@@ -31,6 +33,16 @@ def test_train_publish_and_load(hub, finished_run):
     done = subprocess.run([sys.executable, "-c", code], env=hub.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"Which digit is \w+\?.* [AB] \[<PIL\.", done.stdout)
+
+
+def test_lines_break_at_120_characters():
+    """Except tables, commands that a test types, the log and the design."""
+    long = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        if page.name not in FREE:
+            lines = enumerate(page.read_text().splitlines(), 1)
+            long += [(page.name, n) for n, line in lines if len(line) > 120 and not line.startswith(("|", "spark-vl "))]
+    assert long == []
 
 
 def test_the_page_of_verifiers_lists_every_kind_setting_and_term_and_its_examples_hold():

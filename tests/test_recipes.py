@@ -132,7 +132,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"licence": "MIT"}, "licence: is no field; allowed: name, description, license, source"),
+        ({"licence": "MIT"}, "licence: is not a field; allowed: name, description, license, source"),
         ({"license": ...}, "license: is missing"),
         ({"license": ""}, "license: found ''"),
         ({"name": "a/b"}, "name: found 'a/b'; allowed: letters"),
@@ -150,7 +150,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"columns": {"question": "q"}}, "columns.answer: is missing"),
         (
             {"columns": {"question": "q", "answer": "a", "picture": "p"}},
-            "columns.picture: is no field; allowed: question",
+            "columns.picture: is not a field; allowed: question",
         ),
         ({"columns": {"question": "q", "answer": 3}}, "columns.answer: found 3"),
         ({"verifier": {"test": "math"}}, "verifier: found .*; allowed: a name, or one for each of train"),
@@ -160,7 +160,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"verifier": ...}, "verifier: is missing"),
         ({"columns": {"judgments": "pairs"}}, "columns.judgments: found 'pairs'; allowed: pointwise, pairwise, refl"),
         ({"columns": {"judgments": "pairwise", "id": "x"}}, "columns: found .*; allowed beside judgments: nothing"),
-        ({"columns": {"judgments": "pairwise"}, "media_root": "x"}, "media_root: is of no use to a judgment dataset"),
+        ({"columns": {"judgments": "pairwise"}, "media_root": "x"}, "media_root: does not apply to a judgment dataset"),
     ],
 )
 def test_a_bad_field_is_named_with_what_is_allowed(recipe_file, fields: dict[str, Any], message: str) -> None:
@@ -180,9 +180,9 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
 def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no recipe 'geometry'; allowed: digits, geometry3k"):
         load_recipe("geometry")
-    with pytest.raises(ValueError, match="there is no such recipe file"):
+    with pytest.raises(ValueError, match="this recipe file does not exist"):
         load_recipe(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="limit: is no field"):
+    with pytest.raises(ValueError, match="limit: is not a field"):
         load_recipe("digits", limit=5)
 
 
@@ -211,7 +211,7 @@ def test_what_is_filled_in_is_not_filled_again(recipe_file) -> None:
         ("?kind=b", "parameter repo: is missing"),
         ("?repo=", "parameter repo: is missing"),
         ("?repo=x&kind=", "parameter kind: is missing"),
-        ("?repo=x&split=b", "'split' is no parameter; allowed: kind, repo"),
+        ("?repo=x&split=b", "'split' is not a parameter; allowed: kind, repo"),
         ("?repo=x&repo=y", "found 'repo=x&repo=y'; allowed: each parameter once"),
         ("?repo", "found 'repo'; allowed: parameters as name=value&name=value"),
     ],
@@ -228,8 +228,8 @@ def test_parameters_are_checked(recipe_file, query: str, message: str) -> None:
     [
         ({"parameters": ["repo"]}, "parameters: found .*; allowed: a mapping of names to texts or null"),
         ({"parameters": {"repo": 3}}, "parameters: found .*; allowed: a mapping"),
-        ({"parameters": {"repo": "x"}, "license": "${rep}"}, r"\$\{rep\}: is no parameter; allowed: repo"),
-        ({"parameters": {"repo": "x"}, "license": "${}"}, r"\$\{\}: is no parameter; allowed: repo"),
+        ({"parameters": {"repo": "x"}, "license": "${rep}"}, r"\$\{rep\}: is not a parameter; allowed: repo"),
+        ({"parameters": {"repo": "x"}, "license": "${}"}, r"\$\{\}: is not a parameter; allowed: repo"),
     ],
 )
 def test_parameters_of_a_file_are_checked(recipe_file, fields: dict[str, Any], message: str) -> None:
@@ -240,9 +240,9 @@ def test_parameters_of_a_file_are_checked(recipe_file, fields: dict[str, Any], m
 def test_without_parameters_texts_are_left_alone_and_none_are_allowed(recipe_file) -> None:
     file = recipe_file(description="costs ${5}")
     assert load_recipe(file).description == "costs ${5}"
-    with pytest.raises(ValueError, match="'repo' is no parameter; allowed: none"):
+    with pytest.raises(ValueError, match="'repo' is not a parameter; allowed: none"):
         load_recipe(f"{file}?repo=x")
-    with pytest.raises(ValueError, match=r"digits\.yaml: 'kind' is no parameter; allowed: none"):
+    with pytest.raises(ValueError, match=r"digits\.yaml: 'kind' is not a parameter; allowed: none"):
         load_recipe("digits?kind=x")
 
 
@@ -260,10 +260,10 @@ def test_a_base_gets_its_parameters_from_the_file_that_starts_from_it(recipe_fil
 @pytest.mark.parametrize(
     ("verifier", "why"),
     [
-        ("numbr", "it is none"),
+        ("numbr", "this is neither"),
         ("no.such.module:check", "there is no module 'no.such.module' on sys.path"),
-        ("nothing:", "it is none"),
-        ({"train": "math", "test": "numbr"}, "it is none"),
+        ("nothing:", "this is neither"),
+        ({"train": "math", "test": "numbr"}, "this is neither"),
     ],
 )
 def test_a_verifier_that_is_none_is_found_when_the_recipe_is_read(recipe_file, verifier, why: str) -> None:
@@ -448,7 +448,7 @@ def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
         ({"a": float("nan")}, "'a' is float nan"),
         ({"a": []}, r"'a' is list \[\]"),
         ({"a": ["\ud800"]}, "'a' is not valid Unicode"),
-        ({"a": [float("inf")]}, "'a' is list .* which is no JSON"),
+        ({"a": [float("inf")]}, "'a' is list .* which is not JSON"),
         ({"a": 1, "choices": ["5", "6"]}, "'a' is int 1; text is allowed"),
         ({"a": r"\boxed{}"}, "box is empty or does not close"),
         ({"a": r"\boxed{5"}, "box is empty or does not close"),
@@ -461,10 +461,10 @@ def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
         ({"choices": ["5"]}, "'choices' has 1 options; 2 to 26"),
         ({"choices": ["5", "\ud800"]}, "'choices' is not valid Unicode"),
         ({"choices": ["x"] * 27}, "'choices' has 27 options; 2 to 26"),
-        ({"choices": ["6", "7"]}, "the answer '5' names no single option"),
-        ({"choices": ["5", "5"]}, "the answer '5' names no single option"),
-        ({"choices": ["B", "A"], "a": "A"}, "the answer 'A' names no single option"),
-        ({"v": "choice", "a": "A or C"}, "the answer 'A or C' names no single option, nor several"),
+        ({"choices": ["6", "7"]}, "the answer '5' does not name any option"),
+        ({"choices": ["5", "5"]}, "the answer '5' does not name any option"),
+        ({"choices": ["B", "A"], "a": "A"}, "the answer 'A' does not name any option"),
+        ({"v": "choice", "a": "A or C"}, "the answer 'A or C' does not name any option"),
         ({"v": ""}, "'v' is empty"),
         ({"v": 3}, "'v' is int 3"),
         ({"v": "maths"}, "'v' is 'maths'; allowed: null, choice"),

@@ -172,10 +172,10 @@ def as_recycled(source: RolloutGroup, kind: str) -> RolloutGroup:
     return replace(source, record=record)
 
 
-# ── traps of the released code ──
+# ── mistakes of the released code ──
 
 
-def test_trap_2_the_judged_answer_is_the_last_box():
+def test_the_judged_answer_is_the_last_box():
     source = [group([s], texts=[r"First I get \boxed{11111}, no: \boxed{\frac{22222}{3}}."]) for s in (1.0, 0.0)]
     recycled = run(source, config(reflection_cot_share=0))
     assert len(recycled.judge) == 2
@@ -196,7 +196,7 @@ def test_the_whole_quoted_completions_are_kept_in_the_order_of_the_prompt():
     assert {record.kind for record in recycled.judge + recycled.reflection} == {"pointwise", "pairwise", "reflection"}
 
 
-def test_trap_4_mixed_groups_make_up_for_unanimous_ones():
+def test_mixed_groups_make_up_for_unanimous_ones():
     pointwise = config(pairwise_share=0)
     for groups in (
         many(RIGHT, 20) + many(MIXED, 20),
@@ -209,7 +209,7 @@ def test_trap_4_mixed_groups_make_up_for_unanimous_ones():
         assert sum(found) * 2 == len(groups)
 
 
-def test_trap_4_the_excess_of_the_more_frequent_label_is_left_out():
+def test_the_excess_of_the_more_frequent_label_is_left_out():
     groups = many(WRONG, 60) + many(RIGHT, 8) + many(MIXED, 10)
     recycled = run(groups, config(max_judge=60, pairwise_share=0))
     found = labels(recycled.judge)
@@ -228,7 +228,7 @@ def test_trap_4_the_excess_of_the_more_frequent_label_is_left_out():
     assert len(run(many(RIGHT, 30)).judge) == 1
 
 
-def test_trap_4_labels_do_not_tell_which_label_or_letter_is_right():
+def test_labels_do_not_tell_which_label_or_letter_is_right():
     records = [r for seed in range(20) for r in run(many(MIXED, 40, f"s{seed}"), config(pairwise_share=0)).judge]
     for choices in (("Yes", "No"), ("A", "B")):
         golds = [r.gold for r in records if r.choices == choices]
@@ -239,14 +239,14 @@ def test_trap_4_labels_do_not_tell_which_label_or_letter_is_right():
     assert all((r.gold == "Yes") == r.origin.quoted_correct for r in records if r.choices == ("Yes", "No"))
 
 
-def test_trap_4_an_odd_prompt_left_over_takes_either_label_in_turn():
+def test_an_odd_prompt_left_over_takes_either_label_in_turn():
     settings = config(max_judge=5, pairwise_share=0)
     sums = [sum(labels(run(many(MIXED, 20), settings, seed=seed).judge)) for seed in range(60)]
     assert set(sums) == {2, 3}
     assert 15 < sums.count(2) < 45
 
 
-def test_trap_4_without_balancing_a_mixed_group_tosses_a_coin():
+def test_without_balancing_a_mixed_group_tosses_a_coin():
     settings = config(balance_labels=False, pairwise_share=0)
     assert 430 < sum(labels(run(many(MIXED, 1000), settings).judge)) < 570
     found = run(many(RIGHT, 100) + many(MIXED, 400), settings).judge
@@ -254,7 +254,7 @@ def test_trap_4_without_balancing_a_mixed_group_tosses_a_coin():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_trap_5_the_given_share_of_reflections_quotes_a_right_answer(share):
+def test_the_given_share_of_reflections_quotes_a_right_answer(share):
     recycled = run(many(MIXED, 80), config(correct_reflection_share=share))
     assert len(recycled.reflection) == 80
     assert sum(r.origin.quoted_correct for r in recycled.reflection) == 80 * share
@@ -263,7 +263,7 @@ def test_trap_5_the_given_share_of_reflections_quotes_a_right_answer(share):
         assert f"{side} answer {record.origin.rollouts[0]} of" in text(record)
 
 
-def test_trap_5_the_share_holds_in_every_cut_and_right_answers_may_come_from_groups_without_a_wrong_one():
+def test_the_share_holds_in_every_cut_and_right_answers_may_come_from_groups_without_a_wrong_one():
     groups = many(WRONG, 60, "w") + many(RIGHT, 40, "r") + many(MIXED, 20, "m")
     recycled = run(groups)
     everything = recycled.reflection
@@ -278,7 +278,7 @@ def test_trap_5_the_share_holds_in_every_cut_and_right_answers_may_come_from_gro
     assert cut.counts["reflection_correct"] == 8
 
 
-def test_trap_5_as_far_as_material_allows():
+def test_the_share_is_met_as_far_as_there_are_answers_to_quote():
     no_right = run(many(WRONG, 20)).reflection
     assert [r.origin.quoted_correct for r in no_right] == [False] * 20
     assert all(run(many(RIGHT, 20), seed=seed).reflection == [] for seed in range(20))
@@ -287,20 +287,20 @@ def test_trap_5_as_far_as_material_allows():
     assert len(few.reflection + few.reflection_surplus) == 42
 
 
-def test_trap_5_the_share_holds_over_steps_with_few_reflections():
+def test_the_share_holds_over_steps_with_few_reflections():
     one_group = [run([group(MIXED)], seed=seed).reflection[0] for seed in range(400)]
     one_slot = [run(many(MIXED, 9), config(max_reflection=1), seed=seed).reflection[0] for seed in range(400)]
     for reflections in (one_group, one_slot):
         assert 70 < sum(r.origin.quoted_correct for r in reflections) < 130
 
 
-def test_trap_5_a_right_answer_is_never_called_wrong():
+def test_a_right_answer_is_never_called_wrong():
     recycled = run(many(MIXED, 200), config(correct_reflection_share=1))
     assert {TEMPLATER.templates[r.origin.template].claim for r in recycled.reflection} == {"check"}
 
 
 @pytest.mark.parametrize(("sees", "least", "most"), [("answer", 0, 0), ("mixed", 140, 260), ("cot", 400, 400)])
-def test_trap_6_judges_see_answers_or_whole_completions(sees, least, most):
+def test_judges_see_answers_or_whole_completions(sees, least, most):
     groups = many(MIXED, 200) + many(RIGHT, 100) + many(WRONG, 100)
     recycled = run(groups, config(judge_sees=sees))
     thoughts = [text(record).count("Idea") for record in recycled.judge]
@@ -309,7 +309,7 @@ def test_trap_6_judges_see_answers_or_whole_completions(sees, least, most):
     assert least <= sum(t > 0 for t in thoughts) <= most
 
 
-def test_trap_8_rollouts_cut_off_by_the_length_limit_are_no_evidence():
+def test_rollouts_cut_off_by_the_length_limit_are_not_evidence():
     cut = [group(WRONG, finish_reason="length"), group(RIGHT, finish_reason="length")]
     recycled = run(cut)
     assert recycled.judge + recycled.reflection == []

@@ -103,7 +103,7 @@ def test_a_term_that_needs_the_limit_says_so(tmp_path):
             r"settings: found \[0\.1\]; allowed: a mapping",
         ),
         ({"verifier": {"train": "number"}, "settings": {"relative": 0.1}}, r"settings: .*beside one verifier"),
-        ({"verifier": "number", "weights": {"format": 1}}, r"weights: is no field"),
+        ({"verifier": "number", "weights": {"format": 1}}, r"weights: is not a field"),
     ],
 )
 def test_a_mistake_is_named_when_the_recipe_is_read(tmp_path, fields, says):

@@ -378,7 +378,7 @@ def changed_schema(change: Callable[[dict[str, Any]], Any]) -> pa.Schema:
             changed_schema(lambda c: c.update(model_revision=c["images"])),
             "column 'model_revision': is missing or not of type string",
         ),
-        (features("rollouts").arrow_schema.remove_metadata(), "its metadata do not hold the features of 'rollouts'"),
+        (features("rollouts").arrow_schema.remove_metadata(), "its metadata lacks the features of 'rollouts'"),
     ],
 )
 def test_another_schema_is_refused(schema: pa.Schema, reason: str, tmp_path: Path):
@@ -394,7 +394,7 @@ def test_what_is_no_shard_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"train-000001-000001-0\.parquet: cannot be read as parquet"):
         check_shard(path)
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="lies in the folder 'other'; allowed: pointwise, pairwise"):
+    with pytest.raises(ValueError, match="is in the folder 'other'; allowed: pointwise, pairwise"):
         check_shard(path.replace(tmp_path / "other" / path.name))
 
 

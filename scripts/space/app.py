@@ -51,7 +51,7 @@ class Judgment:
 
 
 class Assistant:
-    """One model that answers, judges its answer and reflects on it, asked in the words that it was trained on.
+    """One model that answers, judges its answer and reflects on it, with the prompts that it was trained on.
 
     As in the test-time reflection of `spark-vl eval`, a judge sees the final answer, or the whole reply where there is
     none, and a reflection is told to check it, not that it is wrong. Replies are greedy.
@@ -271,7 +271,7 @@ def build(assistant: Assistant, name: str) -> gr.Blocks:
         turn = gr.State(time_to_live=3600)
 
         outputs = [status, answer, answer_reply, verdict, judgment_reply, note, reflection, reflection_reply, turn]
-        # One model: one question at a time, whoever asks.
+        # One model, so one question at a time, from all visitors together.
         alone = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
         asked = gr.on([ask_button.click, question.submit], ask, [question, image], outputs, api_name="ask", **alone)
         again = reflect_button.click(reflect, turn, outputs, api_name="reflect", **alone)

@@ -105,8 +105,11 @@ def match_choices(text: str, choices: tuple[str, ...] = (), *, letter_first: boo
         return (letter,)
     words = plain(text)
     words = words[_BEFORE_CHOICES.match(words).end() :]
-    letters: set[str | None] = set()
+    letters: set[str] = set()
     for part in words if _RUN_OF_CHOICES.fullmatch(words) else _MARK.split(words, maxsplit=26):
         letter = named(part)
-        letters |= set(map(named, _AND.split(part, maxsplit=26))) if letter is None else {letter}
-    return () if None in letters else tuple(sorted(letters))
+        found = [named(piece) for piece in _AND.split(part, maxsplit=26)] if letter is None else [letter]
+        if None in found:
+            return ()
+        letters.update(filter(None, found))
+    return tuple(sorted(letters))

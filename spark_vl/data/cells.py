@@ -14,14 +14,14 @@ from spark_vl.data.sources import Row
 
 
 def cell(row: Row, column: str) -> Any:
-    """Whatever is there."""
+    """The value of `column`, of any type."""
     if column not in row:
         raise ValueError(f"no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
     return row[column]
 
 
 def text(row: Row, column: str) -> str:
-    """A text that is not blank, as it is."""
+    """A text that is not blank, unchanged."""
     value = unicode(cell(row, column), column)
     if not value.strip():
         raise ValueError(f"{column!r} is empty")
@@ -29,7 +29,7 @@ def text(row: Row, column: str) -> str:
 
 
 def answer(row: Row, column: str) -> str:
-    """A text as it is; a number, or a list or mapping that is not empty, as JSON."""
+    """A text unchanged; a number, or a list or mapping that is not empty, as JSON."""
     value = cell(row, column)
     if isinstance(value, str):
         return text(row, column)
@@ -38,7 +38,7 @@ def answer(row: Row, column: str) -> str:
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{column!r} is {type_name(value)}, which is no JSON: {error}") from error
+        raise ValueError(f"{column!r} is {type_name(value)}, which is not JSON: {error}") from error
     return unicode(written, column)
 
 
@@ -65,7 +65,7 @@ def identifier(row: Row, column: str) -> str:
 
 
 def items(value: Any) -> list[Any]:
-    """The items of a list; null is none, and anything else one."""
+    """The items of a list; null is an empty list; anything else is one item."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 

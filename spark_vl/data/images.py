@@ -4,7 +4,7 @@ Image libraries disagree on orientation, alpha, 16-bit gray and frames; here eac
 cannot be given one is refused with a reason. Nothing is decoded before its header has been checked.
 
 What is published is encoded anew, so that nothing but pixels gets out: no position of a camera, no thumbnail of what
-was cropped away, nothing behind the end of the file. `check_encoded` proves that of a file, whoever wrote it.
+was cropped away, nothing behind the end of the file. `check_encoded` proves that of any file.
 """
 
 from __future__ import annotations

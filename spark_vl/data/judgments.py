@@ -332,8 +332,8 @@ def _messages(row: Row, images: Sequence[ImageRef], neutralize: Callable[[str], 
                     content.append(unicode(words, "text"))
                 case _:
                     raise ValueError(f"'content' holds {type_name(part)}; parts of type text and image are allowed")
-        harmless: Content = tuple(neutralize(part) if isinstance(part, str) else part for part in content)
-        messages.append(Message(message["role"], harmless))
+        harmless: list[str | ImageRef] = [neutralize(part) if isinstance(part, str) else part for part in content]
+        messages.append(Message(message["role"], tuple(harmless)))
     if places != len(images):
         raise ValueError(f"'messages' has places for {places} images, and there are {len(images)}")
     if not any(message.content for message in messages):

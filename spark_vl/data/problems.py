@@ -1,4 +1,5 @@
-"""Rows of a recipe as problems, one at a time. Rows are untrusted: each becomes a `PromptRecord`, or says why not.
+"""Rows of a recipe as problems, one at a time. Rows are untrusted: each becomes a `PromptRecord`, or an error that says
+why not.
 
 Those of a judgment dataset are prompts already, and become records of their own kind.
 """
@@ -39,7 +40,7 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
         raise ValueError(f"recipe {recipe.name}: source: {error}") from error
     root = root if recipe.media_root is None else Path(recipe.media_root)
     if root is not None and not root.is_dir():
-        raise ValueError(f"recipe {recipe.name}: media_root: found {str(root)!r}, which is no folder")
+        raise ValueError(f"recipe {recipe.name}: media_root: found {str(root)!r}, which is not a folder")
     problems = ProblemSet(recipe, split, templater, rows, root)
     if recipe.source.type == "hub" and root is None and problems.has_image_paths:
         raise ValueError(
@@ -175,8 +176,8 @@ class ProblemSet:
 
 
 def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecord | BadRecordError]:
-    """Every row in order, as its record or as what is wrong with it; images are decoded, ids compared, and golds given
-    to their verifiers too."""
+    """Each row in order, as its record or as the error in it. Images are decoded, ids compared, and golds given to
+    their verifiers."""
     seen: set[str] = set()
     for start in range(0, len(problems), _ROWS_AT_ONCE):
         rows: list[PromptRecord | BadRecordError] = []
@@ -227,5 +228,5 @@ def _letters(gold: str, options: tuple[str, ...]) -> str:
     letters = match_choices(gold, options, letter_first=False)  # it may be meant as either
     if not letters:
         of = f" of {list(options)!r:.200}" if options else ""
-        raise ValueError(f"the answer {gold!r:.80} names no single option{of}, nor several")
+        raise ValueError(f"the answer {gold!r:.80} does not name any option{of}")
     return ", ".join(letters)

@@ -103,7 +103,7 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of `verifier`, such as `{relative: 0.05}`; not of another one that a row is given."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Of the score and of shaping terms (`verifiers.shaping`) in the reward. In a file they stand in the place of the
+    """Of the score and of shaping terms (`verifiers.shaping`) in the reward. In a file they replace the
     verifier's name: `verifier: {math: 1.0, format: 0.1}`."""
 
     @property
@@ -176,7 +176,7 @@ def _read(name_or_path: str, derived: tuple[str, ...]) -> tuple[dict[str, Any], 
     if path.suffix in (".yaml", ".yml"):
         where, folder = str(path), path.resolve().parent
         if not path.is_file():
-            raise ValueError(f"{where}: there is no such recipe file")
+            raise ValueError(f"{where}: this recipe file does not exist")
         text = path.read_text(encoding="utf-8")
     elif name in recipes():
         where, folder, text = f"{name}.yaml", Path.cwd(), _shipped(name)
@@ -216,7 +216,7 @@ def _filled(raw: dict[str, Any], query: str, where: str) -> dict[str, Any]:
     values = defaults | dict(given)
     allowed = ", ".join(defaults) or "none"
     if unknown := [name for name, _ in given if name not in defaults]:
-        raise ValueError(f"{where}: {unknown[0]!r} is no parameter; allowed: {allowed}")
+        raise ValueError(f"{where}: {unknown[0]!r} is not a parameter; allowed: {allowed}")
     if len(dict(given)) != len(given):
         raise ValueError(f"{where}: found {query!r}; allowed: each parameter once")
     if missing := [name for name, value in values.items() if not value]:
@@ -231,7 +231,7 @@ def _filled(raw: dict[str, Any], query: str, where: str) -> dict[str, Any]:
 
     def parameter(match: re.Match[str]) -> str:
         if match[1] not in values:
-            raise ValueError(f"{where}: {match[0]}: is no parameter; allowed: {allowed}")
+            raise ValueError(f"{where}: {match[0]}: is not a parameter; allowed: {allowed}")
         return values[match[1]]
 
     return filled(raw) if defaults else raw
@@ -277,7 +277,7 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
         key: _text(where, key, raw[key]) for key in ("media_root", "image_placeholder") if raw.get(key) is not None
     }
     if isinstance(columns, JudgmentColumns) and optional:
-        raise ValueError(f"{where}: {next(iter(optional))}: is of no use to a judgment dataset; leave it out")
+        raise ValueError(f"{where}: {next(iter(optional))}: does not apply to a judgment dataset; leave it out")
     if isinstance(columns, Columns) and verifier is None:
         raise ValueError(f"{where}: verifier: is missing")
     return Recipe(
@@ -302,10 +302,10 @@ def _check_verifier(where: str, name: Any) -> None:
     module, _, function = name.partition(":")
     try:
         found = bool(module and function and importlib.util.find_spec(module))
-    except ImportError:  # of a package that it lies in
+    except ImportError:  # of the package that contains it
         found = False
     if not found:
-        why = f"there is no module {module!r} on sys.path" if function else "it is none"
+        why = f"there is no module {module!r} on sys.path" if function else "this is neither"
         allowed = f"{', '.join(VERIFIERS)}, or module:function"
         raise ValueError(f"{where}: verifier: found {name!r}; allowed: {allowed} ({why})")
 
@@ -367,7 +367,7 @@ def _check_fields(where: str, prefix: str, raw: dict[str, Any], cls: type) -> No
     """Neither unknown nor missing keys."""
     known = [each.name for each in fields(cls) if each.name != "weights"]  # they come with the verifier
     if unknown := [key for key in raw if key not in known]:
-        raise ValueError(f"{where}: {prefix}{unknown[0]}: is no field; allowed: {', '.join(known)}")
+        raise ValueError(f"{where}: {prefix}{unknown[0]}: is not a field; allowed: {', '.join(known)}")
     for each in fields(cls):
         if each.default is MISSING and each.default_factory is MISSING and each.name not in raw:
             raise ValueError(f"{where}: {prefix}{each.name}: is missing")

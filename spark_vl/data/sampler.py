@@ -14,11 +14,11 @@ from spark_vl.records import PromptRecord
 
 
 class PromptSampler:
-    """Draws from all problem sets together: every row once an epoch, in an order given by the seed and the epoch.
+    """Draws from all problem sets together: each row once per epoch, in an order that the seed and the epoch determine.
 
-    The epochs' permutations, one after the other, are one endless sequence of rows. All processes stand at the same
-    place in it: they draw together, each a part of the next rows, however different their parts are. So nothing is
-    repeated or missed, also where the number of processes changes on resume.
+    The epochs' permutations, one after the other, form one endless sequence of rows. All processes are at the same
+    position in it: they draw together, each its share of the next rows, however large. So no row is repeated or missed,
+    even if the number of processes changes on resume.
 
     Args:
         problem_sets: what to draw from, always in the same order.
@@ -58,12 +58,12 @@ class PromptSampler:
         return [self._row(position) for position in range(first, first + counts[rank])]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the processes are; the same on all."""
+        """The position; the same on all processes."""
         epoch, position = divmod(self._position, len(self))
         return {"seed": self._seed, "rows": len(self), "epoch": epoch, "position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was made.
+        """Continue where `state_dict` was called.
 
         Raises:
             ValueError: the state is of another seed or of another number of rows.

@@ -1,4 +1,4 @@
-"""Where the rows of a recipe are: on the Hub, in files, or made by a function. Rows are read when asked for."""
+"""Where the rows of a recipe come from: the Hub, files, or a function. A row is read when it is asked for."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Problem:
 
 
 def problem(split: str, index: int) -> Problem:
-    """The row `index` of `split`, a deterministic function of both; there is no last one."""
+    """The row `index` of `split`, a deterministic function of both; any index is allowed."""
     images, labels, order = _digits()
     rng = random.Random(f"digits/{split}/{index}")
     question = rng.choice(list(QUESTIONS))

@@ -44,7 +44,7 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     if "MASTER_ADDR" in os.environ and not launched:
         raise LaunchError(
             "launch: several processes were asked for (MASTER_ADDR is set), but one was started. `accelerate launch "
-            "--cpu` and `distributed_type: MULTI_CPU` do that without a word unless MPI is used; use a file of "
+            "--cpu` and `distributed_type: MULTI_CPU` do that silently unless MPI is used; use a file of "
             "scripts/accelerate/, or torchrun"
         )
     on_cpu = launched and not torch.accelerator.is_available()
@@ -123,7 +123,7 @@ def _asked_for(plugin: str) -> bool:
 
 
 def _held(policy: torch.nn.Module) -> str:
-    """What the prepared policy itself says of how it is held: as `strategy`."""
+    """How the weights of the prepared policy are held, as in `strategy`, read from the policy itself."""
     if isinstance(policy, DistributedDataParallel):
         return "ddp"
     if all(isinstance(parameter, DTensor) for parameter in policy.parameters()):
@@ -135,6 +135,6 @@ def _held(policy: torch.nn.Module) -> str:
 
 def deepspeed_engine(policy: torch.nn.Module) -> Any | None:
     """`policy`, as prepared, if it is a DeepSpeed engine."""
-    # Not imported for its own sake: that takes seconds, and where it is not loaded there is no engine.
+    # Not imported here: that takes seconds, and where DeepSpeed is not loaded there cannot be an engine.
     deepspeed = sys.modules.get("deepspeed")
     return policy if deepspeed and isinstance(policy, deepspeed.DeepSpeedEngine) else None

@@ -1,4 +1,4 @@
-"""One optimizer step over many passes, whoever holds the weights and moves them."""
+"""One optimizer step over many passes, the same for plain PyTorch, DDP, FSDP2 and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spark_vl.distributed.launch import deepspeed_engine
 
 
 class GradientStep:
-    """Gradients of several passes, and the step that they add up to.
+    """Accumulates the gradients of several passes and takes one optimizer step.
 
         for pack in packs:
             with step.micro_batch(last=pack is packs[-1]):
@@ -26,7 +26,7 @@ class GradientStep:
         accelerator: has prepared both.
         policy: as prepared.
         optimizer: as prepared.
-        max_grad_norm: to which the gradient is clipped. DeepSpeed has been told (`start_accelerator`).
+        max_grad_norm: to which the gradient is clipped. DeepSpeed has it from `start_accelerator`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class GradientStep:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Forward and backward of one pass; gradients go over to the other processes with the last one."""
+        """Forward and backward of one pass; gradients are reduced over the processes with the last one."""
         if self.engine:
             self.engine.set_gradient_accumulation_boundary(last)
             yield
@@ -62,10 +62,10 @@ class GradientStep:
             self.accelerator.backward(loss)
 
     def step(self) -> tuple[float, bool]:
-        """Move the weights, unless the gradient is not finite. Gradients are zero afterwards.
+        """Update the weights, unless the gradient is not finite. Gradients are zero afterwards.
 
         Returns:
-            The norm of the gradient over all processes before clipping, and whether the weights were moved.
+            The norm of the gradient over all processes before clipping, and whether the weights were updated.
         """
         if self.engine:
             self.engine.step()
@@ -73,7 +73,7 @@ class GradientStep:
             moved = self.engine.was_step_applied()
             return (float(self.engine.get_global_grad_norm()) if moved else float("nan")), moved
         norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
-        moved = norm < float("inf")  # not so for NaN
+        moved = norm < float("inf")  # False for NaN
         if moved:
             self.optimizer.step()
         self.optimizer.zero_grad()

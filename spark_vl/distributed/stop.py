@@ -12,8 +12,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Hears of the first signal, and ends the process at the second, unless that is SIGUSR1. A context manager of the
-    main thread."""
+    """Records the first signal, and ends the process at the second, unless that is SIGUSR1. A context manager, to be
+    entered in the main thread."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -21,18 +21,18 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             if number == signal.SIGUSR1:
-                return  # nobody's impatience: SLURM's may come directly and by way of the launcher
-            # No clean-up: whoever asks twice wants it to end now. The last checkpoint is whole.
+                return  # SLURM may send it twice, directly and through the launcher: not a request to stop at once
+            # No clean-up: two signals mean "now". The last checkpoint is whole.
             os._exit(128 + number)
         self.signal = signal.Signals(number)
         # Not print(): the handler may have interrupted another one.

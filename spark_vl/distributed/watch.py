@@ -1,8 +1,7 @@
-"""Which process is missing, and where it was: the answer to a run that hangs.
+"""Finds the process that died or hangs, and says where it was.
 
-Every process says in a store, once a second, that it lives, and what it is at. A process that dies takes the others
-into a collective call that never returns, or that fails with a message about sockets. Here they learn which one it
-was, in which step and phase.
+Each process writes to a store, once a second, that it is alive, and its step and phase. When one dies, the others hang
+in a collective call, or fail with a message about sockets. From the store they learn which one it was, and where.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from torch.distributed import DistError, TCPStore
 
 _BEAT_S = 1.0
 _SILENT_S = 5.0
-"""After which a process counts as dead, once something has gone wrong already."""
+"""Seconds after which a process counts as dead, once a call has failed."""
 _DEAD_S = 60.0
-"""After which it counts as dead without any other sign."""
+"""Seconds after which it counts as dead without any other sign."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class Place:
     """Counted from 1; 0: before the first."""
     phase: str = "starting"
     progress: int = 0
-    """Goes up with everything that is done."""
+    """Increases with everything that is done."""
     beat: int = 0
-    """Goes up with every second."""
+    """Increases once a second."""
 
 
 @dataclass
 class _Seen:
-    """What was last heard of a process."""
+    """The last news of a process."""
 
     place: Place
     beat_at: float
@@ -52,8 +51,8 @@ class _Seen:
 class Watch:
     """Watches the other processes from a thread; a context manager. Collective to enter.
 
-    A process that is alone has nobody to watch. When a process has been silent, or none has got anywhere for
-    `timeout_s`, it says on stderr which and where, and ends this process.
+    When a process has been silent, or none has made progress for `timeout_s`, it prints on stderr which and where, and
+    ends this process. A single process watches nothing.
 
     Args:
         timeout_s: see `DistributedConfig`.
@@ -88,7 +87,7 @@ class Watch:
             self._thread.join()
 
     def at(self, step: int, phase: str) -> None:
-        """This process has begun `phase` of `step`, or got on with it."""
+        """Note that this process has begun `phase` of `step`, or made progress in it."""
         with self._lock:
             self._here = Place(step, phase, self._here.progress + 1, self._here.beat)
 
@@ -123,7 +122,7 @@ class Watch:
             now = time.monotonic()
             if all(now - seen.progress_at > self.timeout_s for seen in self._seen.values()):
                 self._stop(
-                    f"no process has got any further for {self.timeout_s:g} s (distributed.timeout_s): "
+                    f"no process has made progress for {self.timeout_s:g} s (distributed.timeout_s): "
                     + self._describe([])
                 )
 
@@ -136,7 +135,7 @@ class Watch:
         try:
             self._tell()
             told = self._store.multi_get([str(rank) for rank in range(self.processes)])
-        except DistError:  # it went with the main process, whose death this is the sign of
+        except DistError:  # the store died with the main process
             self._store_lost = True
             return
         self._store_lost = False
@@ -150,7 +149,7 @@ class Watch:
             seen.place = place
 
     def _silent(self, seconds: float) -> list[int]:
-        """The ranks that have not been heard of for `seconds`."""
+        """The ranks that have been silent for `seconds`."""
         now = time.monotonic()
         ranks = [rank for rank, seen in self._seen.items() if rank != self.rank and now - seen.beat_at > seconds]
         return [0] if ranks and self._store_lost else ranks
@@ -164,12 +163,12 @@ class Watch:
 
         if silent:
             ranks = "; ".join(
-                f"rank {rank} has died or hangs: not heard of for {now - self._seen[rank].beat_at:.0f} s, "
+                f"rank {rank} has died or hangs: silent for {now - self._seen[rank].beat_at:.0f} s, "
                 f"it was in {place(rank)}"
                 for rank in silent
             )
             return f"{ranks} (rank {self.rank} is in {place(self.rank)})"
-        return "all processes live: " + "; ".join(f"rank {rank} in {place(rank)}" for rank in sorted(self._seen))
+        return "all processes are alive: " + "; ".join(f"rank {rank} in {place(rank)}" for rank in sorted(self._seen))
 
     def _stop(self, message: str) -> None:
         """End this process, whose main thread is in a call that does not return."""

@@ -1,4 +1,4 @@
-"""What of spark-vl will not work on this machine, and the fix: `spark-vl doctor`."""
+"""Finds what will not work on this machine, and names the fix: `spark-vl doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from spark_vl.doctor.devices import deepspeed, gpu
-from spark_vl.doctor.finding import Finding, problem
+from spark_vl.doctor.finding import Finding, fault
 from spark_vl.doctor.hub import hub
 from spark_vl.doctor.launch import accelerate, environment
 from spark_vl.doctor.machine import folders, limits, memory, temporary
@@ -37,24 +37,24 @@ CHECKS: dict[str, Check] = {
 }
 """Subject → its check, in the order of the report. What a check needs is imported inside it: it may be broken."""
 
-_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 def examine() -> int:
-    """Print what every check finds. Returns the exit status: 1 if there is a problem."""
+    """Print what every check finds. Returns the exit status: 1 if there is an error."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    counts = {"problem": 0, "warning": 0, "ok": 0}
+    counts = {"error": 0, "warning": 0, "ok": 0}
     for subject in CHECKS:
         for finding in findings(subject):
             counts[finding.mark] += 1
             _print(finding, console)
-    verdict = "does not work as it is" if counts["problem"] else "can work"
-    console.print(f"problems: {counts['problem']}, warnings: {counts['warning']}; training on this machine {verdict}")
-    return min(counts["problem"], 1)
+    verdict = "does not work as it is" if counts["error"] else "can work"
+    console.print(f"errors: {counts['error']}, warnings: {counts['warning']}; training on this machine {verdict}")
+    return min(counts["error"], 1)
 
 
 def findings(subject: str) -> list[Finding]:
-    """What the check of `subject` finds. If it fails, that is the last finding: the other checks are still made."""
+    """What the check of `subject` finds. If the check fails, that is the last finding; the other checks still run."""
     found = []
     logging.disable(logging.WARNING)
     try:
@@ -63,7 +63,7 @@ def findings(subject: str) -> list[Finding]:
                 found.append(finding)
     except Exception as error:
         follows = "what needs it does not work, or this check is wrong about this machine"
-        found.append(problem(subject, f"the check failed: {type(error).__name__}: {error}", follows=follows))
+        found.append(fault(subject, f"the check failed: {type(error).__name__}: {error}", follows=follows))
     finally:
         logging.disable(logging.NOTSET)
     return found

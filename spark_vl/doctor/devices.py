@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spark_vl.doctor.finding import GIB, Finding, ok, problem, warning
+from spark_vl.doctor.finding import GIB, Finding, fault, ok, warning
 
 if TYPE_CHECKING:
     from deepspeed.ops.op_builder import OpBuilder
@@ -63,7 +63,7 @@ def gpu() -> Iterator[Finding]:
     if torch.distributed.is_nccl_available():
         yield ok("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     elif torch.cuda.device_count() > 1:
-        yield problem(
+        yield fault(
             "NCCL",
             "not in this build of torch",
             follows="several GPUs cannot train together",
@@ -86,8 +86,8 @@ def _no_gpu(reason: str) -> Finding:
         else:
             found = "torch cannot use it" + (f": {reason}" if reason else "")
             fix = f"install a driver for CUDA {torch.version.cuda}; start a container with: docker run --gpus all"
-        follows = "training runs on the CPU, without a word"
-        return problem("GPU", f"the machine has NVIDIA's driver, but {found}", follows=follows, fix=fix)
+        follows = "training silently runs on the CPU"
+        return fault("GPU", f"the machine has NVIDIA's driver, but {found}", follows=follows, fix=fix)
     several = "on several processes too: ZeRO over gloo" if torch.distributed.is_gloo_available() else "in one process"
     return warning(
         "GPU",
@@ -112,7 +112,7 @@ def deepspeed() -> Iterator[Finding]:
         yield ok("DeepSpeed", found)
     else:
         follows = f"ZeRO fails: the model is on {there}"
-        yield problem("DeepSpeed", found, follows=follows, fix="unset DS_ACCELERATOR")
+        yield fault("DeepSpeed", found, follows=follows, fix="unset DS_ACCELERATOR")
     missing = list(_missing_tools())
     for tool, fix in missing:
         yield warning("compiler", f"no {tool}", follows="nothing can be compiled when it is first used", fix=fix)

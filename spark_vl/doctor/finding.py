@@ -1,4 +1,4 @@
-"""What a check of the doctor says."""
+"""What a check of the doctor reports."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ GIB = 2**30
 class Finding:
     """One line of the report, with what follows from it below."""
 
-    mark: Literal["ok", "warning", "problem"]
-    """`problem`: training, or a part that is installed for it, does not work. `warning`: something that training can do
-    without does not work, or it is slow."""
+    mark: Literal["ok", "warning", "error"]
+    """`error`: training, or a part that is installed for it, does not work. `warning`: something optional does not
+    work, or is slow."""
     subject: str
     found: str
     follows: str = ""
-    """What will not work, or not as one might think."""
+    """What will not work, or will work differently than expected."""
     fix: str = ""
     """What to do about it: a command where there is one."""
 
 
 def ok(subject: str, found: str) -> Finding:
-    """A line that asks for nothing."""
+    """A line that needs no action."""
     return Finding("ok", subject, found)
 
 
@@ -33,6 +33,6 @@ def warning(subject: str, found: str, *, follows: str, fix: str = "") -> Finding
     return Finding("warning", subject, found, follows, fix)
 
 
-def problem(subject: str, found: str, *, follows: str, fix: str = "") -> Finding:
+def fault(subject: str, found: str, *, follows: str, fix: str = "") -> Finding:
     """A line that makes the exit status 1."""
-    return Finding("problem", subject, found, follows, fix)
+    return Finding("error", subject, found, follows, fix)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
 
-from spark_vl.doctor.finding import Finding, ok, problem, warning
+from spark_vl.doctor.finding import Finding, fault, ok, warning
 
 _SECONDS = 4.0
 
@@ -51,7 +51,7 @@ def hub() -> Iterator[Finding]:
         case str():
             yield ok("Hub", f"{endpoint}, logged in as {answer}")
         case 401 | 403 if token:
-            yield problem(
+            yield fault(
                 "Hub",
                 f"{endpoint} does not accept the token",
                 follows="with it downloads are refused, also those that need none",

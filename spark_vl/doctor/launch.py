@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from spark_vl.doctor.finding import Finding, ok, problem, warning
+from spark_vl.doctor.finding import Finding, fault, ok, warning
 from spark_vl.doctor.machine import usable_cores
 
 _MANY_CORES = 8
@@ -46,16 +46,16 @@ def accelerate() -> Iterator[Finding]:
     if config.num_processes < 1:
         yield warning(subject, found, follows="it stops at once", fix="give --num_processes")
     elif kind in ("NO", "MULTI_CPU") and config.num_processes > 1 and "mpirun_hostfile" not in config.mpirun_config:
-        yield problem(
+        yield fault(
             subject,
             found,
-            follows="it starts one process, without a word, and spark-vl train stops",
+            follows="it silently starts one process, and spark-vl train stops",
             fix=f"distributed_type: MULTI_GPU, FSDP and DEEPSPEED start all, also on CPUs; or {other}",
         )
     elif kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"):
         yield warning(subject, found, follows="spark-vl has not been run with that", fix=other)
     elif kind == "FSDP" and int(config.fsdp_config.get("fsdp_version", 1)) != 2:
-        yield problem(
+        yield fault(
             subject,
             found,
             follows="it is FSDP version 1, spark-vl shards with version 2, and train stops",
@@ -70,7 +70,7 @@ def accelerate() -> Iterator[Finding]:
             fix=f"distributed_type: DEEPSPEED shards on CPUs; or {other}",
         )
     elif processes > gpus > 0:
-        yield problem(subject, found, follows=f"each needs a GPU of its own, and there are {gpus}", fix=other)
+        yield fault(subject, found, follows=f"each needs a GPU of its own, and there are {gpus}", fix=other)
     elif processes < gpus:
         yield warning(subject, found, follows=f"{gpus - processes} of {gpus} GPUs stay idle", fix=other)
     else:
@@ -79,7 +79,7 @@ def accelerate() -> Iterator[Finding]:
 
 def environment() -> Iterator[Finding]:
     """Variables that change what a run does without its saying so."""
-    yield from list(_variables()) or [ok("environment", "no variable that changes a run without a word")]
+    yield from list(_variables()) or [ok("environment", "no variable that silently changes a run")]
 
 
 def _variables() -> Iterator[Finding]:
@@ -95,7 +95,7 @@ def _variables() -> Iterator[Finding]:
         )
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         name = "CUDA_VISIBLE_DEVICES"
-        yield warning(name, "hides all GPUs", follows="training runs on the CPU, without a word", fix=f"unset {name}")
+        yield warning(name, "hides all GPUs", follows="training silently runs on the CPU", fix=f"unset {name}")
     for name, follows in _SLOW.items():
         if os.environ.get(name, "") not in ("", "0"):
             yield warning(name, os.environ[name], follows=follows, fix=f"unset {name}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from spark_vl.doctor.finding import GIB, Finding, ok, problem, warning
+from spark_vl.doctor.finding import GIB, Finding, fault, ok, warning
 
 _SHM = Path("/dev/shm")
 _DEMO_GIB = 2
@@ -85,7 +85,7 @@ def _folder(subject: str, path: Path, enough: int, why: str, fix: str) -> Findin
         with tempfile.TemporaryDirectory(dir=there):  # rights alone do not tell: read-only disks, root, quotas
             free = shutil.disk_usage(there).free / GIB
     except OSError as error:
-        return problem(subject, f"{path} cannot be written: {error.strerror}", follows=why, fix=fix)
+        return fault(subject, f"{path} cannot be written: {error.strerror}", follows=why, fix=fix)
     found = f"{path}, {free:.1f} GiB free"
     return ok(subject, found) if free >= enough else warning(subject, found, follows=why, fix=fix)
 

@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from spark_vl.doctor.finding import Finding, ok, problem
+from spark_vl.doctor.finding import Finding, fault, ok
 
 _KIT = "spark-vl"
 _OPTIONAL = {
@@ -32,7 +32,7 @@ def python() -> Iterator[Finding]:
     if _within(found, allowed):
         yield ok("Python", found)
     else:
-        yield problem(
+        yield fault(
             "Python",
             found,
             follows=f"spark-vl is made for Python {allowed}; its dependencies may lack wheels for another",
@@ -57,7 +57,7 @@ def dependencies() -> Iterator[Finding]:
         if unmet:
             wanted = ", ".join(f"{asker} {_version(asker)} requires {package}{ranges[asker]}" for asker in unmet)
             all_of_them = ",".join(str(allowed) for allowed in ranges.values() if str(allowed))
-            yield problem(
+            yield fault(
                 package,
                 f"{found or 'not installed'}; {wanted}",
                 follows=f"{' and '.join(unmet)} may fail when imported, or later",
@@ -77,7 +77,7 @@ def torchvision() -> Iterator[Finding]:
 
         torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
     except (ImportError, OSError, RuntimeError) as error:
-        yield problem(
+        yield fault(
             "torchvision",
             f"does not load into torch {torch.__version__}: {error}",
             follows="no image can be processed: the two are not builds that go together",

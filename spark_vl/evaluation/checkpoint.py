@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint by itself."""
+"""Evaluates a checkpoint, outside of training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
     """The figures (see `Evaluator`) of the checkpoint at `config.model.path`, on a GPU if there is one.
 
     Args:
-        folder: gets `samples.jsonl`, and `PROMPTS_FILE` with the words in which the model was asked.
+        folder: gets `samples.jsonl`, and `PROMPTS_FILE` with the prompts that were used.
 
     Raises:
         ConfigError, ValueError: see `Evaluator`, `find_family` and `Templater`.
@@ -62,8 +62,8 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
 
 
 def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence[str]) -> Templater:
-    """The words to ask a model in: those of `prompts`; if nothing is set there, those that the model was trained on,
-    which a run saves in its folder, or repository, as `PROMPTS_FILE`.
+    """The prompts to evaluate a model with: those of `prompts`; if nothing is set there, those that the model was
+    trained on, which a run saves in its folder, or repository, as `PROMPTS_FILE`.
 
     Args:
         reserved: see `Templater`.
@@ -75,7 +75,7 @@ def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence
         return Templater.from_config(prompts, reserved)
     with blamed_on("model.path"):
         file = _find_prompts(model)
-        print(f"asked in the words {'of the shipped templates' if file is None else 'that the model was trained on'}")
+        print(f"uses the prompts {'of the shipped templates' if file is None else 'that the model was trained on'}")
         return Templater.from_config(prompts, reserved) if file is None else Templater.read(file)
 
 
@@ -85,5 +85,5 @@ def _find_prompts(model: ModelConfig) -> Path | None:
         return file if file.is_file() else None
     try:
         return Path(hf_hub_download(model.path, PROMPTS_FILE, revision=model.revision))
-    except EntryNotFoundError:  # offline, also where it may be there and was not downloaded before
+    except EntryNotFoundError:  # also when offline, for a file that was never downloaded
         return None

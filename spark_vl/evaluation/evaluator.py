@@ -1,4 +1,4 @@
-"""Asks a model the prompts of an evaluation, and lets it judge and revise its own answers."""
+"""Samples the prompts of an evaluation, and lets the model judge and revise its own answers."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Evaluator:
         return rendered.record(problem, "pointwise", id=f"{problem.id}#pointwise_own_{turn}")
 
     def _reflect(self, answer: RolloutGroup, turn: int) -> RecycledRecord:
-        """Another try. The prompt says "check it", not "it is wrong", which nobody knows."""
+        """Another attempt. The prompt says "check it", not "it is wrong", which is not known."""
         problem = answer.record
         rng = random.Random(f"{problem.id}/reflect/{turn}")
         shows: Literal["answer", "cot"] = "answer" if last_boxed(answer.rollouts[0].text) else "cot"

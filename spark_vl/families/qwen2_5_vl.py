@@ -29,9 +29,9 @@ from spark_vl.data.images import ImageError, load_image
 from spark_vl.families import read_facts
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
 from spark_vl.families.registry import load_part, loaded_commit
-from spark_vl.records import BadRecordError, ImageRef, ImageSize, PromptRecord
+from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, PromptRecord
 
-COORDINATES = "resized"
+COORDINATES: Coordinates = "resized"
 """Pixels of the image as the model sees it:
 https://github.com/QwenLM/Qwen2.5-VL/blob/main/cookbooks/spatial_understanding.ipynb."""
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -162,6 +162,7 @@ class QwenVLProcessor:
         self.commit = commit
         self.min_pixels, self.max_pixels, self.max_prompt_tokens = min_pixels, max_pixels, max_prompt_tokens
         self.image_token_id: int = config.image_token_id
+        self._image_token: str = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
         self.pad_token_id: int = processor.tokenizer.pad_token_id
         stop = generation_config.eos_token_id
         self.stop_token_ids = tuple(stop) if isinstance(stop, list) else (stop,)
@@ -193,11 +194,11 @@ class QwenVLProcessor:
         )
         # The chat template writes one image token for each image; the vision tower makes one feature for each merged
         # patch.
-        pieces = chat.split(self.hf.image_token)
+        pieces = chat.split(self._image_token)
         if len(pieces) != len(images) + 1:
             raise BadRecordError(record.id, f"the chat holds {len(pieces) - 1} image tokens for {len(images)} images")
         text = pieces[0] + "".join(
-            self.hf.image_token * image.tokens + piece for image, piece in zip(images, pieces[1:], strict=True)
+            self._image_token * image.tokens + piece for image, piece in zip(images, pieces[1:], strict=True)
         )
         ids = self.hf.tokenizer(text, return_tensors="pt")["input_ids"][0]
         is_image = ids == self.image_token_id
@@ -210,9 +211,10 @@ class QwenVLProcessor:
                 f"the prompt has {len(ids)} tokens, {features} of them of images; at most {self.max_prompt_tokens} are "
                 "allowed (data.max_prompt_tokens, model.max_pixels)",
             )
+        grids: Any = torch.stack([image.grid_thw for image in images]) if images else None
         positions, _ = self._positions.get_rope_index(
             ids[None],
-            image_grid_thw=torch.stack([image.grid_thw for image in images]) if images else None,
+            image_grid_thw=grids,
             mm_token_type_ids=is_image[None].int(),
         )
         return ProcessedPrompt(

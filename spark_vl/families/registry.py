@@ -54,4 +54,5 @@ def loaded_commit(config: ModelConfig) -> str | None:
     if Path(config.path).exists():
         return None
     file = try_to_load_from_cache(config.path, "config.json", revision=config.revision or "main")
+    assert isinstance(file, str), "it was just loaded"
     return Path(file).parent.name  # the cache names the folder for the commit

@@ -1,4 +1,4 @@
-"""Publishing while a run goes on: in a process of its own, so that nothing it does or suffers touches training."""
+"""Publishing while a run trains: in a process of its own, so that nothing that happens to it touches training."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def check_publish_config(config: PublishConfig) -> None:
 
 
 class BackgroundPublisher(Sink):
-    """Publishes every `config.every`-th checkpoint; failures are tried again, counted, and written to
-    `publish.jsonl` in the run's folder.
+    """Publishes every `config.every`-th checkpoint; a failure is counted, written to `publish.jsonl` in the
+    run's folder, and tried again.
 
     Args:
         waits_s: seconds before each new try.
@@ -53,8 +53,8 @@ class BackgroundPublisher(Sink):
         self.published = 0
         self.failures = 0
         self._waits_s = waits_s
-        self._heard = 0  # checkpoints
-        self._last: Path | None = None  # that was heard of
+        self._saved = 0  # checkpoints
+        self._last: Path | None = None  # the last of them
         self._target: Path | None = None  # newest that is to be published and is not yet
         self._lost: Path | None = None  # the newest one, if its files could not be kept
         self._fault = ""  # of the last failure
@@ -68,19 +68,19 @@ class BackgroundPublisher(Sink):
 
     def on_checkpoint(self, step: int, checkpoint: Path) -> None:
         """See `Sink.on_checkpoint`. Returns at once."""
-        self._heard += 1
+        self._saved += 1
         self._last = checkpoint
-        if self._heard % self.config.every == 0:
+        if self._saved % self.config.every == 0:
             self._submit(checkpoint)
 
     def finish(self, *, wait: bool) -> None:
-        """Publish the last checkpoint, and say what came of all of them.
+        """Publish the last checkpoint, and print how many were published and what failed.
 
         Args:
-            wait: whether the run got to its end: then this waits, `config.wait_s` at most. A run that was told to stop
-                does not.
+            wait: whether to wait for the last checkpoint, `config.wait_s` at most: where the run finished. A run that
+                was told to stop does not wait.
         """
-        if wait and self._last is not None and self._heard % self.config.every:
+        if wait and self._last is not None and self._saved % self.config.every:
             self._submit(self._last)
         with self._changed:
             if wait and self._target is not None:
@@ -93,7 +93,7 @@ class BackgroundPublisher(Sink):
             self._changed.notify_all()
         self._thread.join()
         shutil.rmtree(self._queue, ignore_errors=True)
-        if not self._heard:
+        if not self._saved:
             return
         words = f"published {self.published} checkpoints to {self.config.repo}"
         if self.failures:
@@ -104,7 +104,7 @@ class BackgroundPublisher(Sink):
         self.console.print(words, soft_wrap=True, markup=False)
 
     def _submit(self, checkpoint: Path) -> None:
-        """Let `checkpoint` be what is published next. Links keep its files when the run deletes it."""
+        """Make `checkpoint` the next one to publish. Links keep its files when the run deletes it."""
         kept = self._queue / checkpoint.name
         try:
             shutil.rmtree(kept, ignore_errors=True)
@@ -153,11 +153,11 @@ class BackgroundPublisher(Sink):
                     shutil.rmtree(target, ignore_errors=True)
 
     def _is_over(self, target: Path) -> bool:
-        """Whether there is no sense in trying `target` again."""
+        """Whether `target` need not be tried again."""
         return self._target != target or self._closing
 
     def _publish(self, target: Path) -> str | None:
-        """What went wrong; None: nothing did."""
+        """The reason that it failed; None: it did not."""
         with self._changed:
             if self._closing:
                 return None

@@ -38,7 +38,7 @@ Info = ModelInfo | DatasetInfo | SpaceInfo
 
 
 class HubError(RuntimeError):
-    """What the Hub, or the way to it, refused. Local files are untouched, and publishing again goes on from there."""
+    """The Hub refused something or could not be reached. Local files are untouched; publishing again continues."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def find_token(token_from: str | None, option: str = "--token-from") -> Token:
         option: which names `token_from`, for messages.
 
     Raises:
-        HubError: there is no token there.
+        HubError: no token is found there.
     """
     if token_from is None:
         source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "`hf auth login`"
         value = get_token()
         if value is None:
-            raise HubError(f"there is no token: log in with `hf auth login`, set HF_TOKEN, or give {option}")
+            raise HubError(f"no token was found: log in with `hf auth login`, set HF_TOKEN, or give {option}")
         return Token(value, source)
     kind, _, name = token_from.partition(":")
     if kind == "env":
@@ -143,7 +143,7 @@ class Hub:
         raise AssertionError("the last try either returned or raised")
 
     def info(self, revision: str | None = None) -> Info | None:
-        """What is in the repository at `revision` (None: main). None: there is none, or the token cannot see it.
+        """What is in the repository at `revision` (None: main). None: it does not exist, or the token cannot see it.
 
         Raises:
             HubError: see `call`.
@@ -182,7 +182,7 @@ class Hub:
                     f"{self._whose()} can see{said}"
                 )
             case 409:
-                return f"409: somebody else changes {self.repo!r} at this moment; publish again{said}"
+                return f"409: somebody else is changing {self.repo!r}; publish again{said}"
             case 413:
                 return f"413: a file is larger than the Hub takes{said}"
             case 429:

@@ -56,7 +56,7 @@ def publish_model(
 
     Raises:
         ReleaseError: there is no model of a run, or a file may not be uploaded.
-        HubError: what the Hub refused. Calling again goes on from there.
+        HubError: what the Hub refused. Calling again continues from there.
     """
     with TemporaryDirectory() as folder:
         release = prepare_model(Path(folder), checkpoint=checkpoint, repo=repo, token_from=token_from)
@@ -70,7 +70,7 @@ def prepare_model(
 
     Args:
         folder: an empty one, for what is generated.
-        dry_run: go on, with a warning, where the Hub cannot be asked for the license of the base model.
+        dry_run: warn, and continue, where the Hub cannot be asked for the license of the base model.
 
     Raises:
         ReleaseError, HubError: see `publish_model`.
@@ -127,8 +127,7 @@ def publish_judgments(
 
 
 def prepare_judgments(folder: Path, *, run: Path | str, repo: str) -> Release:
-    """What `publish_judgments` would upload: the shards that were looked through, and no others that a run that goes on
-    has written since.
+    """What `publish_judgments` would upload: the shards that were checked, and none that a run has written since.
 
     Args:
         folder: an empty one, for the card.
@@ -143,7 +142,7 @@ def prepare_judgments(folder: Path, *, run: Path | str, repo: str) -> Release:
         raise ReleaseError(f"{run / JUDGMENTS}: holds no judgments; a run writes them unless logging.judgments is off")
     known = {shard.path for shard in shards}
     if foreign := sorted(path for path in (run / JUDGMENTS).rglob("*.parquet") if path not in known):
-        raise ReleaseError(f"{foreign[0]}: is no file that a run writes there (CONFIG/SPLIT-FIRST-LAST-RANK.parquet)")
+        raise ReleaseError(f"{foreign[0]}: is not a file that a run writes (CONFIG/SPLIT-FIRST-LAST-RANK.parquet)")
     secrets = _secrets(run)
     rows: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -204,7 +203,7 @@ def prepare_space(folder: Path, *, model: str, repo: str, model_revision: str | 
 
 def check_model_is_there(model: str, revision: str | None, token_from: str | None) -> None:
     """Raises:
-    HubError: the Hub has no such model, or it has not the words that a Space asks it in.
+    HubError: the Hub has no such model, or the model lacks the prompts that a Space uses.
     """
     info = Hub(find_token(token_from), model, "model").info(revision)
     if info is None:
@@ -214,7 +213,8 @@ def check_model_is_there(model: str, revision: str | None, token_from: str | Non
 
 
 def _base_license(model: TrainedModel, token_from: str | None) -> dict[str, str] | None:
-    """What the card of the base model says of its license. None: it says nothing, or there is no such card any more."""
+    """What the card of the base model says of its license. None: it says nothing, or the
+    card is gone."""
     if model.base_commit is None:
         return None
     info = Hub(find_token(token_from), model.base, "model").info()
@@ -223,8 +223,8 @@ def _base_license(model: TrainedModel, token_from: str | None) -> dict[str, str]
 
 
 def _fault(row: Mapping[str, Any], secrets: Secrets) -> str | None:
-    """What of a row must not be published. Paths are looked for where a run writes them: what people and models say may
-    well hold one."""
+    """Why a row must not be published; None: it may be. Paths are searched for only where a run writes them: the
+    words of people and models may well contain one."""
     for column, value in row.items():
         text = "\n".join(_texts(value)).encode(errors="replace")
         if found := secrets.token_in(text) or (column in _OF_THE_RUN and secrets.path_in(text)):

@@ -33,7 +33,7 @@ _TOKEN = rb"\bhf_[A-Za-z0-9]{30,}"
 
 
 class ReleaseError(ValueError):
-    """Something that must not, or cannot, be uploaded; the message names the file."""
+    """A file must not, or cannot, be uploaded; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Release:
     files: Sequence[ReleaseFile]
     """Sorted by path."""
     left_out: Sequence[str]
-    """Files that lie beside them and are of no kind that is uploaded."""
+    """Files beside them that are not among `KINDS_OF_FILES`."""
     replaces: re.Pattern[str]
     """Whole paths that are files of releases: those in the repository that this one does not hold are deleted."""
 
@@ -73,7 +73,7 @@ class Release:
 
 
 class Secrets:
-    """What no release may hold: tokens of the Hub, and where things lie on this machine.
+    """What no release may contain: tokens of the Hub, and paths of this machine.
 
     Args:
         folders: of this machine.
@@ -89,7 +89,7 @@ class Secrets:
         ]
 
     def token_in(self, text: bytes) -> str | None:
-        """What is wrong with `text`, in words. None: it holds no token."""
+        """Why `text` must not be published. None: it contains no token."""
         found = self._token.search(text)
         return "a token of the Hub; remove it, and revoke it if others may have seen it" if found else None
 
@@ -114,7 +114,7 @@ def make_release(
     chosen = {path: file for path, file in files.items() if _is_of_kind(path, KINDS_OF_FILES[repo_type])}
     for path, file in chosen.items():
         if file.is_symlink():
-            raise ReleaseError(f"{file}: is a symbolic link; only files that lie there themselves are uploaded")
+            raise ReleaseError(f"{file}: is a symbolic link; only regular files are uploaded")
         if file.suffix in _BINARY:
             continue
         text = file.read_bytes()
@@ -124,7 +124,8 @@ def make_release(
 
 
 def files_of(*folders: Path) -> dict[str, Path]:
-    """All files below `folders`, by their paths in there; a later folder's go before an earlier one's of that path."""
+    """All files below `folders`, by their paths in there; where two have
+    the same path, that of the later folder counts."""
     return {str(file.relative_to(folder)): file for folder in folders for file in _files(folder)}
 
 

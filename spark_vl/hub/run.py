@@ -22,7 +22,7 @@ from spark_vl.run.reader import find_run, recipe_facts
 
 _OF_A_MODEL = ("metrics.jsonl", ENVIRONMENT)
 _FOLDERS = re.compile(r"(?<=['\"])[^'\"]*/")
-"""In front of the last part of a quoted path."""
+"""What comes before the last part of a quoted path."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class TrainedModel:
     run: Path
     step: int
     base: str
-    """What it started from: an id of the Hub, or the last part of a folder's path."""
+    """What training started from: an id on the Hub, or the last part of a folder's path."""
     base_commit: str | None
-    """Of the Hub; None: it was a folder."""
+    """The commit on the Hub; None if training started from a folder."""
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        """The resolved configuration under which these weights were saved: it lies beside them."""
+        """The resolved configuration with which these weights were saved; it is stored beside them."""
         return yaml.safe_load((self.folder.parent / CONFIG).read_text())
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration: of paths of the author's machine the last part only, and not where it goes."""
+        """The resolved configuration without `publish`; of paths on the author's machine only the last part."""
         config = {name: part for name, part in self._config.items() if name != "publish"}
         config["output_dir"] = self.run.name
         config["model"] = config["model"] | {"path": self.base}
@@ -57,22 +57,22 @@ class TrainedModel:
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """Of each step up to this one."""
+        """The metrics of each step up to this one."""
         return [line for line in read_lines(self.run / "metrics.jsonl") if line["step"] <= self.step]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Each one up to this step."""
+        """The evaluations up to this step."""
         return [line for line in read_lines(self.run / "evaluations.jsonl") if line["step"] <= self.step]
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
-        """The run's first evaluation beside that of this step; None: there was none at this step."""
+        """The run's first evaluation beside that of this step; None if there was none at this step."""
         return comparison(self.run, self.step)
 
     @cached_property
     def environments(self) -> list[dict[str, Any]]:
-        """What the run ran on, from each start, and which settings were others from then on; only changes are kept."""
+        """What the run ran on after each start, and which settings had changed; only differences are kept."""
         kept: list[dict[str, Any]] = []
         for line in read_lines(self.run / ENVIRONMENT):
             line["changed"] = [_FOLDERS.sub("", change) for change in line["changed"]]
@@ -82,21 +82,21 @@ class TrainedModel:
 
     @cached_property
     def trained_on(self) -> list[dict[str, Any]]:
-        """Facts of the recipes of `data.recipes` (see `provenance.write_recipes`)."""
+        """Facts about the recipes of `data.recipes` (see `provenance.write_recipes`)."""
         return recipe_facts(self.run, self._config["data"]["recipes"])
 
     @cached_property
     def evaluated_on(self) -> list[dict[str, Any]]:
-        """Facts of those of `evaluation.recipes`."""
+        """Facts about the recipes of `evaluation.recipes`."""
         return recipe_facts(self.run, self._config["evaluation"]["recipes"])
 
     @cached_property
     def templater(self) -> Templater:
-        """The words that it was trained on."""
+        """The prompt wording that it was trained with."""
         return Templater.read(self.folder / PROMPTS_FILE)
 
     def total(self, *names: str) -> int:
-        """The sum over all steps of counts that are metrics. A run without recycling has none of `recycle/`."""
+        """The sum over all steps of metrics that are counts. A run without recycling has no `recycle/` metrics."""
         return round(sum(line.get(name, 0) for line in self.metrics for name in names))
 
 
@@ -104,10 +104,10 @@ def find_model(checkpoint: Path) -> TrainedModel:
     """The model at `checkpoint`: a run's folder, its `model/`, one of its checkpoints, or its `checkpoints/best`.
 
     Raises:
-        ReleaseError: there is none, or it is of no run.
+        ReleaseError: there is no model, or it does not belong to a run.
     """
     if checkpoint.name in (LATEST, BEST) and checkpoint.is_file():
-        checkpoint = pointed(checkpoint.parent, checkpoint.name)
+        checkpoint = pointed(checkpoint.parent, checkpoint.name) or checkpoint
     folder = checkpoint if (checkpoint / TRAINING_FILE).is_file() else checkpoint / MODEL
     if not (folder / TRAINING_FILE).is_file():
         raise ReleaseError(
@@ -116,7 +116,7 @@ def find_model(checkpoint: Path) -> TrainedModel:
         )
     facts, run = json.loads((folder / TRAINING_FILE).read_text()), run_of(folder)
     if missing := [name for name in _OF_A_MODEL if not (run / name).is_file()]:
-        raise ReleaseError(f"{run}: {' and '.join(missing)}: is missing, and the card says nothing that is not there")
+        raise ReleaseError(f"{run}: {' and '.join(missing)}: is missing, and the card is written from nothing else")
     return TrainedModel(folder, run, facts["step"], facts["base"], facts["base_commit"])
 
 
@@ -140,7 +140,7 @@ def _public_recipe(written: str) -> str:
 
 
 def _public(value: str) -> str:
-    """As `public_name`, also of a folder that is no more, or not from here."""
+    """As `public_name`, but also for a folder that no longer exists, or was on another machine."""
     return public_name(value) if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", value) else Path(value).name
 
 

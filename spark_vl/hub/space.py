@@ -1,4 +1,4 @@
-"""A Space for a model: the page in `scripts/space`, with all that it needs to run."""
+"""A Space for a model: the page in `scripts/space`, with everything that it needs to run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODULES = (
     "prompts/__init__.py",
     "prompts/templater.py",
 )
-"""What the page imports of this package. It is copied, as no package index has it."""
+"""What the page imports of this package. It is copied, because no package index has it."""
 
 
 def stage_space(folder: Path, *, model: str, revision: str | None = None, title: str | None = None) -> Path:
@@ -35,7 +35,7 @@ def stage_space(folder: Path, *, model: str, revision: str | None = None, title:
         title: of the Space; None: the name of the model.
 
     Raises:
-        ValueError: the folder is not empty, or `model` is no Hub id.
+        ValueError: the folder is not empty, or `model` is not a Hub id.
     """
     validate_repo_id(model)
     if "/" not in model:

@@ -23,7 +23,7 @@ _PATHS_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Published:
-    """What came of publishing."""
+    """The result of publishing."""
 
     url: str
     """Of the repository."""
@@ -40,17 +40,17 @@ def upload(
 ) -> Published:
     """Make the repository hold `release`, in one commit, and check what it then holds.
 
-    It can be killed at any moment and be called again: files that the Hub has are not sent twice, and where nothing is
-    left to change there is no commit.
+    It can be killed at any moment and called again: files that the Hub has are not sent twice, and if nothing is left
+    to change, no commit is made.
 
     Args:
         repo: `ORG/NAME`; made if it is not there.
         revision: branch; made if it is not there. None: main.
-        public: who can see a repository that is made. One that is there must be as this says.
+        public: whether everybody can see a repository that is made. An existing one must already be as this says.
         token_from: see `find_token`.
 
     Raises:
-        HubError: what is wrong, and what to do.
+        HubError: what failed, and what to do.
     """
     check_repo_name(repo)
     hub = Hub(find_token(token_from), repo, release.repo_type)
@@ -65,7 +65,7 @@ def upload(
             _verify(hub, commit.oid, release.files)
             url = f"{hub.api.endpoint}/{'' if hub.repo_type == 'model' else f'{hub.repo_type}s/'}{repo}"
             return Published(url, commit.oid, commit.oid != head.sha, stale)
-    raise HubError(f"{repo}: others commit to it so often that {_RACES} commits came too late; publish again")
+    raise HubError(f"{repo}: other commits came first {_RACES} times; publish again")
 
 
 def print_release(release: Release, console: Console, *, whole: bool) -> None:
@@ -90,17 +90,17 @@ def _open(hub: Hub, revision: str | None, public: bool) -> None:
             hub.repo,
             repo_type=hub.repo_type,
             private=not public,
-            exist_ok=True,  # made by a try whose answer was lost, or by somebody else in the meantime
+            exist_ok=True,  # made by an attempt whose answer was lost, or by somebody else in the meantime
             space_sdk="gradio" if hub.repo_type == "space" else None,
         )
         info = hub.info()
         if info is None:
-            raise HubError(f"{hub.repo} was made, and cannot be seen; the token needs the scope 'read' there too")
+            raise HubError(f"{hub.repo} was created but cannot be seen; the token also needs the scope 'read'")
     if info.private == public:
         found, wanted = ("private", "public") if public else ("public", "private (the default; --public allows it)")
         raise HubError(
-            f"{hub.repo} exists and is {found}, and publishing was asked to be {wanted}; nothing was uploaded. Who can "
-            "see it is changed in its settings on the Hub, because that shows or hides all that it holds"
+            f"{hub.repo} exists and is {found}, but {wanted} was asked for; nothing was uploaded. Change who can "
+            "see it in its settings on the Hub, because that shows or hides everything in it"
         )
     if revision is not None:
         hub.call(
@@ -157,7 +157,7 @@ def _verify(hub: Hub, commit: str, files: Sequence[ReleaseFile]) -> None:
     wrong = [file.path for file in files if file.path not in there or not _same(there[file.path], file)]
     if wrong:
         raise HubError(
-            f"{hub.repo}: {len(wrong)} of {len(files)} files are not on the Hub as they were sent "
+            f"{hub.repo}: {len(wrong)} of {len(files)} files do not have the hash of what was sent "
             f"({', '.join(wrong[:5])}): damaged on the way; publish again"
         )
 

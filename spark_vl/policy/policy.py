@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -50,6 +50,7 @@ class Policy(nn.Module):
         self.family = get_family(model.config.model_type)
         self.attention = attention
         self.temperature = temperature
+        self.suppressed: torch.Tensor
         self.register_buffer("suppressed", torch.tensor(list(suppressed_token_ids), dtype=torch.long), persistent=False)
         self.use_attention(attention)
 
@@ -93,7 +94,8 @@ class Policy(nn.Module):
                 name = f"{layer}.{weight}"
                 if weight == "weight":
                     down, up = (state[f"model.{layer}.lora_{side}.default.weight"].double() for side in "AB")
-                    scaling = self.model.get_submodule(layer).scaling["default"]
+                    adapted: Any = self.model.get_submodule(layer)  # a LoRA layer of peft
+                    scaling = adapted.scaling["default"]
                     tensor = (tensor.double() + scaling * up @ down).to(tensor.dtype)
             plain[name] = tensor
         return plain

@@ -72,7 +72,7 @@ class Template:
         slots = _SLOTS.get(str(self.kind), ()) + (() if options is None else _OPTION_SLOTS)
         found = _SLOT.findall(text)
         found += [slot for slot in _UNKNOWN_SLOT.findall(text) if slot not in found]
-        asked = ["\\boxed{"] if reflection else [f"\\boxed{{{label}}}" for label in labels]
+        asked = ["\\boxed{"] if labels is None else [f"\\boxed{{{label}}}" for label in labels]
         shows, claim = (("answer", "cot"), ("check", "wrong")) if reflection else ((None,), (None,))
         for field, value, ok, allowed in (
             ("name", self.name, isinstance(self.name, str) and self.name.strip(), "a text that is not empty"),
@@ -203,8 +203,8 @@ class Templater:
         Raises:
             ValueError: a template is not as it should be. Names file, template and field.
         """
-        shipped = package_files("spark_vl.prompts.templates").iterdir() if builtin else ()
-        shipped = sorted((file for file in shipped if file.name.endswith(".yaml")), key=lambda file: file.name)
+        found = package_files("spark_vl.prompts.templates").iterdir() if builtin else ()
+        shipped = sorted((file for file in found if file.name.endswith(".yaml")), key=lambda file: file.name)
         templates = {t.name: t for file in (*shipped, *map(Path, files)) for t in _read(file)}
         return cls(
             list(templates.values()),
@@ -301,7 +301,7 @@ class Templater:
             correct_first: in A/B templates, whether A is the option that calls the answer correct; drawn when None.
         """
         chosen = self._choose("pointwise", template, rng)
-        first, second = chosen.labels
+        first, second = _labels(chosen)
         if chosen.options is None:
             return self._render(chosen, question, first if correct else second, {"{answer}": answer})
         says_correct, says_incorrect = chosen.options
@@ -331,7 +331,7 @@ class Templater:
         correct_first = rng.random() < 0.5 if correct_first is None else correct_first
         answer_a, answer_b = (correct, wrong) if correct_first else (wrong, correct)
         slots = {"{answer_a}": answer_a, "{answer_b}": answer_b}
-        return self._render(chosen, question, chosen.labels[0 if correct_first else 1], slots)
+        return self._render(chosen, question, _labels(chosen)[0 if correct_first else 1], slots)
 
     def reflection(
         self,
@@ -396,6 +396,12 @@ def _read(file: Path | Traversable) -> list[Template]:
     return _templates(rows, file)
 
 
+def _labels(template: Template) -> tuple[str, str]:
+    """The labels of a judgment's template, which has them (`Template.__post_init__`)."""
+    assert template.labels is not None
+    return template.labels
+
+
 def _templates(rows: Any, file: Path | Traversable) -> list[Template]:
     """The templates of the mappings `rows`, which were found in `file`."""
     if not isinstance(rows, list) or not rows:
@@ -410,7 +416,7 @@ def _templates(rows: Any, file: Path | Traversable) -> list[Template]:
             raise ValueError(
                 f"{where}: template {row.get('name')!r}: found {', '.join(unknown)}; allowed: {', '.join(allowed)}"
             )
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
         try:
             templates.append(Template(**{"name": None, "kind": None, "text": None, **values}))
         except ValueError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +33,7 @@ def load_engine(
     """An engine on `policy`, as prepared, however its weights are held."""
     unwrapped = accelerator.unwrap_model(policy)
     if config.gather == "layer" and strategy(accelerator) in ("zero3", "fsdp2"):
-        sharded = {"any_process": partial(any_process, accelerator)}
+        sharded: dict[str, Any] = {"any_process": partial(any_process, accelerator)}
     else:
         sharded = {"weights": partial(whole_weights, accelerator, policy)}
     return TransformersEngine(unwrapped, processor, decode_batch_size=config.decode_batch_size, **sharded)

@@ -1,4 +1,4 @@
-"""What lies where in a run's folder, as far as more than one module must know."""
+"""Names of the files and folders in a run's folder that more than one module uses."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 CONFIG = "config.yaml"
 """The resolved configuration."""
 RECIPES = "recipes.json"
-"""What the run knows of its data (`provenance.write_recipes`)."""
+"""Facts about the run's data (`provenance.write_recipes`)."""
 ENVIRONMENT = "environment.jsonl"
-"""What it ran on (`provenance.note_environment`)."""
+"""What the run ran on (`provenance.note_environment`)."""
 JUDGMENTS = "judgments"
-"""Folder of the rollouts and judgments that it kept (`data.shards`)."""
+"""Folder of the stored rollouts and judgments (`run.shards`)."""
 CHECKPOINTS = "checkpoints"
-"""Folder of `step-000120/` folders and of the files `latest` and `best`, which name one each."""
+"""Folder of `step-000120/` folders and of the files `latest` and `best`, each of which names one of them."""
 LATEST, BEST = "latest", "best"
 MODEL = "model"
-"""In a checkpoint, and at last in the run's folder: the plain Hugging Face checkpoint."""
+"""The plain Hugging Face checkpoint: in each checkpoint, and in the run's folder when the run has finished."""
 TRAINING_FILE = "spark_training.json"
-"""In `model/`: after which step of its run the model was saved, and what it started from; `base_commit` is null where
-that was no repository of the Hub."""
+"""In `model/`: the step after which the model was saved, and what the run started from; `base_commit` is null if that
+was not a repository on the Hub."""
 
 
 def name_of(step: int) -> str:
@@ -28,6 +28,6 @@ def name_of(step: int) -> str:
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that `pointer` (`latest`, `best`) in `folder` names; None: there is none yet."""
+    """The checkpoint that `pointer` (`latest`, `best`) in `folder` names; None if there is no such file yet."""
     file = folder / pointer
     return folder / file.read_text().strip() if file.exists() else None

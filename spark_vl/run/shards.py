@@ -1,8 +1,8 @@
-"""Writes the rows of a run as parquet files, and proves of such a file that nothing else is published with it.
+"""Writes the rows of a run as parquet files, and checks that such a file holds nothing that must not be published.
 
-`folder/<config>/<split>-<first step>-<last step>-<rank>.parquet`: each process writes its own, for each configuration
-and split. A file holds whole steps, and appears whole or not at all: a run that is killed and resumed leaves the same
-files, byte for byte, as one that was not.
+`folder/<config>/<split>-<first step>-<last step>-<rank>.parquet`: each process writes its own files for each
+configuration and split. A file holds whole steps, and appears whole or not at all: a run that is killed and resumed
+leaves the same files, byte for byte, as one that was not.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from spark_vl.records import ImageRef, RolloutGroup
 from spark_vl.run.files import unfinished_name, written_whole
 
 MAX_BYTES = 64 * 2**20
-"""Rows of about so many bytes, images included, go into one file, and the rest of their step."""
+"""A file is closed at the end of the step in which it exceeds about this many bytes, images included."""
 
 ROW_GROUP_BYTES = 32 * 2**20
-"""Rows of about so many bytes are one row group, the least that some readers take; the Hub's viewer wants 100 MB.
-"""
+"""About this many bytes of rows are one row group, the smallest unit that some readers load; the Hub's viewer asks for
+at most 100 MB."""
 
 _ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file, and what its name says."""
+    """A file, and what its name tells."""
 
     path: Path
     config: Config
@@ -56,13 +56,13 @@ def find_shards(folder: Path) -> list[Shard]:
 
 
 class RowWriter:
-    """Writes rows, whatever they are made from.
+    """Writes rows into shards. It must be created on all processes before any of them writes.
 
     Args:
         folder: of the dataset.
         rank: of this process.
-        resumed: step of the checkpoint that the run goes on from; what was written of later steps, by any process, is
-            deleted by rank 0. None: the run begins, and all is. Made on all processes before any of them writes.
+        resumed: step of the checkpoint from which the run continues; rank 0 deletes all shards of later steps, of all
+            processes. None: the run begins, and rank 0 deletes all shards.
         max_bytes: see `MAX_BYTES`.
 
     Raises:
@@ -78,7 +78,7 @@ class RowWriter:
             _drop_after(folder, -1 if resumed is None else resumed)
 
     def add(self, config: Config, split: str, row: dict[str, Any]) -> None:
-        """Keep a row (`judgments.row_of`) to be written. Steps come in order.
+        """Keep a row (`judgments.row_of`) to be written. Rows must be added in the order of their steps.
 
         Raises:
             ValueError: its step comes before that of an earlier row.
@@ -92,7 +92,7 @@ class RowWriter:
         self._bytes += _size(row)
 
     def flush(self) -> None:
-        """Write what is kept. The last step must be complete: no file holds a part of one."""
+        """Write all rows that are kept. The last step must be complete: no file holds part of a step."""
         for (config, split), rows in self._rows.items():
             name = f"{split}-{rows[0]['step']:06d}-{rows[-1]['step']:06d}-{self._rank}.parquet"
             _write(self._folder / config / name, config, rows)
@@ -120,7 +120,7 @@ class ShardWriter:
     ) -> None:
         self._rows = RowWriter(folder, rank=rank, resumed=resumed, max_bytes=max_bytes)
         self._provenance: dict[str, Any] = {"model": model, "model_revision": model_revision}
-        self._encoded: dict[ImageRef, bytes] = {}  # of this step: several of its rows show the same image
+        self._encoded: dict[ImageRef, bytes] = {}  # of this step, in which several rows show the same image
         self._step = 0
 
     def add(self, step: int, group: RolloutGroup) -> None:
@@ -137,7 +137,7 @@ class ShardWriter:
         self._rows.add(config_of(group.record), split_of(group.record), row)
 
     def flush(self) -> None:
-        """Write what is kept: before each checkpoint, so that a run that goes on from it lacks no row."""
+        """Write all rows that are kept. Call it before each checkpoint, so that a run resumed from it lacks no row."""
         self._rows.flush()
 
     def _encode(self, ref: ImageRef) -> bytes:
@@ -151,23 +151,23 @@ class ShardError(ValueError):
 
 
 def read_shard(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, of which a few are held at a time. Images come as bytes and path, as they are stored.
+    """The rows of a shard, a few at a time in memory. Images are mappings of bytes and path, as they are stored.
 
     Raises:
-        ShardError: it is no parquet file, or its columns are not those of its configuration. Names the shard.
+        ShardError: it is not a parquet file, or its columns are not those of its configuration. Names the shard.
     """
     config = path.parent.name
     if config not in CONFIGS:
-        raise ShardError(f"{path}: lies in the folder {config!r}; allowed: {', '.join(CONFIGS)}")
+        raise ShardError(f"{path}: is in the folder {config!r}; allowed: {', '.join(CONFIGS)}")
     try:
-        # The defaults hold a whole row group.
+        # By default a whole row group would be held in memory.
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             _check_schema(path, file.schema_arrow, config)
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 yield from batch.to_pylist()
     except ShardError:
         raise
-    except Exception as error:  # pyarrow has no one class for what a damaged file makes of it
+    except Exception as error:  # pyarrow has no common class for the errors that damaged files cause
         raise ShardError(f"{path}: cannot be read as parquet: {error}") from error
 
 
@@ -176,18 +176,18 @@ def check_shard(
     proven: set[bytes] | None = None,
     fault_of: Callable[[Mapping[str, Any]], str | None] = lambda row: None,
 ) -> int:
-    """Proves of a shard, before it is published, that its images are nothing but pixels (`check_encoded`) and name no
-    file: `datasets` would embed whatever file of this machine a path leads to.
+    """Check, before a shard is published, that its images are nothing but pixels (`check_encoded`) and do not name
+    files: `datasets` would embed any file on this machine that a path leads to.
 
     Args:
-        proven: SHA-256 of images that need no proof any more. It grows; the images of a folder's shards recur.
-        fault_of: what else is wrong with a row, in words; None: nothing.
+        proven: SHA-256 of images that were checked before. It grows: the images of a folder's shards recur.
+        fault_of: says what else is wrong with a row; None if nothing is.
 
     Returns:
         Its number of rows.
 
     Raises:
-        ShardError: naming the shard, the row's id, and why it cannot be published; or see `read_shard`.
+        ShardError: names the shard, the row's id, and why it cannot be published; or see `read_shard`.
     """
     proven = set() if proven is None else proven
     rows = 0
@@ -214,7 +214,7 @@ def _check_image(image: Mapping[str, Any] | None, proven: set[bytes]) -> None:
 
 
 def _check_schema(path: Path, found: pa.Schema, config: Config) -> None:
-    """Names and types of the columns, and the features by which `datasets` decodes them."""
+    """Check names and types of the columns, and the features by which `datasets` decodes them."""
     expected = features(config).arrow_schema
     for column in expected:
         if column.name not in found.names or found.field(column.name).type != column.type:
@@ -222,11 +222,11 @@ def _check_schema(path: Path, found: pa.Schema, config: Config) -> None:
     if extra := sorted(set(found.names) - set(expected.names)):
         raise ShardError(f"{path}: column {extra[0]!r}: is not allowed")
     if type(features(config)).from_arrow_schema(found) != features(config):
-        raise ShardError(f"{path}: its metadata do not hold the features of {config!r}, so images would not be decoded")
+        raise ShardError(f"{path}: its metadata lacks the features of {config!r}, so images would not be decoded")
 
 
 def _drop_after(folder: Path, step: int) -> None:
-    """Delete the shards of steps after `step`, and what a killed process left unfinished."""
+    """Delete the shards of steps after `step`, and unfinished files of a killed process."""
     for config in CONFIGS:
         for unfinished in (folder / config).glob(unfinished_name("*.parquet")):
             unfinished.unlink()
@@ -234,7 +234,7 @@ def _drop_after(folder: Path, step: int) -> None:
     for shard in shards:
         if shard.first_step <= step < shard.last_step:
             raise ValueError(
-                f"{shard.path}: holds steps before and after {step}, from which the run goes on; move it away"
+                f"{shard.path}: holds steps before and after {step}, from which the run continues; move it away"
             )
     for shard in shards:
         if shard.last_step > step:
@@ -242,7 +242,7 @@ def _drop_after(folder: Path, step: int) -> None:
 
 
 def _write(path: Path, config: Config, rows: list[dict[str, Any]]) -> None:
-    """The file, whole or not at all."""
+    """Write the file, whole or not at all."""
     schema = features(config).arrow_schema
     path.parent.mkdir(parents=True, exist_ok=True)
     # A page is cut only after a batch of values; a page of a thousand images would be held whole by its readers.

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from functools import cache
 from math import inf
 from types import ModuleType
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat, cast
 
 from spark_vl.answers import last_boxed
-from spark_vl.records import PromptRecord, Verdict
+from spark_vl.records import PromptRecord, Status, Verdict
 
 
 class Verifier(Protocol):
@@ -87,7 +87,7 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
                 raise TypeError(f"verifier {record.verifier!r}: {field}: found {value!r:.200}; allowed: {allowed}")
         plain = str.__str__  # makes a str of an instance of a subclass
         parsed = None if parsed is None else plain(parsed)
-        return Verdict(float(score), parsed, plain(status), plain(detail), verdict.shaping)
+        return Verdict(float(score), parsed, cast(Status, plain(status)), plain(detail), verdict.shaping)
     except Exception as error:
         return Verdict(0.0, None, "error", f"{type(error).__name__}: {error}"[:500])
 

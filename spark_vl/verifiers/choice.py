@@ -31,7 +31,7 @@ def boxed_gold(record: PromptRecord) -> str:
     r"""A right completion: the gold's letters in `\boxed{}`, with texts if a letter is the text of another option."""
     gold = _gold(record)
     if record.choices and match_choices(", ".join(gold), record.choices, letter_first=False) != gold:
-        gold = [f"{letter}. {record.choices[ascii_uppercase.index(letter)]}" for letter in gold]
+        gold = tuple(f"{letter}. {record.choices[ascii_uppercase.index(letter)]}" for letter in gold)
     return rf"\boxed{{{', '.join(gold)}}}"
 
 

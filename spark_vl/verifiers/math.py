@@ -194,7 +194,7 @@ def _parts(answer: str) -> list[tuple[str, float]] | None:
         if words in (r"^\circ", "'", "''", '"'):  # degrees and minutes, feet and inches; but not a list of angles
             reads = _LINKS.search(behind) is None
         else:
-            reads = _LETTERS_ONLY.fullmatch(words) and (re.search(STYLE, behind) or _are_words(words))
+            reads = bool(_LETTERS_ONLY.fullmatch(words) and (re.search(STYLE, behind) or _are_words(words)))
         if not reads:
             return None
         between = between or (bool(words) and i + 2 < len(rest))
@@ -372,9 +372,8 @@ def _without_mathematics(boxed: str, gold: str) -> bool | None:
     units = [_measured(answer)[1].casefold() for answer in (boxed, gold)]
     if len(set(units)) == 2 and all(len(unit) == 1 for unit in units):  # different single letters may be variables
         return False
-    times = _time(boxed), _time(gold)
-    if times[0] and times[1]:
-        return _same_time(*times)
+    if (time := _time(boxed)) and (gold_time := _time(gold)):
+        return _same_time(time, gold_time)
     return False if _only_time(gold) else None
 
 

@@ -288,7 +288,7 @@ class _Worker:
         if not isinstance(said, Verdict if self.running else str):
             raise ValueError(f"{said!r:.100}")
         self.deadline = time.monotonic() + timeout_s
-        if self.running:
+        if isinstance(said, Verdict):
             return said
         if said == READY:
             self.running, self.fresh = True, False

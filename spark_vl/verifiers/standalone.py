@@ -76,9 +76,10 @@ def bare_record(
     settings: Mapping[str, Any],
 ) -> PromptRecord:
     """A record that holds only what a verifier reads. For the arguments see `verify`."""
-    sizes = ()
+    sizes: tuple[ImageSize, ...] = ()
     if image_size is not None:
-        sizes = (ImageSize(tuple(image_size), tuple(processed_size or image_size)),)
+        (width, height), (seen_width, seen_height) = image_size, processed_size or image_size
+        sizes = (ImageSize((width, height), (seen_width, seen_height)),)
     return PromptRecord(
         id="verify",
         kind="problem",

@@ -182,7 +182,7 @@ def in_the_second_step(run: Run, folder: Path) -> None:
 
 def assert_named(output: str, rank: int) -> None:
     """`output` says that `rank` is missing, and what it was at."""
-    said = rf"rank {rank} has died or hangs: not heard of for \d+ s, it was in step 2, (sampling|verifying|updating) "
+    said = rf"rank {rank} has died or hangs: silent for \d+ s, it was in step 2, (sampling|verifying|updating) "
     assert re.search(said, output), output
 
 
