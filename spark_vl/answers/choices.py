@@ -104,7 +104,8 @@ def match_choices(text: str, choices: tuple[str, ...] = (), *, letter_first: boo
     if (letter := named(text)) is not None:
         return (letter,)
     words = plain(text)
-    words = words[_BEFORE_CHOICES.match(words).end() :]
+    if before := _BEFORE_CHOICES.match(words):
+        words = words[before.end() :]
     letters: set[str] = set()
     for part in words if _RUN_OF_CHOICES.fullmatch(words) else _MARK.split(words, maxsplit=26):
         letter = named(part)

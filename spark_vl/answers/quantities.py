@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from spark_vl.answers.boxed import normalized, one_line, plain, unmarked
@@ -88,6 +88,7 @@ _UNIT_PARTS = re.compile(
 def _canonical_unit(text: str) -> str:
     """The one spelling of a unit: "cm^2" for "square centimeters"."""
     match = _UNIT_PARTS.fullmatch(text)
+    assert match, "_NUMBER finds units only"
     name = match["name"]
     unit = _SYMBOLS[name] if name in _SYMBOLS else _NAMES[name.casefold()]
     power = "2" if match["square"] else "3" if match["cubic"] else match["power"]
@@ -150,7 +151,8 @@ _NUMBER = re.compile(
 )
 _ARGUMENT = rf"\s?(?:([0-9])|\{{\s?([-+]?(?:{_UNSIGNED}))\s?\}})"
 _TEN = r"10\s?\^\s?(\{)?([-+]?[0-9]+)(?(1)\})(?![0-9.])"
-_FORMULA = [  # applied before `\text{...}` is undone, because it may end a command: `^\circ\text{C}`
+_Rules = list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]]
+_FORMULA: _Rules = [  # applied before `\text{...}` is undone, because it may end a command: `^\circ\text{C}`
     (re.compile(r"[−–﹣－]"), "-"),
     (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])|\\degrees?(?![A-Za-z])"), "°"),
     (re.compile(r"\\(?:times|cdot)(?![A-Za-z])|×"), "*"),
@@ -160,7 +162,7 @@ _FORMULA = [  # applied before `\text{...}` is undone, because it may end a comm
     (re.compile(r"\\(?:left|right)(?![A-Za-z])"), ""),
     (re.compile(r"[¼-¾⅐-⅞]"), lambda match: f" {unicodedata.normalize('NFKC', match[0]).replace('⁄', '/')} "),
 ]
-_SPELLINGS = [  # applied after it is undone
+_SPELLINGS: _Rules = [  # applied after it is undone
     (re.compile(rf"\\[dt]?frac(?![A-Za-z]){_ARGUMENT}{_ARGUMENT}"), r" \1\2/\3\4 "),
     (re.compile(rf"(?<=[0-9.])\s?\*\s?{_TEN}"), r"e\2"),
     (re.compile(rf"(?<![0-9.,/^*] )(?<![0-9.,/^*]){_TEN}"), r"1e\2"),

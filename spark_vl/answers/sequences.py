@@ -53,11 +53,11 @@ def parse_items(text: str, conjunction: bool = True) -> tuple[str, ...] | None:
         return ()
     marks = next(filter(None, ([i for i in separators if words[i] == mark] for mark in ";,\n")), [])
     starts, ends = [0, *(i + 1 for i in marks)], [*marks, len(words)]
-    items = [words[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+    parts = [words[start:end].strip() for start, end in zip(starts, ends, strict=True)]
     if conjunction:
-        first, *more = _LAST_AND.split(items[-1])
-        items[-1:] = [first, *more] if first or len(items) == 1 else more
-    return tuple(items) if len(items) <= MAX_ITEMS and all(map(plain, items)) else None
+        first, *more = _LAST_AND.split(parts[-1])
+        parts[-1:] = [first, *more] if first or len(parts) == 1 else more
+    return tuple(parts) if len(parts) <= MAX_ITEMS and all(map(plain, parts)) else None
 
 
 def _top_level(text: str) -> tuple[int | None, list[int]]:
@@ -107,8 +107,11 @@ def parse_intervals(text: str) -> tuple[Interval, ...] | None:
     if len(text) > MAX_CHARS:
         return None
     words = unmarked(SIZES.sub("", one_line(text)).replace("{,}", ""), MATH_MARKS)
-    words = _UNION.split(words[match.end() :] if (match := _ELEMENT.match(words)) else words)
-    if len(words) > MAX_ITEMS or None in (pieces := [_interval(unmarked(piece, MATH_MARKS)) for piece in words]):
+    parts = _UNION.split(words[match.end() :] if (match := _ELEMENT.match(words)) else words)
+    if len(parts) > MAX_ITEMS:
+        return None
+    pieces = [interval for part in parts if (interval := _interval(unmarked(part, MATH_MARKS)))]
+    if len(pieces) < len(parts):
         return None
     if len(units := {piece.unit for piece in pieces if piece.unit}) > 1:
         return None
@@ -126,7 +129,10 @@ def parse_intervals(text: str) -> tuple[Interval, ...] | None:
 
 def _interval(text: str) -> Interval | None:
     match = _PIECE.fullmatch(text)
-    if match is None or None in (ends := [_end(match[2]), _end(match[3])]):
+    if match is None:
+        return None
+    ends = [end for text in (match[2], match[3]) if (end := _end(text))]
+    if len(ends) < 2:
         return None
     (low, high), closed = [end.value for end in ends], [match[1] == "[", match[4] == "]"]
     if any(math.isinf(end.value) and shut for end, shut in zip(ends, closed, strict=True)):

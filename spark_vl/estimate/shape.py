@@ -128,12 +128,11 @@ def load_shape(model: str) -> Shape:
             "config.json"
         )
     config = json.loads(file.read_text())
-    family = families.get(config.get("model_type"))
-    if family is None:
+    if (model_type := config.get("model_type")) not in families:
         allowed = ", ".join(map(repr, families))
-        raise ValueError(f"{file}: model_type is {config.get('model_type')!r}; allowed: {allowed}")
+        raise ValueError(f"{file}: model_type is {model_type!r}; allowed: {allowed}")
     try:
-        return _shape(model, config, family)
+        return _shape(model, config, families[model_type])
     except KeyError as error:
         raise ValueError(f"{file}: {error.args[0]} is missing") from error
 
