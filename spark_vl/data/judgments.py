@@ -345,9 +345,8 @@ def _question(words: str, images: Sequence[ImageRef]) -> Content:
     pieces = words.split(_PLACE)
     if len(pieces) != len(images) + 1:
         raise ValueError(f"'question' has {len(pieces) - 1} places {_PLACE!r} for {len(images)} 'images'")
-    content: list[str | ImageRef] = []
-    for piece, image in zip(pieces, [*images, ""], strict=True):
-        content += [piece, image]
+    between: list[str | ImageRef] = [*images, ""]
+    content = [part for pair in zip(pieces, between, strict=True) for part in pair]
     return tuple(part for part in content if part != "")
 
 
