@@ -1,5 +1,5 @@
-"""JSON lines: a file that grows by whole lines. A process that is killed in the writing leaves a torn last line, which
-is not read, and is cut off before the next line is written."""
+"""JSON lines: a file that grows by whole lines. A process that is killed while it writes leaves a torn last line, which
+is not read, and which is cut off before the next line is written."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _CHUNK = 2**16
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Append `lines` in one go, and hand them to the system. One process at a time writes to a file."""
-    # A lone surrogate becomes a JSON escape, which is what it looks like after backslashreplace.
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode(errors="backslashreplace")
+    """Append `lines`, without waiting for the disk. Only one process may write to a file."""
     with path.open("ab+") as file:
         _cut_torn_line(file)
-        file.write(text)
+        for line in lines:
+            # backslashreplace turns a lone surrogate, which UTF-8 cannot hold, into its escape in JSON.
+            file.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
