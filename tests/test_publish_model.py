@@ -81,7 +81,7 @@ def test_public_is_public_and_a_repository_does_not_change_who_sees_it(hub, call
     call("publish_model", checkpoint=finished_run, repo="org/open", public=True)
     assert not hub.repo("model", "org/open").private
     head = hub.repo("model", "org/open").at().oid
-    with pytest.raises(Refused, match=r"exists and is public, and private .*--public.* was asked for"):
+    with pytest.raises(Refused, match=r"exists and is public, but private .*--public.* was asked for"):
         call("publish_model", checkpoint=finished_run / "checkpoints" / "step-000003", repo="org/open")
     assert hub.repo("model", "org/open").at().oid == head
 
