@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -90,8 +91,9 @@ class BestFigure:
         self.name = name
         self.value = -math.inf
 
-    def improved(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> bool:
-        """Whether `figures`, evaluated after `step`, raise it. What was there before the first step is not kept.
+    def update(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Take in `figures`, evaluated after `step`; without any, nothing changes. Returns whether it is the best step
+        so far; step 0, the untrained model, sets the mark and never is.
 
         Raises:
             ConfigError: there is no such figure.
@@ -113,37 +115,22 @@ class BestFigure:
         self.value = state["value"]
 
 
+@dataclass(kw_only=True)
 class Checkpoints:
-    """Writes and loads the checkpoints of one run. All methods are collective.
+    """Writes and loads the checkpoints of one run. All methods are collective."""
 
-    Args:
-        folder: of the checkpoints.
-        accelerator: has prepared what it saves by itself: weights, optimizer, schedule, random generators.
-        policy: as prepared.
-        processor, templater, config: are saved too.
-        feed, parts: what else the run consists of, by name. `feed` knows how to deal its state out to another number of
-            processes.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        accelerator: Accelerator,
-        policy: torch.nn.Module,
-        processor: Processor,
-        templater: Templater,
-        config: TrainConfig,
-        feed: PromptFeed,
-        parts: Mapping[str, Stateful],
-    ) -> None:
-        self.folder = folder
-        self.accelerator = accelerator
-        self.policy = policy
-        self.processor = processor
-        self.templater = templater
-        self.config = config
-        self.feed = feed
-        self.parts = parts
+    folder: Path
+    accelerator: Accelerator
+    """Saves by itself what it has prepared: weights, optimizer, schedule, random generators."""
+    policy: torch.nn.Module
+    """As prepared."""
+    processor: Processor
+    templater: Templater
+    config: TrainConfig
+    feed: PromptFeed
+    """Knows how to deal its state out to another number of processes."""
+    parts: Mapping[str, Stateful]
+    """What else the run remembers, by name."""
 
     def write(self, step: int) -> Path:
         """Write `step-…` on all processes. It counts once `commit` has been called.

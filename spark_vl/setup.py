@@ -13,7 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from spark_vl.checkpoint import BestFigure, Checkpoints, Stateful, claim_folder, find_checkpoint
+from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint
 from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
@@ -95,14 +95,25 @@ def load_trainer(
     updater = load_updater(config, accelerator, processor, updates=updates)
     engine = load_engine(config.rollout, accelerator, updater.policy, processor)
     verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
-    limit = config.rollout.max_new_tokens
-    make_batches = BatchMaker(accelerator, processor, config.objective, config.optimizer, max_new_tokens=limit)
+    make_batches = BatchMaker(
+        accelerator=accelerator,
+        processor=processor,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
 
     # Where it stands.
     best = BestFigure(config.checkpoint.keep_best)
-    parts: dict[str, Stateful] = {"updater": updater, "best": best}
     checkpoints = Checkpoints(
-        folder / CHECKPOINTS, accelerator, updater.policy, processor, templater, config, feed, parts
+        folder=folder / CHECKPOINTS,
+        accelerator=accelerator,
+        policy=updater.policy,
+        processor=processor,
+        templater=templater,
+        config=config,
+        feed=feed,
+        parts={"updater": updater, "best": best},
     )
     resumed = None
     if checkpoint:
@@ -143,18 +154,17 @@ def load_trainer(
         with claim, verifiers, closing(engine), watch, stop, log:
             yield
 
-    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, limit)
     return Trainer(
         config=config,
         accelerator=accelerator,
         feed=feed,
         engine=engine,
         collector=Collector(
-            engine,
-            verifiers,
-            accelerator,
-            log,
-            sampling,
+            engine=engine,
+            verifiers=verifiers,
+            accelerator=accelerator,
+            log=log,
+            sampling=Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens),
             n=config.rollout.n,
             refill_rounds=config.objective.refill_rounds,
         ),

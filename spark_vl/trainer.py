@@ -1,17 +1,24 @@
-"""The loop. Each step samples completions, verifies them, learns from them, and recycles them into new prompts.
+"""The loop. A step samples completions, verifies them, learns from them, and recycles them into new prompts.
 
-Sampled: `rollout.n` completions of each prompt, from the current weights. Prompts are problems of the recipes, and
-    judgments and reflections recycled from earlier completions. Both take the same way through this loop.
-Reward: of a completion, the verifier's score in [0, 1] against the prompt's known right answer, times the prompt's
-    weight, plus shaping terms (`RolloutGroup.rewards`). Nothing else is a reward: there is no reward model.
-Gradient: completions are compared within their group (`group_advantages`), and a clipped policy-gradient loss with a
-    KL penalty (`policy/losses.py`) is minimized over packs of whole groups, one optimizer step per batch.
-Recycled: after the update, every verified group becomes pointwise, pairwise or reflection prompts (`recycle.py`). They
-    wait in the feed for the next phase that takes them: the second phase of the step (`recycle.schedule: sequential`,
-    as in the paper's code), or the next step, together with its problems (`merged`: one update per step).
-Checkpoint: weights, optimizer, learning-rate schedule, random generators (Accelerate saves these); position in the
-    problems, recycled prompts that wait, counts of bad rows (the feed's state); the best figure so far. All seeds are
-    made from (seed, step, process, phase), so a resumed run draws what an uninterrupted one would have drawn.
+A step has one phase or two, by `recycle.schedule`; each phase takes prompts, samples, verifies, updates and recycles:
+    `none`: problems. `merged`: problems together with what the last step recycled. `sequential`, as in the paper's
+    code: problems, then what was recycled from them, sampled from the updated policy.
+Sampled: `rollout.n` completions of each prompt, from the current weights; old completions are never trained on again.
+Reward: the verifier's score in [0, 1] against the prompt's reference answer, weighted, plus weighted shaping terms
+    such as format (`RolloutGroup.rewards`). The reference answer of a judgment is known, since what it judges was
+    verified. What the model says in a judgment is itself rewarded, but is never a reward: there is no reward model.
+Gradient: advantages compare the rewards within a group. `make_batches` deals the groups out to
+    `optimizer.updates_per_batch` batches (default 1). Each batch is one optimizer step, accumulated over packs of
+    whole groups. The loss is the clipped policy gradient, whose ratio is to the policy that sampled (1 in the first
+    batch of a phase), plus `objective.beta` times the KL divergence from the policy that the run began with
+    (`policy/losses.py`).
+Recycled: after the update, the verified group of each problem becomes pointwise, pairwise or reflection prompts, and
+    that of a reflection pointwise ones if `recycle.judge_reflections` is set; judgments are not recycled
+    (`recycle.py`). They wait in the feed for the next phase that takes recycled prompts.
+Checkpoint: weights, optimizer, learning-rate schedule and random generators (Accelerate saves these), the place in the
+    problems, the prompts that wait, counts of bad rows and skipped updates, and the best evaluation so far. The
+    reference policy is loaded anew. Every seed is made from (seed, step, process, draw), so a resumed run draws what
+    an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -39,7 +46,7 @@ from spark_vl.run.sinks import Sink
 
 @dataclass
 class Trainer:
-    """Trains one model as policy and as generative reward. `setup.load_trainer` builds it from a configuration."""
+    """Trains one model to solve problems and to judge solutions. `setup.load_trainer` builds it from a config."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -52,28 +59,29 @@ class Trainer:
     best: BestFigure
     log: RunLog
     sinks: Sequence[Sink]
-    """Are told of verified groups, metrics and checkpoints."""
+    """What is told of verified groups, metrics and checkpoints."""
     evaluate: Callable[[int], Mapping[str, Any]]
-    """Step → held-out figures of the policy after it: name → `value`, `low`, `high`, `n`. None: it is not evaluated."""
+    """Step → held-out figures of the policy after it, which it also logs: name → `value`, `low`, `high`, `n`. Empty
+    where nothing is evaluated."""
     stop: StopRequest
     session: AbstractContextManager[None]
-    """Holds open what the run needs: verifiers, engine, log, signal handlers, the watch over other processes."""
+    """Holds open what the run needs: verifiers, engine, log, signal handlers, watch over other processes."""
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     resumed: int | None = None
-    """Step of the checkpoint that the run goes on from; None: it begins."""
+    """Step of the checkpoint that the run resumes from; None for a new run."""
     step: int = 0
     """Steps finished so far."""
 
     def train(self) -> bool:
-        """Run to the last step, and leave `model/`, a plain Hugging Face checkpoint, in the run's folder.
+        """Train to the last step, and leave its model, a plain Hugging Face checkpoint, as `model/` of the run.
 
         Returns:
-            Whether it got there: a signal stops it before, at a checkpoint.
+            False if a signal stopped the run before the last step; it then saves a checkpoint to resume from.
 
         Raises:
             NonFiniteUpdateError: the loss or the gradient was not finite several times in a row.
-            TooManyBadRowsError: more rows cannot be used than the run allows.
+            TooManyBadRowsError: there are more unusable rows than the run allows.
             CheckpointError: a checkpoint cannot be written.
         """
         with self.session:
@@ -83,22 +91,22 @@ class Trainer:
 
     def _run(self) -> bool:
         if self.resumed is None:
-            self.best.improved(self.step, self.evaluate(self.step))
+            self.best.update(self.step, self.evaluate(self.step))
         while self.step < self.steps:
             if self._asked_to_stop() or not self._train_step(self.step + 1):
                 return self._stop()
             self.step += 1
             last = self.step == self.steps
-            # Before the checkpoint: a run that resumes from it has the figures of its step.
+            # Evaluated before it is saved, so that a run that resumes from the checkpoint does not evaluate it again.
             figures = self.evaluate(self.step) if last or self._due(self.config.evaluation.every) else {}
-            is_best = self.best.improved(self.step, figures)
+            is_best = self.best.update(self.step, figures)
             if is_best or last or self._due(self.config.checkpoint.every):
                 self._save(is_best=is_best)
         self.checkpoints.copy_model(self.step, self.log.folder / MODEL)
         return True
 
     def _train_step(self, step: int) -> bool:
-        """Take one step. Returns False if it was abandoned before its first update, because the run is to stop."""
+        """Take one step. Returns False if it was abandoned, before its first update, because a signal came."""
         self.log.begin_step(step)
         with self.log.timed("step"):
             for phase, name in enumerate(self.feed.phases):
@@ -109,14 +117,15 @@ class Trainer:
                     continue
                 seed = self._seed(step, "sample", 2 * phase + 1)
                 scored = self.collector.sample_and_verify(prompts, seed=seed)
-                # Dynamic sampling, if asked for: all that was sampled, and what is trained on.
-                scored, chosen = self.collector.refill(scored, self.feed.more, seed=seed)
+                # Dynamic sampling, if asked for, replaces groups without a gradient in what is trained on; all that was
+                # sampled is recycled.
+                scored, trained_on = self.collector.refill(scored, self.feed.more, seed=seed)
                 if phase == 0 and self._asked_to_stop():
-                    self.feed.rewind()
+                    self.feed.rewind()  # to the start of the step, which the resumed run takes again
                     return False
                 normalize = self.config.objective.loss != "dr_grpo"
-                advantages = [group_advantages(group.rewards, normalize=normalize) for _, group in chosen]
-                self._update(chosen, advantages, self._seed(step, "update", 2 * phase + 2))
+                advantages = [group_advantages(group.rewards, normalize=normalize) for _, group in trained_on]
+                self._update(step, trained_on, advantages, self._seed(step, "update", 2 * phase + 2))
                 self.log.count("recycle", self.feed.recycle(scored, step))
                 with self.log.timed("write"):
                     self.log.phase("writing")
@@ -128,20 +137,22 @@ class Trainer:
             sink.on_metrics(step, metrics)
         return True
 
-    def _update(self, chosen: Sequence[Scored], advantages: Sequence[Sequence[float]], seed: str) -> None:
-        """Pack the groups, take the optimizer steps, and let the engine sample from the new weights. Collective."""
+    def _update(
+        self, step: int, trained_on: Sequence[Scored], advantages: Sequence[Sequence[float]], seed: str
+    ) -> None:
+        """Take the optimizer steps, and let the engine sample from the new weights. A collective call."""
         with self.log.timed("update"):
             try:
-                batches = self.make_batches(chosen, advantages, seed=seed)
+                batches = self.make_batches(trained_on, advantages, seed=seed)
                 self.updater.update(batches, add=self.log.add, progress=self.log.progress)
             except NonFiniteUpdateError as error:
-                file = self.log.dump(self.step + 1, [group for _, group in chosen])
-                kept = f"step {self.step + 1} is in {file}, the last good weights in {self.checkpoints.folder}"
+                file = self.log.dump(step, [group for _, group in trained_on])
+                kept = f"step {step} is in {file}, the last good weights in {self.checkpoints.folder}"
                 raise NonFiniteUpdateError(f"{error}; {kept}") from error
             self.engine.sync_weights(self.accelerator.unwrap_model(self.updater.policy))
 
     def _save(self, *, is_best: bool) -> None:
-        """Write a checkpoint. It counts once every sink has written what belongs to it."""
+        """Write a checkpoint. A run can resume from it once every sink has written its part, and not before."""
         self.log.phase("saving")
         checkpoint = self.checkpoints.write(self.step)
         for sink in self.sinks:
@@ -149,7 +160,7 @@ class Trainer:
         self.checkpoints.commit(self.step, is_best=is_best)
 
     def _stop(self) -> bool:
-        """Save where the run is, unless that is done, and say how to go on."""
+        """Save a checkpoint, unless there is one of this step, and say how to resume."""
         if not self.checkpoints.is_latest(self.step):
             self._save(is_best=False)
         resume = "go on with the same command and --resume auto"
@@ -157,6 +168,7 @@ class Trainer:
         return False
 
     def _asked_to_stop(self) -> bool:
+        """Whether any process got a signal to stop. A collective call."""
         return self._any_process(self.stop.signal is not None)
 
     def _any_process(self, here: bool) -> bool:
@@ -166,5 +178,5 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _seed(self, step: int, purpose: str, turn: int) -> str:
-        """The seed of one draw on this process. Steps are counted from 0 here, and the draws of a step from 1."""
+        """The seed of one draw on this process: steps count from 0 in it, the draws of a step from 1."""
         return f"{self.config.seed}/{step - 1}/{self.accelerator.process_index}/{purpose}/{turn}"

@@ -42,7 +42,11 @@ def run_update(updater, groups, prompts):
     normalize = updater.objective.loss != "dr_grpo"
     advantages = [group_advantages(group.rewards, normalize=normalize) for group in groups]
     make_batches = BatchMaker(
-        updater.accelerator, updater.processor, updater.objective, updater.settings, max_new_tokens=10
+        accelerator=updater.accelerator,
+        processor=updater.processor,
+        objective=updater.objective,
+        optimizer=updater.settings,
+        max_new_tokens=10,
     )
     updater.update(make_batches(scored, advantages, seed="0"), add=add)
     return sums

@@ -45,31 +45,19 @@ class Batch:
         return torch.tensor(flat, device=pack.row_N.device)
 
 
+@dataclass(kw_only=True)
 class BatchMaker:
-    """Deals groups out to the optimizer steps of one update phase, and lays each part out in packs.
+    """Deals groups out to the optimizer steps of one update phase, and lays each part out in packs."""
 
-    Args:
-        accelerator: counts over all processes.
-        processor: knows the padding.
-        objective: weights of the kinds of prompts.
-        optimizer: `updates_per_batch` and `tokens_per_pack`.
-        max_new_tokens: normalizer of Dr. GRPO.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        processor: Processor,
-        objective: ObjectiveConfig,
-        optimizer: OptimizerConfig,
-        *,
-        max_new_tokens: int,
-    ) -> None:
-        self.accelerator = accelerator
-        self.processor = processor
-        self.objective = objective
-        self.optimizer = optimizer
-        self.max_new_tokens = max_new_tokens
+    accelerator: Accelerator
+    processor: Processor
+    """Knows the padding."""
+    objective: ObjectiveConfig
+    """Weights of the kinds of prompts."""
+    optimizer: OptimizerConfig
+    """`updates_per_batch` and `tokens_per_pack`."""
+    max_new_tokens: int
+    """Normalizer of Dr. GRPO."""
 
     def __call__(self, scored: Sequence[Scored], advantages: Sequence[Sequence[float]], *, seed: str) -> list[Batch]:
         """One batch for each optimizer step that any process has completions for. Collective.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 
@@ -18,37 +18,21 @@ from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
 
 
+@dataclass(kw_only=True)
 class Collector:
-    """Samples the completions that a step learns from, and verifies them.
+    """Samples the completions that a step learns from, and has them verified."""
 
-    Args:
-        engine: samples.
-        verifiers: score completions against the prompt's known answer.
-        accelerator: of the run.
-        log: is told of progress and times.
-        sampling: temperature, top-p and length; its seed is replaced for each call.
-        n: completions per prompt, G.
-        refill_rounds: see `ObjectiveConfig`.
-    """
-
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        verifiers: VerifierPool,
-        accelerator: Accelerator,
-        log: RunLog,
-        sampling: Sampling,
-        *,
-        n: int,
-        refill_rounds: Mapping[str, int],
-    ) -> None:
-        self.engine = engine
-        self.verifiers = verifiers
-        self.accelerator = accelerator
-        self.log = log
-        self.sampling = sampling
-        self.n = n
-        self.refill_rounds = refill_rounds
+    engine: RolloutEngine
+    verifiers: VerifierPool
+    accelerator: Accelerator
+    log: RunLog
+    """Is told of progress and times."""
+    sampling: Sampling
+    """Temperature, top-p and length; each call has a seed of its own."""
+    n: int
+    """Completions per prompt, G."""
+    refill_rounds: Mapping[str, int]
+    """See `ObjectiveConfig`."""
 
     def sample_and_verify(self, prompts: Sequence[ProcessedPrompt], *, seed: str) -> list[Scored]:
         """Each prompt with its group of G completions and their verdicts. Collective."""

@@ -65,7 +65,11 @@ def run_update(updater: Updater, groups: list[RolloutGroup], prompts: dict[str, 
     normalize = updater.objective.loss != "dr_grpo"
     advantages = [group_advantages(group.rewards, normalize=normalize) for group in groups]
     make_batches = BatchMaker(
-        updater.accelerator, updater.processor, updater.objective, updater.settings, max_new_tokens=16
+        accelerator=updater.accelerator,
+        processor=updater.processor,
+        objective=updater.objective,
+        optimizer=updater.settings,
+        max_new_tokens=16,
     )
     updater.update(make_batches([(prompts[g.record.id], g) for g in groups], advantages, seed="0"), add=add)
 
