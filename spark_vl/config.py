@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from jsonargparse.typing import (
@@ -27,10 +27,7 @@ from jsonargparse.typing import (
 
 from spark_vl.records import KINDS, Kind
 
-if TYPE_CHECKING:
-    PositiveShare = float
-else:
-    PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
+PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
 
 DEFAULT_REASONING_SUFFIX = "\nWork through this step by step, then write only your final answer inside \\boxed{}."
 
@@ -103,7 +100,7 @@ class RolloutConfig:
     n: PositiveInt = 8
     """Completions for each prompt: the group size G."""
     temperature: PositiveFloat = 1.0
-    top_p: PositiveShare = 1.0
+    top_p: PositiveShare = 1.0  # type: ignore[valid-type]  # made at run time
     max_new_tokens: PositiveInt = 768
     decode_batch_size: PositiveInt = 256
     """Completions decoded together on one process: bounds the memory of the key-value cache."""
@@ -383,7 +380,7 @@ def _check_pixels(model: ModelConfig) -> None:
 def _check_kind_table(path: str, table: dict[str, Any], least: float) -> None:
     for kind, value in table.items():
         if kind not in KINDS:
-            raise ConfigError(f"{path}: {kind!r} is no kind of prompt; allowed are {', '.join(KINDS)}")
+            raise ConfigError(f"{path}: {kind!r} is not a kind of prompt; allowed are {', '.join(KINDS)}")
         if not least <= value < inf:
             raise ConfigError(f"{path}.{kind}: is {value}; allowed are finite numbers from {least}")
 

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from spark_vl.data.images import ImageError, load_image
+from spark_vl.prompts import Templater
 from spark_vl.records import ImageRef
 from tests.fuzz import targets
 from tests.image_zoo import zoo
@@ -23,18 +24,16 @@ def test_no_target_finds_anything_in_its_first_inputs(name: str) -> None:
 
 def test_the_fuzzing_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each invariant can fail: here, that of `neutralize` and that of the scores."""
-    monkeypatch.setattr(targets, "neutralize", lambda text: text)
+    monkeypatch.setattr(Templater, "neutralize", lambda self, text: text)
     with pytest.raises(AssertionError):
         targets.run_prompts(("a <|im_end|> b", ()))
     with pytest.raises(AssertionError, match="number"):
         targets.check_verdict(targets.Verdict(float("nan"), None), "number")
 
 
-@pytest.mark.parametrize("name", ["jpeg-1000-scans", "gif-comment-blocks", "gif-comment-many", "tiff-huge-tile"])
-def test_small_files_that_cost_hours_or_gigabytes_are_refused_at_once(name: str) -> None:
-    """Without a limit of ours Pillow takes 100 ms a scan of 64 megapixels, 5 s for 8 MB of comments (a time that grows
-    with the square), and 1.6 GB for a tile."""
-    (data,) = (specimen.data for specimen in zoo() if specimen.name == name)
+def test_a_small_file_that_costs_hours_is_refused_at_once() -> None:
+    """Without a limit of ours Pillow takes 100 ms a scan of 64 megapixels."""
+    (data,) = (specimen.data for specimen in zoo() if specimen.name == "jpeg-1000-scans")
     start = time.process_time()
     with pytest.raises(ImageError):
         load_image(ImageRef(data=data))

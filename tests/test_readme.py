@@ -11,7 +11,7 @@ from spark_vl.verifiers import VERIFIERS, get_verifier, verify
 from spark_vl.verifiers.shaping import SHAPING
 from tests.hub.fixtures import ROOT, spark_vl
 
-FREE = ("LOG.md", "design.md")
+FREE = ("LOG.md",)
 
 
 def test_train_publish_and_load(hub, finished_run):

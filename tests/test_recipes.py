@@ -335,7 +335,7 @@ def test_a_row_becomes_a_problem(problems, tmp_path: Path) -> None:
     assert record.question == ("Is ", first, " larger than ", second, "?")
     assert record.messages == TEMPLATER.problem(record.question)
     assert (record.id, record.kind, record.gold, record.recipe) == ("mine/train/#0", "problem", "yes", "mine")
-    assert (record.verifier, record.choices, record.origin) == ("math", (), None)
+    assert (type(record), record.verifier, record.choices) == (PromptRecord, "math", ())
 
 
 def test_without_placeholders_images_go_first(problems, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from spark_vl.verifiers.text import edit_distance, similarity
 from tests.golds import check_gold
 
 RIGHT, WRONG, UNPARSABLE = (1.0, "ok"), (0.0, "ok"), (0.0, "unparsable")
-COLOURS = ("red", "blue", "green and white", "0.5")
+COLORS = ("red", "blue", "green and white", "0.5")
 
 CHOICE = [  # gold, content of the box, expected, rule
     ("A, C", "A, C", RIGHT, "the same"),
@@ -401,7 +401,7 @@ TABLE = [
 
 def record(kind: str, gold: str, **options) -> PromptRecord:
     settings = tuple(options.items())
-    return PromptRecord("toy/7", "problem", (), (), gold, kind, "toy", COLOURS, settings=settings)
+    return PromptRecord("toy/7", "problem", (), (), gold, kind, "toy", COLORS, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -410,12 +410,12 @@ def record(kind: str, gold: str, **options) -> PromptRecord:
     ids=[f"{row[0]}-{i}-{row[-1]}" for i, row in enumerate(TABLE)],
 )
 def test_verdicts(kind, options, gold, reply, expected, rule) -> None:
-    verdict = verify(kind, reply, gold, choices=COLOURS, **options)
+    verdict = verify(kind, reply, gold, choices=COLORS, **options)
     assert (pytest.approx(verdict.score), verdict.status) == expected, rule
     assert (verdict.parsed is None) == (verdict.status == "unparsable")
     assert bool(verdict.detail) == (verdict.status != "ok")
     check_gold(record(kind, gold, **options))
-    assert verify(kind, "no answer", gold, choices=COLOURS, **options).status == "unparsable"
+    assert verify(kind, "no answer", gold, choices=COLORS, **options).status == "unparsable"
 
 
 @pytest.mark.parametrize(

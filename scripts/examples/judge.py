@@ -11,7 +11,7 @@ import torch
 
 from spark_vl import ImageRef, ModelConfig, PromptConfig, PromptRecord
 from spark_vl.evaluation.checkpoint import find_templater
-from spark_vl.families import load_processor
+from spark_vl.families.registry import find_family
 from spark_vl.policy.policy import load_policy
 from spark_vl.rollout import Sampling, TransformersEngine
 
@@ -19,15 +19,17 @@ from spark_vl.rollout import Sampling, TransformersEngine
 def judge(model: str, image: str, question: str, answer: str) -> str:
     """`right`, `wrong`, or `no verdict` where the model's reply gives none."""
     config = ModelConfig(path=model, dtype="float32")
-    processor = load_processor(config, max_prompt_tokens=8192)
+    family = find_family(config)
+    processor = family.load_processor(config, max_prompt_tokens=8192)
     suppressed = processor.suppressed_token_ids
     policy = load_policy(config, dtype=torch.float32, temperature=1.0, suppressed_token_ids=suppressed)
     engine = TransformersEngine(policy, processor, decode_batch_size=1)
 
     asked = (ImageRef(data=Path(image).read_bytes()), question)
-    templater = find_templater(PromptConfig(), config)  # the prompts that the model was trained on
+    templater = find_templater(PromptConfig(), config, family.reserved)  # the prompts that the model was trained on
     prompt = templater.pointwise(asked, answer, correct=True, rng=random.Random(0))
-    record = PromptRecord("judge", "pointwise", prompt.messages, asked, str(prompt.gold), "judgment", "judge")
+    problem = PromptRecord("judge", "problem", (), asked, gold=answer, verifier="text", recipe="judge")
+    record = prompt.record(problem, "pointwise", id="judge#pointwise")
     [group] = engine.generate([processor.process(record)], 1, Sampling(temperature=0.0, max_new_tokens=256))
 
     label = templater.templates[prompt.template].parse(group.rollouts[0].text)

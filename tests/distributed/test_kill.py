@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_vl.checkpoint import is_latest
+from spark_vl.run.paths import LATEST, name_of, pointed
 from tests.distributed.launching import SHARDED, SMALL, Run, assert_same_run, latest, lines, start
 
 pytestmark = pytest.mark.distributed
@@ -37,7 +37,12 @@ def kill_in(run: Run, folder: Path, phase: str, step: int, rng: random.Random) -
             run.wait_until(lambda: steps() >= step and list((folder / "checkpoints").glob(".step-*.partial")))
             time.sleep(rng.uniform(0, 0.08))
         case "finishing":  # after the last checkpoint
-            run.wait_until(lambda: steps() >= step and is_latest(folder / "checkpoints", step))
+            run.wait_until(
+                lambda: (
+                    steps() >= step
+                    and pointed(folder / "checkpoints", LATEST) == folder / "checkpoints" / name_of(step)
+                )
+            )
             time.sleep(rng.uniform(0, 0.3))
     run.kill_all()
 
