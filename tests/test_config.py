@@ -123,7 +123,7 @@ def with_weights(**changes: float) -> str:
         ),
         (
             [RECIPE, with_weights(judge=1)],
-            "objective.weights: 'judge' is no kind of prompt; allowed are problem, pointwise, pairwise, reflection",
+            "objective.weights: 'judge' is not a kind of prompt; allowed are problem, pointwise, pairwise, reflection",
         ),
         ([RECIPE, with_weights(pairwise=-1)], "objective.weights.pairwise: is -1.0; allowed are finite numbers from 0"),
         (
@@ -131,7 +131,7 @@ def with_weights(**changes: float) -> str:
             "objective.weights.problem: is nan",
         ),
         ([RECIPE, "--objective.refill_rounds={problem: -1}"], "objective.refill_rounds.problem: is -1"),
-        ([RECIPE, "--objective.refill_rounds={all: 1}"], "objective.refill_rounds: 'all' is no kind of prompt"),
+        ([RECIPE, "--objective.refill_rounds={all: 1}"], "objective.refill_rounds: 'all' is not a kind of prompt"),
         (
             [RECIPE, "--model.min_pixels=900", "--model.max_pixels=800"],
             "model.min_pixels: is 900, above model.max_pixels",
