@@ -2,23 +2,25 @@
 
 A step has one phase or two, by `recycle.schedule`; each phase takes prompts, samples, verifies, updates and recycles:
     `none`: problems. `merged`: problems together with what the last step recycled. `sequential`, as in the paper's
-    code: problems, then what was recycled from them, sampled from the updated policy.
+    code: problems, then every recycled prompt that waits, sampled from the updated policy.
 Sampled: `rollout.n` completions of each prompt, from the current weights; old completions are never trained on again.
 Reward: the verifier's score in [0, 1] against the prompt's reference answer, weighted, plus weighted shaping terms
     such as format (`RolloutGroup.rewards`). The reference answer of a judgment is known, since what it judges was
-    verified. What the model says in a judgment is itself rewarded, but is never a reward: there is no reward model.
-Gradient: advantages compare the rewards within a group. `make_batches` deals the groups out to
-    `optimizer.updates_per_batch` batches (default 1). Each batch is one optimizer step, accumulated over packs of
-    whole groups. The loss is the clipped policy gradient, whose ratio is to the policy that sampled (1 in the first
-    batch of a phase), plus `objective.beta` times the KL divergence from the policy that the run began with
-    (`policy/losses.py`).
-Recycled: after the update, the verified group of each problem becomes pointwise, pairwise or reflection prompts, and
-    that of a reflection pointwise ones if `recycle.judge_reflections` is set; judgments are not recycled
-    (`recycle.py`). They wait in the feed for the next phase that takes recycled prompts.
+    verified. A judgment is rewarded for agreeing with the verifier; its verdict never rewards another completion.
+    There is no reward model.
+Gradient: a completion's advantage is its reward minus the mean of its group, divided by the group's standard deviation
+    (not for `dr_grpo`). `make_batches` deals the groups out to `optimizer.updates_per_batch` parts (default 1). Each
+    is one optimizer step, accumulated over packs of whole groups. The loss is the clipped policy gradient, whose ratio
+    compares with the trainer's own log-probabilities under the weights that sampled (so it is 1 in the first part),
+    plus `objective.beta` times the KL divergence from the policy that the run began with (`policy/losses.py`).
+Recycled: after the update, the group of each problem becomes judgments (pointwise: is this answer right? pairwise:
+    which of two is?) and reflections (check this answer, and give the right one). With `recycle.judge_reflections` the
+    group of a reflection becomes pointwise judgments. Judgments are not recycled (`recycle.py`). Recycled prompts wait
+    in the feed for the next phase that takes them.
 Checkpoint: weights, optimizer, learning-rate schedule and random generators (Accelerate saves these), the place in the
     problems, the prompts that wait, counts of bad rows and skipped updates, and the best evaluation so far. The
-    reference policy is loaded anew. Every seed is made from (seed, step, process, draw), so a resumed run draws what
-    an uninterrupted one would have drawn.
+    reference policy is loaded anew. Every seed is made from (seed, step, process, draw), so a run resumed on as many
+    processes draws what an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -117,8 +119,8 @@ class Trainer:
                     continue
                 seed = self._seed(step, "sample", 2 * phase + 1)
                 scored = self.collector.sample_and_verify(prompts, seed=seed)
-                # Dynamic sampling, if asked for, replaces groups without a gradient in what is trained on; all that was
-                # sampled is recycled.
+                # Dynamic sampling, if asked for, draws fresh groups (with seeds of their own). They join `scored`, and take
+                # the place of groups without a gradient in `trained_on`; those are recycled all the same.
                 scored, trained_on = self.collector.refill(scored, self.feed.more, seed=seed)
                 if phase == 0 and self._asked_to_stop():
                     self.feed.rewind()  # to the start of the step, which the resumed run takes again
