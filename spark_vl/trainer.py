@@ -119,8 +119,8 @@ class Trainer:
                     continue
                 seed = self._seed(step, "sample", 2 * phase + 1)
                 scored = self.collector.sample_and_verify(prompts, seed=seed)
-                # Dynamic sampling, if asked for, draws fresh groups (with seeds of their own). They join `scored`, and take
-                # the place of groups without a gradient in `trained_on`; those are recycled all the same.
+                # Dynamic sampling, if asked for, draws fresh groups, with seeds of their own. They join `scored`; in
+                # `trained_on` they take the place of groups without a gradient, which are recycled all the same.
                 scored, trained_on = self.collector.refill(scored, self.feed.more, seed=seed)
                 if phase == 0 and self._asked_to_stop():
                     self.feed.rewind()  # to the start of the step, which the resumed run takes again
