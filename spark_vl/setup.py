@@ -151,7 +151,9 @@ def load_trainer(
 
     @contextmanager
     def session() -> Iterator[None]:
-        with claim, verifiers, closing(engine), watch, stop, log:
+        # The watch within the signal handlers: when a process dies, the launcher sends the others SIGTERM, while the watch
+        # takes some seconds to find out which one it was.
+        with claim, stop, verifiers, closing(engine), watch, log:
             yield
 
     return Trainer(
