@@ -151,8 +151,8 @@ def load_trainer(
 
     @contextmanager
     def session() -> Iterator[None]:
-        # The watch within the signal handlers: when a process dies, the launcher sends the others SIGTERM, while the watch
-        # takes some seconds to find out which one it was.
+        # The watch within the signal handlers: when a process dies, the launcher sends the others SIGTERM, and the
+        # watch takes some seconds to find out which one it was.
         with claim, stop, verifiers, closing(engine), watch, log:
             yield
 
