@@ -11,15 +11,14 @@ from accelerate import Accelerator
 from transformers import AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from spark_vl.advantages import group_advantages
 from spark_vl.config import ObjectiveConfig, OptimizerConfig
 from spark_vl.data.images import load_image
 from spark_vl.demo.tiny import random_tiny
-from spark_vl.policy.batch import BatchMaker
 from spark_vl.policy.policy import Policy
 from spark_vl.policy.update import Updater
 from spark_vl.records import Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
+from tests.distributed import updates
 
 G = 4
 QUESTIONS = ["Which digit is larger?", "What is the difference of these two?"]
@@ -38,17 +37,7 @@ def run_update(updater, groups, prompts):
         sums[name][0] += total
         sums[name][1] += weight
 
-    scored = [(prompts[group.record.id], group) for group in groups]
-    normalize = updater.objective.loss != "dr_grpo"
-    advantages = [group_advantages(group.rewards, normalize=normalize) for group in groups]
-    make_batches = BatchMaker(
-        accelerator=updater.accelerator,
-        processor=updater.processor,
-        objective=updater.objective,
-        optimizer=updater.settings,
-        max_new_tokens=10,
-    )
-    updater.update(make_batches(scored, advantages, seed="0"), add=add)
+    updates.run_update(updater, groups, prompts, add, max_new_tokens=10)
     return sums
 
 

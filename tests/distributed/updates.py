@@ -13,6 +13,7 @@ import json
 import random
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -60,8 +61,15 @@ def make_groups() -> list[RolloutGroup]:
     return groups
 
 
-def run_update(updater: Updater, groups: list[RolloutGroup], prompts: dict[str, ProcessedPrompt], add: Add) -> None:
-    """One update phase on `groups` of this process."""
+def run_update(
+    updater: Updater,
+    groups: Sequence[RolloutGroup],
+    prompts: Mapping[str, ProcessedPrompt],
+    add: Add,
+    *,
+    max_new_tokens: int = 16,
+) -> None:
+    """One update phase on `groups` of this process, as the loop makes it; `prompts` by record id."""
     normalize = updater.objective.loss != "dr_grpo"
     advantages = [group_advantages(group.rewards, normalize=normalize) for group in groups]
     make_batches = BatchMaker(
@@ -69,7 +77,7 @@ def run_update(updater: Updater, groups: list[RolloutGroup], prompts: dict[str, 
         processor=updater.processor,
         objective=updater.objective,
         optimizer=updater.settings,
-        max_new_tokens=16,
+        max_new_tokens=max_new_tokens,
     )
     updater.update(make_batches([(prompts[g.record.id], g) for g in groups], advantages, seed="0"), add=add)
 
