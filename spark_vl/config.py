@@ -28,6 +28,7 @@ from jsonargparse.typing import (
 from spark_vl.records import KINDS, Kind
 
 PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
+ShareBelowOne = restricted_number_type("ShareBelowOne", float, [(">=", 0), ("<", 1)])
 
 DEFAULT_REASONING_SUFFIX = "\nWork through this step by step, then write only your final answer inside \\boxed{}."
 
@@ -135,8 +136,22 @@ class RecycleConfig:
     """Judge prompts (pointwise and pairwise) a step, over all processes."""
     max_reflection: NonNegativeInt = 32
     """Reflection prompts a step, over all processes."""
+    batch: PositiveInt | None = None
+    """Recycled prompts are taken this many at a time, over all processes, the oldest first: fewer wait until there are
+    as many (the released code: 64). null: a phase takes all that wait."""
     pairwise_share: ClosedUnitInterval = 0.7
-    """Share of groups with right and wrong rollouts that give a pairwise prompt; the rest give a pointwise one."""
+    """Share of groups with right and wrong rollouts that give a pairwise prompt; the rest give pointwise ones."""
+    pointwise: Literal["matched_pairs", "one_per_group"] = "matched_pairs"
+    """`matched_pairs`: a group with right and wrong rollouts gives two pointwise prompts, one on an answer of each
+    kind, which are kept or left out together, so that difficulty does not predict the label.
+    `one_per_group`: each group gives one, on either answer; nothing is balanced, and easy questions go with 'right'
+    (the released code)."""
+    unanimous_share: ShareBelowOne = 0.1  # type: ignore[valid-type]  # made at run time
+    """With `matched_pairs`: share s of the pointwise prompts that may quote groups whose rollouts are all right or all
+    wrong, as many of either. Difficulty then predicts the label with an area under the ROC curve of .5 + s - s²/2."""
+    a_is_correct: bool = False
+    """Whether A is the right answer's option in all pointwise prompts with options (the released code: yes); false: it
+    is drawn."""
     judge_sees: Literal["answer", "cot", "mixed"] = "answer"
     """What a judge is shown: final answers (the released code), whole completions, or either with equal chance."""
     reflection_cot_share: ClosedUnitInterval = 0.5
@@ -146,9 +161,6 @@ class RecycleConfig:
     """
     judge_reflections: bool = False
     """Whether the groups of reflection prompts are recycled too, into pointwise prompts."""
-    balance_labels: bool = True
-    """Whether pointwise prompts whose label is 'right' and 'wrong' are kept equally frequent (the released code: no).
-    """
     recycle_truncated: bool = False
     """Whether completions cut off by the length limit count as evidence (the released code: yes)."""
 
@@ -357,11 +369,22 @@ def check_train_config(config: TrainConfig) -> None:
         )
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: is {config.optimizer.betas}; allowed are two numbers in [0, 1)")
+    _check_batch(config.recycle)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if config.optimizer.tokens_per_pack < longest:
         raise ConfigError(
             f"optimizer.tokens_per_pack: is {config.optimizer.tokens_per_pack}, less than the longest prompt with one "
             f"completion ({longest} = data.max_prompt_tokens + rollout.max_new_tokens)"
+        )
+
+
+def _check_batch(recycle: RecycleConfig) -> None:
+    twice = recycle.schedule == "sequential" and recycle.judge_reflections
+    most = recycle.max_judge * (2 if twice else 1) + recycle.max_reflection
+    if recycle.batch is not None and recycle.batch < most:
+        raise ConfigError(
+            f"recycle.batch: is {recycle.batch}, and up to {most} prompts are recycled in a step, so ever more would "
+            f"wait; set it to {most} or more, or lower recycle.max_judge and recycle.max_reflection"
         )
 
 

@@ -17,6 +17,7 @@ _RENAMED = {
     "rollout.rows_at_once": "it is called rollout.decode_batch_size now",
     "rollout.engine": "there is one engine; leave it out",
     "logging.rollouts_every": "all rollouts are in judgments/, which `spark-vl show RUN` prints; leave it out",
+    "recycle.balance_labels": "true is recycle.pointwise: matched_pairs now, false is recycle.pointwise: one_per_group",
 }
 """Settings of earlier versions, and what to write instead."""
 

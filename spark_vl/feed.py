@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from spark_vl.config import DataConfig, RecycleConfig
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.distributed.gather import each_process
+from spark_vl.distributed.spread import send
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.policy.batch import Scored
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord
-from spark_vl.recycle import recycle
+from spark_vl.recycle import DifficultyAuc, choose, deal, find_evidence, word
 from spark_vl.run.codec import record_from_json, record_to_json
 from spark_vl.run.quarantine import Quarantine, TooManyBadRowsError
 
@@ -30,6 +32,22 @@ PHASES: dict[str, tuple[Phase, ...]] = {
 """`recycle.schedule` → the phases of a step, in order."""
 
 
+@dataclass
+class _Waiting:
+    """Recycled prompts that are taken together: one, or the two of a pair."""
+
+    number: int
+    """Counts what was recycled, over all processes: the lowest is the oldest."""
+    records: list[PromptRecord]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"number": self.number, "records": [record_to_json(record) for record in self.records]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> _Waiting:
+        return cls(data["number"], [record_from_json(record) for record in data["records"]])
+
+
 class PromptFeed:
     """Draws problems, recycles rollouts, deals out what waits, and remembers where it is.
 
@@ -40,6 +58,7 @@ class PromptFeed:
         quarantine: takes rows and prompts that cannot be used.
         accelerator: knows this process and the others.
         data, config: `prompts_per_step`; the schedule, caps and shares of recycling.
+        refills: kinds of prompts of which `more` may be asked for more than the caps allow.
         seed: of recycling's draws.
     """
 
@@ -53,6 +72,7 @@ class PromptFeed:
         data: DataConfig,
         config: RecycleConfig,
         *,
+        refills: Iterable[str] = (),
         seed: int,
     ) -> None:
         self.sampler = sampler
@@ -63,11 +83,15 @@ class PromptFeed:
         self.phases = PHASES[config.schedule]
         self._share = data.prompts_per_step
         self._config = config
+        self._refills = set(refills)
         self._seed = seed
-        self._waiting: list[PromptRecord] = []
-        """Recycled prompts for the next phase that takes them."""
-        self._surplus: list[PromptRecord] = []
+        self._waiting: list[_Waiting] = []
+        """Recycled prompts of this process for the next phase that takes them."""
+        self._surplus: list[_Waiting] = []
         """More of them than the caps allow: dynamic sampling refills from here."""
+        self._recycled = 0
+        """So many have been recycled by all processes; numbers what waits."""
+        self._difficulty = DifficultyAuc()
         self._start = self._here()
 
     # ── out: what is sampled next ──
@@ -85,18 +109,22 @@ class PromptFeed:
         if phase != "recycled":
             prompts += self._draw(self._mine(self._share))
         if phase != "problems":
-            prompts += self._process(self._waiting)
-            self._waiting = []
+            prompts += self._process(self._take())
         return prompts
 
     def more(self, kind: Kind, n: int) -> list[ProcessedPrompt]:
         """Up to `n` more prompts of `kind`, to replace groups without variance: problems from the recipes, others from
-        recycling's surplus. Collective.
+        recycling's surplus, pairs as a whole. Collective.
         """
         if kind == "problem":
             return self._draw(n)
-        chosen = [record for record in self._surplus if record.kind == kind][:n]
-        self._surplus = [record for record in self._surplus if record not in chosen]
+        chosen: list[_Waiting] = []
+        left: list[_Waiting] = []
+        for waiting in self._surplus:
+            fits = waiting.records[0].kind == kind and len(waiting.records) <= n
+            (chosen if fits else left).append(waiting)
+            n -= len(waiting.records) if fits else 0
+        self._surplus = left
         return self._process(chosen)
 
     def rewind(self) -> None:
@@ -108,12 +136,16 @@ class PromptFeed:
     # ── in: what was sampled ──
 
     def recycle(self, scored: Sequence[Scored], step: int) -> dict[str, int]:
-        """Turn all that was sampled in `step` into the prompts that wait for the next phase.
+        """Turn all that all processes sampled in `step` into the prompts that wait for the next phase. Collective.
+
+        What is recycled is a decision about the whole step (`spark_vl.recycle`): processes tell each other what their
+        groups prove, choose the same, write what quotes their own groups, and send it where it is dealt to. So texts
+        and encoded images move, and decoded pixels never.
 
         A problem whose verifier failed on every completion is quarantined: the fault is in its row.
 
         Returns:
-            Counts for the metrics (`Recycled.counts`); none where the schedule recycles nothing.
+            Counts for the metrics (`Recycled.counts`), this process's part; none where the schedule recycles nothing.
 
         Raises:
             TooManyBadRowsError: see `next`.
@@ -125,34 +157,51 @@ class PromptFeed:
                 self.quarantine.add(BadRecordError(group.record.id, reason))
         if self._config.schedule == "none":
             return {}
-        config = replace(
-            self._config,
-            max_judge=self._mine(self._config.max_judge),
-            max_reflection=self._mine(self._config.max_reflection),
-        )
-        recycled = recycle(groups, self.templater, config, step=step, seed=self._seed)
-        self._waiting = [*self._waiting, *recycled.judge, *recycled.reflection]
-        self._surplus = [*recycled.judge_surplus, *recycled.reflection_surplus]
-        return recycled.counts
+        evidence, counts = find_evidence(groups, self._config, step=step, seed=self._seed)
+        waiting = sum(len(each.records) for each in self._waiting)
+        everyone = gather_object([([each.candidate for each in evidence], waiting)])
+        choice = choose([candidates for candidates, _ in everyone], self._config, step=step, seed=self._seed)
+        self._difficulty.add(step, choice.labels)
+
+        chosen = choice.judge + choice.reflection
+        units = chosen + [unit for unit in choice.surplus if unit.kind in self._refills]
+        here = self.accelerator.process_index
+        parcels = []
+        for number, (unit, to) in enumerate(zip(units, deal(units, [loaded for _, loaded in everyone]), strict=True)):
+            for part in unit.parts:
+                if part.process == here:
+                    record = word(part, unit, evidence, self.templater, self._config, step=step)
+                    parcels.append((to, (number, record)))
+        dealt: dict[int, list[PromptRecord]] = {}
+        for number, record in sorted(send(self.accelerator, parcels), key=lambda numbered: numbered[0]):
+            dealt.setdefault(number, []).append(record)
+        arrived = [_Waiting(self._recycled + number, records) for number, records in dealt.items()]
+        self._waiting = self._waiting + [w for w in arrived if w.number < self._recycled + len(chosen)]
+        self._surplus = [w for w in arrived if w.number >= self._recycled + len(chosen)]
+        self._recycled += len(units)
+        return counts | (choice.counts if self.accelerator.is_main_process else {})
 
     # ── state ──
-
-    @property
-    def epoch(self) -> float:
-        """Epochs drawn so far by all processes together."""
-        return self.sampler.epoch
 
     def counts(self) -> dict[str, int]:
         """For the metrics: rows and prompts of this process that could not be used, since the run began."""
         return {"quarantined": self.quarantine.rows_bad, "quarantined_prompts": self.quarantine.prompts_bad}
+
+    def metrics(self) -> dict[str, float]:
+        """For the metrics, the same on all processes: epochs, and how well the pass rate of a group predicts the label
+        of the pointwise prompts that quote it (`DifficultyAuc`)."""
+        auc = self._difficulty.value
+        return {"data/epoch": self.sampler.epoch} | ({} if auc is None else {"pointwise/difficulty_auc": auc})
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process is, as JSON values."""
         return {
             "sampler": self.sampler.state_dict(),
             "quarantine": self.quarantine.state_dict(),
-            "waiting": [record_to_json(record) for record in self._waiting],
-            "surplus": [record_to_json(record) for record in self._surplus],
+            "waiting": [waiting.to_json() for waiting in self._waiting],
+            "surplus": [waiting.to_json() for waiting in self._surplus],
+            "recycled": self._recycled,
+            "difficulty": self._difficulty.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,23 +212,25 @@ class PromptFeed:
         """
         self.sampler.load_state_dict(state["sampler"])
         self.quarantine.load_state_dict(state["quarantine"])
-        self._waiting = [record_from_json(record) for record in state["waiting"]]
-        self._surplus = [record_from_json(record) for record in state["surplus"]]
+        self._waiting = [_Waiting.from_json(waiting) for waiting in state["waiting"]]
+        self._surplus = [_Waiting.from_json(waiting) for waiting in state["surplus"]]
+        self._recycled = state["recycled"]
+        self._difficulty.load_state_dict(state["difficulty"])
 
     @staticmethod
     def deal_out(states: Sequence[Mapping[str, Any]], rank: int, processes: int) -> dict[str, Any]:
         """The state of process `rank` of `processes`, from those of another number of processes: what waits is dealt
         out anew, and rank 0 takes over the counts of the quarantine."""
         dealt = {
-            name: [record for state in states for record in state[name]][rank::processes]
+            name: sorted((w for state in states for w in state[name]), key=lambda w: w["number"])[rank::processes]
             for name in ("waiting", "surplus")
         }
         counts = Quarantine.merge([state["quarantine"] for state in states] if rank == 0 else [])
-        return {"sampler": states[0]["sampler"], "quarantine": counts, **dealt}
+        return {**states[0], "quarantine": counts, **dealt}
 
     # ── parts ──
 
-    def _here(self) -> tuple[dict[str, Any], dict[str, int], list[PromptRecord], list[PromptRecord]]:
+    def _here(self) -> tuple[dict[str, Any], dict[str, int], list[_Waiting], list[_Waiting]]:
         return self.sampler.state_dict(), self.quarantine.state_dict(), self._waiting, self._surplus
 
     def _mine(self, total: int) -> int:
@@ -204,12 +255,36 @@ class PromptFeed:
                         raise TooManyBadRowsError(f"none of {bad_in_a_row} rows can be used: {error}") from error
         return prompts
 
-    def _process(self, records: Sequence[PromptRecord]) -> list[ProcessedPrompt]:
-        """Recycled records as inputs. One that quotes more than a prompt may hold is quarantined."""
+    def _take(self) -> list[_Waiting]:
+        """What this process samples of the recycled prompts that wait: all, or what of the oldest `batch` of all
+        processes is its own. Collective."""
+        taken = {waiting.number for waiting in self._waiting}
+        if (batch := self._config.batch) is not None:
+            sizes = gather_object([(waiting.number, len(waiting.records)) for waiting in self._waiting])
+            taken = set()
+            if sum(size for _, size in sizes) >= batch:
+                for number, size in sorted(sizes):
+                    if size <= batch:  # where a pair does not fit, a single prompt behind it may
+                        taken.add(number)
+                        batch -= size
+        mine = [waiting for waiting in self._waiting if waiting.number in taken]
+        self._waiting = [waiting for waiting in self._waiting if waiting.number not in taken]
+        return mine
+
+    def _process(self, taken: Sequence[_Waiting]) -> list[ProcessedPrompt]:
+        """Recycled records as inputs. One that quotes more than a prompt may hold is quarantined, and the other of its
+        pair with it."""
         prompts = []
-        for record in records:
-            try:
-                prompts.append(self.processor.process(record))
-            except BadRecordError as error:
-                self.quarantine.add_prompt(error)
+        for waiting in taken:
+            processed = []
+            for record in waiting.records:
+                try:
+                    processed.append(self.processor.process(record))
+                except BadRecordError as error:
+                    self.quarantine.add_prompt(error)
+            if len(processed) == len(waiting.records):
+                prompts += processed
+            else:
+                for prompt in processed:
+                    self.quarantine.add_prompt(BadRecordError(prompt.record.id, "the other of its pair cannot be used"))
         return prompts

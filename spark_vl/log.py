@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from accelerate import Accelerator
@@ -65,10 +66,14 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
     reward, score (correctness alone), the value of each shaping term, length (tokens), entropy (nats per token: the
     mean of -log p of what was sampled), and the shares of completions that are truncated, unparsable, failed (the
     verifier timed out or raised), and of groups without variance, which have no gradient. For judgments also the
-    accuracy for either label, and how often the judge says `correct` or `A`. `rollout/completions` and `rollout/tokens`
-    count what was sampled, of all kinds.
+    accuracy for either label, and how often the judge says `correct` or `A`. `pointwise/both_right`: how often it is
+    right about both answers to one question, of matched pairs: a coin is in a quarter of them. `rollout/completions`
+    and `rollout/tokens` count what was sampled, of all kinds.
     """
     means = Means()
+    for one, other in _matched_pairs(groups):
+        # Completions of the two prompts are independent: all G x G combinations.
+        means.add("pointwise/both_right", fmean(one.scores) * fmean(other.scores))
     for group in groups:
         kind = group.record.kind
         means.count("rollout/completions", len(group.rollouts))
@@ -93,6 +98,17 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
                 else:
                     means.add("pairwise/says_A", verdict.parsed == "A")
     return means
+
+
+def _matched_pairs(groups: Sequence[RolloutGroup]) -> Iterator[tuple[RolloutGroup, RolloutGroup]]:
+    """The groups of pointwise prompts about a right and a wrong answer to the same question."""
+    halves: dict[tuple[str, str], RolloutGroup] = {}
+    for group in groups:
+        record = group.record
+        if isinstance(record, RecycledRecord) and record.origin.pair:
+            other = halves.setdefault((record.origin.pair, record.parent_id), group)
+            if other is not group:
+                yield other, group
 
 
 def _truth(judgment: PromptRecord) -> str:

@@ -107,6 +107,9 @@ class Origin:
     completions: tuple[str, ...] = ()
     """The full text of those rollouts, in the same order, even if the prompt shows only their final answers. Empty if
     no rollout gave the quoted answer."""
+    pair: str = ""
+    """Two pointwise prompts that are kept or left out together, about a right answer and about a wrong one, have the
+    same text here; empty: there is no other. Their questions differ where no group had both answers."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ class PromptRecord:
     _kinds: ClassVar[tuple[Kind, ...]] = ("problem",)
 
     id: str
-    """Unique within a run: `recipe/row` for problems, `parent@step#kind` for recycled prompts."""
+    """Unique within a run: `recipe/row` for problems, `parent@step#kind` for recycled prompts, with the side that they
+    quote in pointwise ones (`parent@step#pointwise_correct`)."""
     kind: Kind
     """"problem" in this type itself; the others in `RecycledRecord`."""
     messages: tuple[Message, ...]

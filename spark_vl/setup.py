@@ -86,7 +86,15 @@ def load_trainer(
         folder / (f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"), config.data.max_quarantined_fraction
     )
     feed = PromptFeed(
-        sampler, processor, templater, quarantine, accelerator, config.data, config.recycle, seed=config.seed
+        sampler,
+        processor,
+        templater,
+        quarantine,
+        accelerator,
+        config.data,
+        config.recycle,
+        refills=config.objective.refill_rounds,
+        seed=config.seed,
     )
 
     # What answers, and learns.

@@ -134,7 +134,7 @@ class Trainer:
                     for sink in self.sinks:
                         sink.on_groups(step, scored)
         self.log.count("data", self.feed.counts())
-        metrics = self.log.end_step({"data/epoch": self.feed.epoch})
+        metrics = self.log.end_step(self.feed.metrics())
         for sink in self.sinks:
             sink.on_metrics(step, metrics)
         return True

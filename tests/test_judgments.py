@@ -36,7 +36,7 @@ from tests.golds import check_gold
 from tests.groups import TEMPLATER, UNCAPPED, a_run, picture, pixels, problem, recycled, sampled, write
 
 RUN = a_run(steps=6)
-UNBALANCED = replace(UNCAPPED, balance_labels=False)
+UNBALANCED = replace(UNCAPPED, pointwise="one_per_group")
 GROUPS = {config: [g for of in RUN.values() for g in of if config_of(g.record) == config] for config in CONFIGS}
 
 
@@ -238,7 +238,7 @@ def test_records_come_back_through_the_recipe(config: str, published: Path, pool
 
             assert isinstance(record, RecycledRecord) == (config != "rollouts")
             if isinstance(original, RecycledRecord):
-                original = replace(original, origin=replace(original.origin, step=step, rollouts=()))
+                original = replace(original, origin=replace(original.origin, step=step, rollouts=(), pair=""))
             assert record == replace(
                 original,
                 id=record.id,

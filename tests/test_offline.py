@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CONFIGS = [
     UNCAPPED,
-    replace(UNCAPPED, judge_sees="cot", balance_labels=False),
+    replace(UNCAPPED, judge_sees="cot", pointwise="one_per_group"),
     replace(UNCAPPED, judge_reflections=True, pairwise_share=0.0),
     replace(UNCAPPED, max_judge=2, max_reflection=1),
 ]

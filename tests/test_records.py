@@ -133,6 +133,7 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
             "rollouts": [2],
             "quoted_correct": True,
             "completions": [r"So \boxed{7}"],
+            "pair": "",
         },
     }
     assert record_to_json(record).keys() == {field.name for field in fields(RecycledRecord)}

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts.simulations.labels import recycle_together, simulate
 from spark_vl.config import RecycleConfig
 from spark_vl.prompts.templater import Templater
 from spark_vl.records import (
@@ -20,13 +21,15 @@ from spark_vl.records import (
     Verdict,
     plain_text,
 )
-from spark_vl.recycle import Recycled, recycle
+from spark_vl.recycle import Choice, Recycled, choose, deal, find_evidence, recycle, roc_auc
 from spark_vl.run.codec import record_from_json, record_to_json
 
 TEMPLATER = Templater.load()
 IMAGE = ImageRef(data=b"png")
 ALL = RecycleConfig(max_judge=10_000, max_reflection=10_000)
 """Defaults without caps."""
+ONE_EACH = replace(ALL, pointwise="one_per_group")
+"""The rule of the released code."""
 RIGHT, WRONG = [1.0] * 4, [0.0] * 4
 MIXED = [1.0, 0.0, 0.0, 1.0]
 PARENT = Origin("r/parent", 1, "template", (0,))
@@ -62,6 +65,12 @@ def text(record: PromptRecord) -> str:
     return "".join(plain_text(message.content) for message in record.messages)
 
 
+def choice(groups, settings: RecycleConfig = ALL, *, step=3, seed=0) -> Choice:
+    """What is chosen, before it is written."""
+    found, _ = find_evidence(groups, settings, step=step, seed=seed)
+    return choose([[each.candidate for each in found]], settings, step=step, seed=seed)
+
+
 def labels(records) -> list[bool]:
     """Whether the quoted answer is right, of the pointwise prompts among `records`."""
     return [r.origin.quoted_correct for r in records if r.kind == "pointwise"]
@@ -70,32 +79,33 @@ def labels(records) -> list[bool]:
 # ── the table of rules ──
 
 
-def test_only_right_answers_give_one_pointwise_prompt():
-    source = group(RIGHT)
-    recycled = run([source])
-    (judge,) = recycled.judge
-    assert recycled.reflection == []
-    assert judge.id == f"{source.record.id}@3#pointwise"
-    assert (judge.kind, judge.verifier, judge.recipe) == ("pointwise", "judgment", "r")
-    assert judge.question == source.record.question
-    assert judge.images == (IMAGE,)
-    assert judge.gold in judge.choices
-    assert len(judge.choices) == 2
-    assert judge.origin.parent_id == source.record.id
-    assert judge.origin.step == 3
-    assert judge.origin.template in TEMPLATER.templates
-    assert judge.origin.quoted_correct is True
-    (index,) = judge.origin.rollouts
-    assert f"right answer {index} of" in text(judge)
+def test_right_and_wrong_answers_to_one_question_give_a_matched_pair():
+    source = group(MIXED)
+    recycled = run([source], config(pairwise_share=0))
+    right, wrong = recycled.judge
+    parent = source.record
+    assert (right.id, wrong.id) == (f"{parent.id}@3#pointwise_correct", f"{parent.id}@3#pointwise_incorrect")
+    assert labels(recycled.judge) == [True, False]
+    assert right.origin.pair == wrong.origin.pair != ""
+    # The same words but for the answer, so that the labels, too, are one of each.
+    assert right.origin.template == wrong.origin.template
+    assert right.choices == wrong.choices
+    assert {right.gold, wrong.gold} == set(right.choices)
+    for judge, side in ((right, "right"), (wrong, "wrong")):
+        assert (judge.kind, judge.verifier, judge.recipe) == ("pointwise", "judgment", "r")
+        assert judge.question == parent.question
+        assert judge.images == (IMAGE,)
+        assert (judge.origin.parent_id, judge.origin.step) == (parent.id, 3)
+        assert judge.origin.template in TEMPLATER.templates
+        (index,) = judge.origin.rollouts
+        assert f"{side} answer {index} of" in text(judge)
+    quoted = [f"{side} answer {r.origin.rollouts[0]} of" for side, r in (("right", right), ("wrong", wrong))]
+    assert text(right).replace(quoted[0], quoted[1]) == text(wrong)
 
 
-def test_only_wrong_answers_give_one_pointwise_prompt_and_one_reflection():
+def test_a_wrong_answer_gives_one_reflection():
     source = group(WRONG)
-    recycled = run([source])
-    (judge,), (reflection,) = recycled.judge, recycled.reflection
-    assert judge.kind == "pointwise"
-    assert judge.origin.quoted_correct is False
-    assert f"wrong answer {judge.origin.rollouts[0]} of" in text(judge)
+    (reflection,) = run([source]).reflection
     parent = source.record
     assert (reflection.id, reflection.kind) == (f"{parent.id}@3#reflection", "reflection")
     assert (reflection.gold, reflection.verifier, reflection.choices) == (parent.gold, parent.verifier, parent.choices)
@@ -103,14 +113,33 @@ def test_only_wrong_answers_give_one_pointwise_prompt_and_one_reflection():
     assert f"wrong answer {reflection.origin.rollouts[0]} of" in text(reflection)
 
 
-def test_mixed_groups_give_pairs_and_pointwise_prompts_in_the_given_share():
-    recycled = run(many(MIXED, 1000))
-    kinds = [record.kind for record in recycled.judge]
-    assert len(kinds) == 1000
-    assert set(kinds) == {"pointwise", "pairwise"}
+def test_unanimous_groups_give_couples_up_to_their_share_and_nothing_by_themselves():
+    assert run(many(RIGHT, 30) + many(WRONG, 30)).judge == []
+    groups = many(RIGHT, 30) + many(WRONG, 20) + many(MIXED, 60)
+    for share, couples in ((0.0, 0), (0.1, 6.67), (0.2, 15), (0.5, 20)):
+        found = run(groups, config(pairwise_share=0, unanimous_share=share)).judge
+        unanimous = [record for record in found if record.parent_id not in {g.record.id for g in many(MIXED, 60)}]
+        assert len(found) - len(unanimous) == 120
+        assert abs(len(unanimous) / 2 - couples) < 1
+        assert sum(labels(unanimous)) * 2 == len(unanimous)
+        pairs = [record.origin.pair for record in found]
+        assert all(pairs.count(pair) == 2 for pair in pairs)
+    # Over many steps with one matched pair each, a tenth of the prompts, too.
+    few = [group(MIXED), group(RIGHT), group(WRONG)]
+    sizes = [len(run(few, config(pairwise_share=0), seed=seed).judge) for seed in range(400)]
+    assert set(sizes) == {2, 4}
+    assert 25 < sizes.count(4) < 65  # 1/9 of 400 is 44
+
+
+def test_mixed_groups_give_pairwise_or_two_pointwise_prompts_in_the_given_share():
+    kinds = [record.kind for record in run(many(MIXED, 1000)).judge]
+    assert kinds.count("pairwise") + kinds.count("pointwise") / 2 == 1000
     assert 650 < kinds.count("pairwise") < 750
     assert {r.kind for r in run(many(MIXED, 50), config(pairwise_share=1)).judge} == {"pairwise"}
     assert {r.kind for r in run(many(MIXED, 50), config(pairwise_share=0)).judge} == {"pointwise"}
+    kinds = [record.kind for record in run(many(MIXED, 1000), ONE_EACH).judge]
+    assert len(kinds) == 1000
+    assert 650 < kinds.count("pairwise") < 750
 
 
 def test_a_pair_holds_a_right_and_a_wrong_answer_in_the_order_that_gold_and_origin_say():
@@ -128,7 +157,8 @@ def test_a_pair_holds_a_right_and_a_wrong_answer_in_the_order_that_gold_and_orig
 
 def test_a_pair_quotes_two_different_answers():
     same = group([1.0, 0.0], texts=[r"\boxed{7}", r"\boxed{ 7 }"])
-    assert [r.kind for r in run([same], config(pairwise_share=1)).judge] == ["pointwise"]
+    assert run([same]).judge == []
+    assert [r.kind for r in run([same], replace(ONE_EACH, pairwise_share=1)).judge] == ["pointwise"]
 
 
 def test_half_of_the_reflections_show_the_whole_completion():
@@ -141,11 +171,16 @@ def test_half_of_the_reflections_show_the_whole_completion():
 
 
 @pytest.mark.parametrize("scores", [RIGHT, WRONG, MIXED])
-def test_a_reflections_own_group_gives_a_pointwise_prompt_where_asked_and_never_a_reflection(scores):
+def test_a_reflections_own_group_gives_a_matched_pair_or_nothing_where_asked_and_never_a_reflection(scores):
     groups = [as_recycled(g, "reflection") for g in many(scores, 20)]
-    off, on = run(groups), run(groups, config(judge_reflections=True, balance_labels=False))
-    assert off.judge + off.reflection + on.reflection == []
-    assert [record.kind for record in on.judge] == ["pointwise"] * 20
+    asked = config(judge_reflections=True, pairwise_share=1)
+    off, on = run(groups), run(groups + many(RIGHT, 5, "r") + many(WRONG, 5, "w"), asked)
+    assert off.judge + off.reflection == []
+    own = [record for record in on.judge if record.parent_id in {g.record.id for g in groups}]
+    assert [record.kind for record in own] == ["pointwise"] * (40 if scores == MIXED else 0)
+    assert labels(own) == [True, False] * (20 if scores == MIXED else 0)
+    one_each = run(groups, replace(ONE_EACH, judge_reflections=True))
+    assert [record.kind for record in one_each.judge] == ["pointwise"] * 20
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "pairwise"])
@@ -157,13 +192,14 @@ def test_judgments_are_never_recycled(kind):
 
 
 def test_what_is_recycled_can_be_recycled_once_more_only_as_a_judged_reflection():
-    first = run(many(WRONG, 10), config(balance_labels=False))
+    judging = replace(ONE_EACH, judge_reflections=True)
+    first = run(many(WRONG, 10), ONE_EACH)
     again = [RolloutGroup(r, group(WRONG).rollouts, group(WRONG).verdicts) for r in first.judge + first.reflection]
-    second = run(again, config(judge_reflections=True, balance_labels=False), step=4)
+    second = run(again, judging, step=4)
     assert second.reflection == []
-    assert {r.id for r in second.judge} == {f"{r.id}@4#pointwise" for r in first.reflection}
+    assert {r.id for r in second.judge} == {f"{r.id}@4#pointwise_incorrect" for r in first.reflection}
     third = [RolloutGroup(r, group(WRONG).rollouts, group(WRONG).verdicts) for r in second.judge]
-    assert run(third, config(judge_reflections=True), step=5).judge == []
+    assert run(third, judging, step=5).judge == []
 
 
 def as_recycled(source: RolloutGroup, kind: str) -> RolloutGroup:
@@ -177,7 +213,7 @@ def as_recycled(source: RolloutGroup, kind: str) -> RolloutGroup:
 
 def test_the_judged_answer_is_the_last_box():
     source = [group([s], texts=[r"First I get \boxed{11111}, no: \boxed{\frac{22222}{3}}."]) for s in (1.0, 0.0)]
-    recycled = run(source, config(reflection_cot_share=0))
+    recycled = run(source, replace(ONE_EACH, reflection_cot_share=0))
     assert len(recycled.judge) == 2
     assert len(recycled.reflection) == 1
     for record in recycled.judge + recycled.reflection:
@@ -186,7 +222,7 @@ def test_the_judged_answer_is_the_last_box():
 
 
 def test_the_whole_quoted_completions_are_kept_in_the_order_of_the_prompt():
-    settings = config(judge_sees="mixed", balance_labels=False, pairwise_share=0.5)
+    settings = config(judge_sees="mixed", pairwise_share=0.5)
     groups = {g.record.id: g for g in many(MIXED, 60) + many(WRONG, 20)}
     recycled = run(list(groups.values()), settings)
     for record in recycled.judge + recycled.reflection:
@@ -196,61 +232,88 @@ def test_the_whole_quoted_completions_are_kept_in_the_order_of_the_prompt():
     assert {record.kind for record in recycled.judge + recycled.reflection} == {"pointwise", "pairwise", "reflection"}
 
 
-def test_mixed_groups_make_up_for_unanimous_ones():
-    pointwise = config(pairwise_share=0)
-    for groups in (
-        many(RIGHT, 20) + many(MIXED, 20),
-        many(WRONG, 20) + many(MIXED, 20),
-        many(RIGHT, 7) + many(WRONG, 12) + many(MIXED, 5),
-        many(MIXED, 40),
-    ):
-        found = labels(run(groups, pointwise).judge)
-        assert len(found) == len(groups)
-        assert sum(found) * 2 == len(groups)
+def test_pairs_are_kept_or_left_out_as_a_whole():
+    groups = many(MIXED, 40) + many(RIGHT, 20) + many(WRONG, 20)
+    for cap in range(30):
+        settings = config(max_judge=cap, unanimous_share=0.2, pairwise_share=0.5)
+        found, chosen = run(groups, settings), choice(groups, settings)
+        # An odd place goes to the next pairwise prompt, of which there are plenty.
+        assert len(found.judge) == cap
+        assert found.counts["judge_unfilled"] == 0
+        assert found.counts["pointwise_correct"] == found.counts["pointwise_incorrect"]
+        kept = {unit.pair for unit in chosen.judge if unit.pair}
+        assert not kept & {unit.pair for unit in chosen.surplus}
+        assert sum(len(unit.parts) == 2 for unit in chosen.judge) == len(kept)
+    settings = config(max_judge=5, pairwise_share=0)
+    assert len(run(groups, settings).judge) == 4
+    assert run(groups, settings).counts["judge_unfilled"] == 1
 
 
-def test_the_excess_of_the_more_frequent_label_is_left_out():
-    groups = many(WRONG, 60) + many(RIGHT, 8) + many(MIXED, 10)
-    recycled = run(groups, config(max_judge=60, pairwise_share=0))
-    found = labels(recycled.judge)
-    assert (found.count(True), found.count(False)) == (18, 19)
-    assert len(recycled.judge_surplus) == 78 - 37
-    assert not any(labels(recycled.judge_surplus))
-    # pairs are no part of the balance
-    recycled = run(groups, config(max_judge=60, pairwise_share=1))
-    assert recycled.counts["pairwise"] == 10
-    assert (recycled.counts["pointwise_correct"], recycled.counts["pointwise_incorrect"]) == (8, 9)
-    # any cut is even, and what is cut off comes before the excess
-    recycled = run(groups, config(max_judge=16, pairwise_share=0))
-    assert sum(labels(recycled.judge)) == 8
-    assert sum(labels(recycled.judge_surplus)[:21]) == 10
-    # a policy that is always right teaches no judge that says so
-    assert len(run(many(RIGHT, 30)).judge) == 1
+def test_too_few_mixed_groups_are_said_and_not_made_up_for():
+    found = run(many(RIGHT, 50) + many(WRONG, 10) + many(MIXED, 3), RecycleConfig(pairwise_share=0))
+    assert 6 <= len(found.judge) <= 8
+    assert found.counts["judge_unfilled"] == 32 - len(found.judge)
+    assert found.counts["groups_mixed"] == 3
+
+
+def test_difficulty_predicts_the_label_only_as_far_as_the_share_allows():
+    steps = []
+    for seed in range(20):
+        rng = random.Random(seed)
+        rates = [rng.betavariate(0.8, 0.5) for _ in range(64)]
+        steps.append(
+            [group([float(rng.random() < p) for _ in range(8)], name=f"{seed}-{i}") for i, p in enumerate(rates)]
+        )
+
+    def auc(settings):
+        return area([pair for seed, step in enumerate(steps) for pair in choice(step, settings, seed=seed).labels])
+
+    rates = {g.record.id: sum(g.scores) / 8 for g in steps[0]}
+    judged = [r for r in run(steps[0]).judge if r.kind == "pointwise"]
+    assert choice(steps[0]).labels == [(rates[r.parent_id], r.origin.quoted_correct) for r in judged]
+    capped = RecycleConfig()
+    assert auc(replace(capped, unanimous_share=0)) == 0.5
+    for share in (0.05, 0.1, 0.3):
+        assert auc(replace(capped, unanimous_share=share)) == pytest.approx(0.5 + share - share**2 / 2, abs=0.03)
+    assert auc(replace(capped, pointwise="one_per_group")) > 0.9
+
+
+def area(pairs) -> float:
+    """The area under the ROC curve, by its definition: all pairs of a true and a false one."""
+    won = [(t > f) + (t == f) / 2 for t, yes in pairs if yes for f, no in pairs if not no]
+    return sum(won) / len(won)
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=40))
+def test_the_area_under_the_roc_curve(pairs):
+    both = len({label for _, label in pairs}) == 2
+    assert roc_auc(pairs) == (pytest.approx(area(pairs)) if both else None)
 
 
 def test_labels_do_not_tell_which_label_or_letter_is_right():
     records = [r for seed in range(20) for r in run(many(MIXED, 40, f"s{seed}"), config(pairwise_share=0)).judge]
     for choices in (("Yes", "No"), ("A", "B")):
         golds = [r.gold for r in records if r.choices == choices]
-        assert 0.42 < sum(gold == choices[0] for gold in golds) / len(golds) < 0.58
+        assert sum(gold == choices[0] for gold in golds) * 2 == len(golds) > 400
     letters = [r for r in records if r.choices == ("A", "B")]
     right = [r.gold for r in letters if r.origin.quoted_correct]
     assert 0.4 < right.count("A") / len(right) < 0.6
     assert all((r.gold == "Yes") == r.origin.quoted_correct for r in records if r.choices == ("Yes", "No"))
+    fixed = run(many(MIXED, 80), config(pairwise_share=0, a_is_correct=True)).judge
+    fixed = [r for r in fixed if r.choices == ("A", "B")]
+    assert len(fixed) > 40
+    assert all((r.gold == "A") == r.origin.quoted_correct for r in fixed)
 
 
-def test_an_odd_prompt_left_over_takes_either_label_in_turn():
-    settings = config(max_judge=5, pairwise_share=0)
-    sums = [sum(labels(run(many(MIXED, 20), settings, seed=seed).judge)) for seed in range(60)]
-    assert set(sums) == {2, 3}
-    assert 15 < sums.count(2) < 45
-
-
-def test_without_balancing_a_mixed_group_tosses_a_coin():
-    settings = config(balance_labels=False, pairwise_share=0)
+def test_without_matched_pairs_each_group_gives_one_and_a_mixed_one_tosses_a_coin():
+    settings = replace(ONE_EACH, pairwise_share=0)
     assert 430 < sum(labels(run(many(MIXED, 1000), settings).judge)) < 570
-    found = run(many(RIGHT, 100) + many(MIXED, 400), settings).judge
-    assert 250 < sum(labels(found)) < 350
+    found = run(many(RIGHT, 100) + many(WRONG, 50) + many(MIXED, 400), settings)
+    assert len(found.judge) == 550
+    assert not any(record.origin.pair for record in found.judge)
+    assert 250 < sum(labels(found.judge)) < 350
+    capped = choice(many(RIGHT, 100), replace(settings, max_judge=32))
+    assert (len(capped.judge), len(capped.surplus)) == (32, 68)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
@@ -274,7 +337,9 @@ def test_the_share_holds_in_every_cut_and_right_answers_may_come_from_groups_wit
     assert {r.origin.parent_id[2] for r in everything if r.origin.quoted_correct} == {"r", "m"}
     cut = run(groups, config(max_reflection=32))
     assert cut.reflection == everything[:32]
-    assert cut.reflection_surplus == everything[32:]
+    chosen = choice(groups, config(max_judge=0, max_reflection=32))
+    surplus = [unit.parts[0].parent_id for unit in chosen.surplus if unit.kind == "reflection"]
+    assert surplus == [r.parent_id for r in everything[32:]]
     assert cut.counts["reflection_correct"] == 8
 
 
@@ -284,7 +349,7 @@ def test_the_share_is_met_as_far_as_there_are_answers_to_quote():
     assert all(run(many(RIGHT, 20), seed=seed).reflection == [] for seed in range(20))
     few = run(many(WRONG, 40) + many(RIGHT, 2), config(max_reflection=8))
     assert few.counts["reflection_correct"] == 2
-    assert len(few.reflection + few.reflection_surplus) == 42
+    assert len(run(many(WRONG, 40) + many(RIGHT, 2)).reflection) == 42
 
 
 def test_the_share_holds_over_steps_with_few_reflections():
@@ -302,7 +367,7 @@ def test_a_right_answer_is_never_called_wrong():
 @pytest.mark.parametrize(("sees", "least", "most"), [("answer", 0, 0), ("mixed", 140, 260), ("cot", 400, 400)])
 def test_judges_see_answers_or_whole_completions(sees, least, most):
     groups = many(MIXED, 200) + many(RIGHT, 100) + many(WRONG, 100)
-    recycled = run(groups, config(judge_sees=sees))
+    recycled = run(groups, replace(ONE_EACH, judge_sees=sees))
     thoughts = [text(record).count("Idea") for record in recycled.judge]
     quotes = [len(record.origin.rollouts) for record in recycled.judge]
     assert all(t in (0, q) for t, q in zip(thoughts, quotes, strict=True))
@@ -315,7 +380,7 @@ def test_rollouts_cut_off_by_the_length_limit_are_not_evidence():
     assert recycled.judge + recycled.reflection == []
     assert recycled.counts["rollouts_truncated"] == 8
     assert recycled.counts["groups_without_evidence"] == 2
-    wanted = run(cut, config(recycle_truncated=True))
+    wanted = run(cut, replace(ONE_EACH, recycle_truncated=True))
     assert sorted(labels(wanted.judge)) == [False, True]
     assert wanted.counts["rollouts_truncated"] == 0
 
@@ -342,20 +407,21 @@ def test_a_partial_score_is_no_evidence():
     recycled = run([group([0.5, 0.99, 0.01])])
     assert recycled.judge + recycled.reflection == []
     assert recycled.counts["rollouts_partial"] == 3
-    assert labels(run([group([0.3, 1.0])]).judge) == [True]
+    assert labels(run([group([0.3, 1.0])], ONE_EACH).judge) == [True]
 
 
 def test_a_completion_without_an_answer_is_wrong_and_shown_only_as_a_whole():
     lost = group(WRONG, texts=["I do not know."] * 4, status="unparsable")
-    answers = run([lost], config(reflection_cot_share=0))
+    answers = run([lost], replace(ONE_EACH, reflection_cot_share=0))
     assert answers.judge + answers.reflection == []
     assert answers.counts["groups_wrong"] == 1
-    whole = run([lost], config(judge_sees="cot", reflection_cot_share=1))
+    whole = run([lost], replace(ONE_EACH, judge_sees="cot", reflection_cot_share=1))
     assert labels(whole.judge) == [False]
     for record in whole.judge + whole.reflection:
         assert "I do not know" in text(record)
     # one with a box that no verifier could read has a final answer
-    assert labels(run([group([0.0], texts=[r"\boxed{none of these}"], status="unparsable")]).judge) == [False]
+    boxed = group([0.0], texts=[r"\boxed{none of these}"], status="unparsable")
+    assert labels(run([boxed], ONE_EACH).judge) == [False]
 
 
 def test_empty_completions_are_not_quoted():
@@ -370,7 +436,7 @@ def test_an_unverified_group_is_an_error():
 
 def test_a_record_that_comes_twice_is_recycled_once():
     source = group(WRONG)
-    recycled = run([source, source])
+    recycled = run([source, source], ONE_EACH)
     assert len(recycled.judge) == len(recycled.reflection) == 1
     assert recycled.counts["groups_repeated"] == 1
 
@@ -380,19 +446,64 @@ def test_a_record_that_comes_twice_is_recycled_once():
 
 def test_counts():
     groups = many(RIGHT, 3) + many(WRONG, 5) + many(MIXED, 4) + [group([], texts=[])]
-    recycled = run(groups, config(pairwise_share=1, max_reflection=6))
+    recycled = run(groups, config(pairwise_share=1, max_judge=6, max_reflection=6))
     expected = {
         "groups_correct": 3,
         "groups_wrong": 5,
         "groups_mixed": 4,
         "groups_without_evidence": 1,
-        "pointwise_correct": 3,
-        "pointwise_incorrect": 4,
         "pairwise": 4,
+        "judge_unfilled": 2,
     }
     assert {k: v for k, v in recycled.counts.items() if v and not k.startswith("reflection")} == expected
     assert recycled.counts["reflection_correct"] + recycled.counts["reflection_incorrect"] == 6
     assert set(run([]).counts) == set(recycled.counts)
+    one_each = run(groups, replace(ONE_EACH, pairwise_share=0)).counts
+    assert one_each["pointwise_correct"] + one_each["pointwise_incorrect"] == 12
+
+
+# ── several processes ──
+
+
+@pytest.mark.parametrize("settings", [RecycleConfig(), RecycleConfig(max_judge=7, pointwise="one_per_group"), ALL])
+@pytest.mark.parametrize("processes", [2, 3, 64])
+def test_any_number_of_processes_recycles_what_one_does(settings, processes):
+    groups = many(RIGHT, 20) + many(WRONG, 14) + many(MIXED, 30) + [group(MIXED, name=f"{MIXED}-0")]
+    dealt = recycle_together([groups[i::processes] for i in range(processes)], TEMPLATER, settings, 3)
+    alone = run(groups[:64], settings)
+    everything = {record.id: record for of_process in dealt for record in of_process}
+    assert sum(map(len, dealt)) == len(everything)
+    assert everything == {record.id: record for record in alone.judge + alone.reflection}
+    # Pairs stay together, and all processes have as much to do, of each kind.
+    for of_process in dealt:
+        pairs = [record.origin.pair for record in of_process if record.origin.pair]
+        assert all(pairs.count(pair) == 2 for pair in pairs)
+    for kind in ("pointwise", "pairwise", "reflection"):
+        counts = [sum(record.kind == kind for record in of_process) for of_process in dealt]
+        assert max(counts) - min(counts) <= (2 if settings.pointwise == "matched_pairs" and kind == "pointwise" else 1)
+    loads = [len(of_process) for of_process in dealt]
+    assert max(loads) - min(loads) <= 3
+
+
+def test_processes_that_have_more_waiting_get_less():
+    units = choice(many(WRONG, 9)).reflection
+    assert sorted(deal(units, [0, 0, 0])) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert deal(units[:1], [0]) == [0]
+    assert deal(units[:2], [5, 0, 0]) == [1, 2]
+
+
+def test_the_simulation_holds_its_bounds():
+    rows = list(simulate(8, RecycleConfig(), processes=(1, 64)))
+    assert len(rows) == 6
+    for row in rows:
+        assert row.auc <= 0.6
+        assert row.label_difference_max <= 1
+        assert row.spread_max <= 3
+        assert row.pointwise_per_step + row.pairwise_per_step == 32
+        assert row.reflections_per_step == 32
+    one, many_ = rows[0], rows[1]
+    assert replace(many_, processes=1, spread_max=0) == one
+    assert all(row.auc > 0.9 for row in simulate(8, RecycleConfig(pointwise="one_per_group"), processes=(1,)))
 
 
 def test_another_step_or_seed_draws_anew():
@@ -419,7 +530,8 @@ SETTINGS = st.builds(
     judge_sees=st.sampled_from(["answer", "cot", "mixed"]),
     correct_reflection_share=st.sampled_from([0.0, 0.25, 1.0]),
     judge_reflections=st.booleans(),
-    balance_labels=st.booleans(),
+    pointwise=st.sampled_from(["matched_pairs", "one_per_group"]),
+    unanimous_share=st.sampled_from([0.0, 0.1, 0.5]),
 )
 
 
@@ -430,29 +542,38 @@ def test_properties(drawn, settings, seed, rng: random.Random):
         group(scores, name=f"p{i}", kind="problem" if problem else "reflection")
         for i, (scores, problem) in enumerate(drawn)
     ]
-    recycled = run(groups, settings, seed=seed)
+    recycled, uncapped = (
+        run(groups, each, seed=seed) for each in (settings, replace(settings, max_judge=999, max_reflection=999))
+    )
     assert run(rng.sample(groups, len(groups)), settings, seed=seed) == recycled
 
     scores_of = {g.record.id: g.rewards for g in groups}
     assert len(recycled.judge) <= settings.max_judge
-    assert len(recycled.reflection) <= settings.max_reflection
-    assert not recycled.reflection_surplus or len(recycled.reflection) == settings.max_reflection
-    judge, reflection = recycled.judge + recycled.judge_surplus, recycled.reflection + recycled.reflection_surplus
-    # one judge prompt for each group with evidence; one reflection for each problem with a wrong rollout, at least
+    assert len(recycled.reflection) == min(settings.max_reflection, len(uncapped.reflection))
     eligible = [g for g in groups if g.record.kind == "problem" or settings.judge_reflections]
-    assert {r.origin.parent_id for r in judge} == {g.record.id for g in eligible if {0.0, 1.0} & set(g.rewards)}
+    assert recycled.counts["judge_unfilled"] == (settings.max_judge - len(recycled.judge) if eligible else 0)
+    everything = uncapped.judge + uncapped.reflection
+    assert len({r.id for r in everything}) == len(everything)
+    assert {r.id for r in recycled.judge + recycled.reflection} <= {r.id for r in everything}
+    # one reflection for each problem with a wrong rollout, at least
     with_wrong = {g.record.id for g in groups if g.record.kind == "problem" and 0.0 in g.rewards}
-    assert {r.origin.parent_id for r in reflection} >= with_wrong
-    assert len({r.id for r in judge + reflection}) == len(judge + reflection)
-    for record in judge + reflection:
+    assert {r.origin.parent_id for r in uncapped.reflection} >= with_wrong
+    for record in everything:
         scores = [scores_of[record.origin.parent_id][i] for i in record.origin.rollouts]
         if record.kind == "pairwise":
             assert sorted(scores) == [0.0, 1.0]
         else:
             assert scores == [float(record.origin.quoted_correct)]
-    if settings.balance_labels:
-        for n in range(len(recycled.judge) + 1):
-            cut = labels(recycled.judge[:n])
-            assert abs(cut.count(True) - cut.count(False)) <= 1
-    else:
-        assert not recycled.judge_surplus or len(recycled.judge) == settings.max_judge
+    parents = [r.origin.parent_id for r in uncapped.judge]
+    if settings.pointwise == "one_per_group":
+        assert len(recycled.judge) == min(settings.max_judge, len(uncapped.judge))
+        assert sorted(parents) == sorted(g.record.id for g in eligible if {0.0, 1.0} & set(g.rewards))
+        return
+    mixed = {g.record.id for g in eligible if {0.0, 1.0} <= set(g.rewards)}
+    assert set(parents) >= mixed
+    for judge in (recycled.judge, uncapped.judge):
+        assert sum(labels(judge)) * 2 == len(labels(judge))
+        of_unanimous = [r for r in judge if r.kind == "pointwise" and r.parent_id not in mixed]
+        assert all(r.parent_id in {g.record.id for g in groups if g.record.kind == "problem"} for r in of_unanimous)
+        pairs = [r.origin.pair for r in judge if r.kind == "pointwise"]
+        assert all(pairs.count(pair) == 2 for pair in pairs)

@@ -14,7 +14,7 @@ from spark_vl.data.judgments import config_of
 from spark_vl.records import RecycledRecord, Rollout, RolloutGroup, Verdict, plain_text
 from spark_vl.run.shards import find_shards
 from spark_vl.show import show_groups
-from tests.groups import a_run, make_writer, picture, problem, recycled, sampled, write
+from tests.groups import UNCAPPED, a_run, make_writer, picture, problem, recycled, sampled, write
 from tests.test_cli import spark_vl
 
 RUN = a_run(steps=5)
@@ -45,7 +45,7 @@ def test_a_group_by_hand(tmp_path: Path):
         Rollout((1,), (-1.0,), t, reason) for t, reason in zip(texts, ("stop", "stop", "length"), strict=True)
     )
     group = RolloutGroup(record, rollouts, verdicts)
-    [judge] = recycled([sampled(record, (1,))], step=3).judge
+    [judge] = recycled([sampled(record, (1,))], step=3, config=replace(UNCAPPED, pointwise="one_per_group")).judge
     said = [Verdict(1.0, judge.gold), Verdict(0.0, "Other"), Verdict(1.0, judge.gold), Verdict(0.0, None, "unparsable")]
     judged = RolloutGroup(judge, rollouts[:1] * 4, tuple(said))
     write(tmp_path / "judgments", {3: [group], 4: [judged]})
@@ -68,7 +68,7 @@ def test_a_group_by_hand(tmp_path: Path):
     )
     [text] = show_groups(tmp_path)
     assert text.startswith(
-        f"══ step 4 · pointwise · r/train/a@3#pointwise · recipe r · template {judge.origin.template}"
+        f"══ step 4 · pointwise · r/train/a@3#pointwise_correct · recipe r · template {judge.origin.template}"
     )
 
 

@@ -117,10 +117,11 @@ class Rendered:
         rollouts: tuple[int, ...] = (),
         quoted_correct: bool | None = None,
         completions: tuple[str, ...] = (),
+        pair: str = "",
     ) -> RecycledRecord:
         """This prompt, made from `parent`: a reflection is scored as its parent is, a judgment by its label.
 
-        For `step`, `rollouts`, `quoted_correct` and `completions` see `Origin`.
+        For `step`, `rollouts`, `quoted_correct`, `completions` and `pair` see `Origin`.
         """
         own: dict[str, Any] = {
             "id": id,
@@ -128,7 +129,7 @@ class Rendered:
             "messages": self.messages,
             "image_sizes": (),
             "coordinates": None,
-            "origin": Origin(parent.id, step, self.template, rollouts, quoted_correct, completions),
+            "origin": Origin(parent.id, step, self.template, rollouts, quoted_correct, completions, pair),
         }
         if kind in JUDGMENTS:
             own |= {"gold": self.gold, "verifier": "judgment", "choices": self.labels, "settings": ()}

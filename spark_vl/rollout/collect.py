@@ -12,7 +12,7 @@ from spark_vl.distributed.gather import any_process
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import Scored
-from spark_vl.records import KINDS, Kind
+from spark_vl.records import KINDS, Kind, RecycledRecord
 from spark_vl.rollout.engine import RolloutEngine, Sampling
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
@@ -49,7 +49,8 @@ class Collector:
         self, scored: Sequence[Scored], more: Callable[[Kind, int], list[ProcessedPrompt]], *, seed: str
     ) -> tuple[list[Scored], list[Scored]]:
         """Dynamic sampling: replace groups whose rewards are all equal, which have no gradient, by fresh ones that
-        vary, for as many rounds as `refill_rounds` allows for their kind of prompt. Collective.
+        vary, for as many rounds as `refill_rounds` allows for their kind of prompt. A pair is replaced as a whole, by
+        one of which more groups vary. Collective.
 
         Args:
             more: gives up to so many more prompts of a kind (`PromptFeed.more`).
@@ -60,14 +61,33 @@ class Collector:
         sampled, chosen = list(scored), list(scored)
         for kind in KINDS:
             for turn in range(1, self.refill_rounds.get(kind, 0) + 1):
-                flat = [i for i, (_, g) in enumerate(chosen) if g.record.kind == kind and g.zero_variance]
+                poor = [unit for unit in _units(chosen, kind) if _varied(chosen, unit) < len(unit)]
                 with self.log.timed("load"):
-                    prompts = more(kind, len(flat))
+                    prompts = more(kind, sum(map(len, poor)))
                 if not any_process(self.accelerator, bool(prompts)):
                     break
                 fresh = self.sample_and_verify(prompts, seed=f"{seed}/{kind}/{turn}")
                 sampled += fresh
-                varied = [pair for pair in fresh if not pair[1].zero_variance]
-                for i, pair in zip(flat, varied, strict=False):
-                    chosen[i] = pair
+                poor.sort(key=lambda unit: _varied(chosen, unit))
+                best = sorted(_units(fresh, kind), key=lambda unit: -_varied(fresh, unit))
+                for old, new in zip(poor, best, strict=False):
+                    if len(old) == len(new) and _varied(fresh, new) > _varied(chosen, old):
+                        for i, j in zip(old, new, strict=True):
+                            chosen[i] = fresh[j]
         return sampled, chosen
+
+
+def _units(scored: Sequence[Scored], kind: Kind) -> list[list[int]]:
+    """Indices of the groups of `kind` in `scored`, those of a pair together."""
+    units: dict[str, list[int]] = {}
+    for i, (_, group) in enumerate(scored):
+        record = group.record
+        if record.kind == kind:
+            pair = record.origin.pair if isinstance(record, RecycledRecord) else ""
+            units.setdefault(pair or str(i), []).append(i)
+    return list(units.values())
+
+
+def _varied(scored: Sequence[Scored], unit: Sequence[int]) -> int:
+    """How many groups of `unit` have a gradient."""
+    return sum(not scored[i][1].zero_variance for i in unit)

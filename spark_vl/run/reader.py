@@ -74,6 +74,6 @@ def recycled_in_step(shards: Sequence[Shard], step: int) -> dict[str, list[tuple
     for shard in shards:
         if shard.config != "rollouts" and shard.last_step >= step:
             for row in read_shard(shard.path, columns):
-                if row["id"] == f"{row['parent_id']}@{step}#{shard.config}":
+                if row["id"].rpartition("#")[0] == f"{row['parent_id']}@{step}":
                     found[row["parent_id"]].append((shard, row))
     return found
