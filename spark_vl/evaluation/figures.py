@@ -112,7 +112,7 @@ def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate
 
 
 def _own_answers(judgments: Sequence[RolloutGroup]) -> dict[str, Estimate]:
-    """`pointwise_own` and `pointwise_own_pairs`, of one judgment of a right answer, of a wrong one or both a problem."""
+    """`pointwise_own` and `pointwise_own_pairs`, of judgments of one right answer to a problem, one wrong, or both."""
     right, wrong = (
         {group.record.parent_id: _accuracy([group]) for group in judgments if _quoted_correct(group.record) is side}
         for side in (True, False)
