@@ -15,8 +15,8 @@ import json, sys
 summary = json.load(open(f"{sys.argv[1]}/summary.json"))
 steps = [json.loads(line) for line in open(f"{sys.argv[1]}/metrics.jsonl")]
 before, after = summary["before"], summary["after"]
-names = ("reasoning_greedy", "reasoning_sampled", "pointwise_sampled", "pairwise_sampled", "reflection_sampled", "test_time_reflection")
-gains = "  ".join(f"{n} {before[n]:.3f}->{after[n]:.3f} ({100 * (after[n] - before[n]):+.0f})" for n in names)
+names = ("reasoning_greedy", "reasoning_sampled", "pointwise_sampled", "pointwise_own", "pairwise_sampled", "reflection_sampled", "test_time_reflection")
+gains = "  ".join(f"{n} {before[n]:.3f}->{after[n]:.3f} ({100 * (after[n] - before[n]):+.0f})" for n in names if n in before and n in after)
 print(f"{sys.argv[1]}: {sum(step['time/step'] for step in steps):.0f} s  {gains}", flush=True)
 PYTHON
 done

@@ -28,6 +28,8 @@ LABELS = {
     "pointwise_greedy": "pointwise judge, greedy",
     "pointwise_sampled": "pointwise judge, sampled",
     "pointwise_says_correct": '  says "correct"',
+    "pointwise_own": "  own answers",
+    "pointwise_own_pairs": "  own answers, both right",
     "pairwise_greedy": "pairwise judge, greedy",
     "pairwise_sampled": "pairwise judge, sampled",
     "pairwise_consistency": "  same in both orders",

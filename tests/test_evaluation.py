@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from spark_vl.config import (
 from spark_vl.demo.tiny import random_tiny
 from spark_vl.evaluation import Evaluator, evaluate_checkpoint, rescore, score, wilson
 from spark_vl.evaluation.checkpoint import find_templater
+from spark_vl.evaluation.prompts import judge_own
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import Rollout, RolloutGroup, Verdict, plain_text
@@ -341,6 +343,117 @@ def test_recipes_of_the_same_name_are_refused(make_evaluator):
         Evaluator(config, TEMPLATER, rollout=RolloutConfig(), seed=0)
 
 
+# ── the policy's own answers ──
+
+
+def attempts(*texts, scores, finish=None, parsed="x", status="ok"):
+    """A verified group of completions to one problem."""
+    rollouts = tuple(Rollout((), (), text, finish or "stop") for text in texts)
+    return RolloutGroup(make_record("sums/1", "What is 2 + 3?"), rollouts).verified(
+        tuple(Verdict(score, parsed, status) for score in scores)
+    )
+
+
+def quoted(record):
+    return plain_text(record.messages[0].content).split('"')[1]
+
+
+def test_own_answers_are_judged_in_two_prompts_that_differ_in_nothing_but_the_answer():
+    templates = set()
+    for i in range(20):
+        group = attempts(r"So \boxed{5}", r"\boxed{7}", r"\boxed{8}", scores=(1.0, 0.0, 0.0))
+        group = replace(group, record=replace(group.record, id=f"sums/{i}"))
+        right, wrong = judge_own(group, TEMPLATER)
+        assert (right, wrong) == tuple(judge_own(group, TEMPLATER))
+        assert (quoted(right), quoted(wrong) in ("7", "8")) == ("5", True)
+        assert (right.origin.quoted_correct, wrong.origin.quoted_correct) == (True, False)
+        assert right.origin.completions == (r"So \boxed{5}",)
+        assert group.rollouts[wrong.origin.rollouts[0]].text == wrong.origin.completions[0]
+        prompts = [plain_text(r.messages[0].content).replace(f'"{quoted(r)}"', "") for r in (right, wrong)]
+        assert prompts[0] == prompts[1]
+        assert {right.gold, wrong.gold} == set(right.choices) == set(wrong.choices)
+        templates.add((right.origin.template, right.gold, quoted(wrong)))
+    assert len(templates) > 4  # drawn by the problem
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        (attempts(r"\boxed{5}", r"\boxed{5}", scores=(1.0, 1.0)), ["5"]),
+        (attempts(r"\boxed{7}", r"\boxed{6}", scores=(0.0, 0.5)), ["7"]),
+        (attempts("It is 5.", "It is 7.", scores=(1.0, 1.0), parsed="5"), ["5"]),
+        (attempts("Hm.", scores=(0.0,), parsed=None), []),
+        (attempts(r"\boxed{5}", scores=(1.0,), finish="length"), []),
+        (attempts(r"\boxed{5}", scores=(0.0,), status="timeout"), []),
+        (attempts(r"\boxed{5} m", r"\boxed{ 5 } cm", r"\boxed{7}", scores=(1.0, 0.0, 0.0)), ["7"]),
+    ],
+    ids=["one side", "partial score", "no box", "no answer", "cut off", "no verdict", "right and wrong"],
+)
+def test_only_answers_that_are_known_to_be_right_or_wrong_are_judged(group, expected):
+    assert [quoted(record) for record in judge_own(group, TEMPLATER)] == expected
+
+
+def own_judge(right_on):
+    """Answers sum 0 always right, 1 always wrong, the others both ways; judges its own answers to the sums as
+    `right_on`, which names (sum, side), says."""
+
+    def reply(record, i):
+        number = int(record.id.split("#")[0].split("/")[-1])
+        if record.kind == "problem":
+            return boxed_gold(record) if number == 0 or (number > 1 and i in (None, 0)) else r"\boxed{-1}"
+        if "#pointwise_sampled" not in record.id:
+            return ""
+        return (
+            rf"\boxed{{{record.gold if (number, record.origin.quoted_correct) in right_on else other_label(record)}}}"
+        )
+
+    return reply
+
+
+def test_judging_own_answers_is_balanced_over_right_and_wrong_ones(make_evaluator, processor, verifiers):
+    right_on = {(0, True), (2, True), (2, False), (3, True)}
+    engine = Scripted(own_judge(right_on))
+    results = make_evaluator({"sums": SUMS}, samples=2)(engine, processor, verifiers)
+    (asked,) = [call for call in engine.asked if any("#pointwise_sampled" in record.id for record in call[2])]
+    n, sampling, records = asked
+    assert (n, sampling.temperature, len(records)) == (1, 0, 6)
+    # three of three right answers, one of three wrong ones; both of sum 2
+    own, pairs = results["pointwise_own"], results["pointwise_own_pairs"]
+    assert (own["value"], own["n"]) == (pytest.approx((3 / 3 + 1 / 3) / 2), 4)
+    assert own["low"] == pytest.approx((wilson(1, 3)[0] + wilson(1 / 3, 3)[0]) / 2)
+    assert own["high"] == pytest.approx((1 + wilson(1 / 3, 3)[1]) / 2)
+    assert (pairs["value"], pairs["n"]) == (0.5, 2)
+    assert results["pointwise_greedy"]["value"] == 0
+
+
+def test_the_interval_of_own_answers_holds_the_truth_even_if_both_verdicts_on_a_problem_are_one(processor):
+    """The worst case: one coin a problem decides both verdicts, so that there are half as many draws as prompts."""
+    rng = random.Random(0)
+    misses = 0
+    for _ in range(400):
+        judgments = []
+        for i in range(60):
+            score_of_both = float(rng.random() < 0.7)
+            for record in judge_own(attempts(r"\boxed{5}", r"\boxed{7}", scores=(1.0, 0.0)), TEMPLATER):
+                record = replace(record, origin=replace(record.origin, parent_id=f"p{i}"))
+                judgments.append(RolloutGroup(record, (Rollout((), (), "", "stop"),), (Verdict(score_of_both, "x"),)))
+        own = score({"own_answers": judgments})["pointwise_own"]
+        misses += not own["low"] <= 0.7 <= own["high"]
+    assert misses <= 400 * 0.08
+
+
+def test_a_constant_judge_of_own_answers_is_right_in_half_and_on_no_pair(make_evaluator, processor, verifiers):
+    says_correct = {(number, True) for number in range(4)}
+    results = values(make_evaluator({"sums": SUMS}, samples=2)(Scripted(own_judge(says_correct)), processor, verifiers))
+    assert (results["pointwise_own"], results["pointwise_own_pairs"]) == (0.5, 0)
+
+
+def test_a_policy_that_is_always_right_or_never_has_no_figure_for_its_own_answers(make_evaluator, processor, verifiers):
+    for answer in (oracle, lambda record, i: r"\boxed{-1}"):
+        results = make_evaluator({"sums": SUMS}, samples=2)(Scripted(answer), processor, verifiers)
+        assert not [name for name in results if "own" in name]
+
+
 # ── published judgments ──
 
 
@@ -555,6 +668,7 @@ def test_samples_can_be_scored_again_without_the_model(make_evaluator, processor
         lines.write('{"evaluation": 2, "mo')  # killed while writing
     second = evaluator(Scripted(oracle), processor, verifiers)
     again = rescore(file, verifiers)
+    assert "sums/pointwise_own" in first
     for result, scored in zip((first, second), again, strict=True):
         assert scored == {name: figure for name, figure in result.items() if name != "unusable"}
     line = next(line for line in map(json.loads, file.read_text().splitlines()) if line["kind"] == "pointwise")

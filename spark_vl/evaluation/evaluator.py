@@ -14,7 +14,7 @@ from spark_vl.config import EvaluationConfig, RolloutConfig, blamed_on
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
 from spark_vl.evaluation.figures import Estimate, estimate, score
-from spark_vl.evaluation.prompts import draw_problems, judge_and_reflect, process_all, wrong_answers
+from spark_vl.evaluation.prompts import draw_problems, judge_and_reflect, judge_own, process_all, wrong_answers
 from spark_vl.evaluation.samples import append_samples
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
@@ -84,8 +84,8 @@ class Evaluator:
             groups = engine.generate(prompts, n, sampling, advance)
             return verify_groups(verifiers, groups, self.rollout.max_new_tokens)
 
-        def ask(records: Iterable[PromptRecord]) -> list[RolloutGroup]:
-            return generate("reflection", process_all(records, processor), 1, 0.0)
+        def ask(records: Iterable[PromptRecord], phase: str = "reflection") -> list[RolloutGroup]:
+            return generate(phase, process_all(records, processor), 1, 0.0)
 
         greedy = generate("greedy", prompts, 1, 0.0)
         # Of reflections on right answers only the greedy figure is reported.
@@ -93,12 +93,14 @@ class Evaluator:
         sampled = generate("sampled", prompts, self.config.samples, self.rollout.temperature)
         answers = [group for group in greedy if group.record.kind == "problem"]
         revised, steps = self._revise(answers, ask)
-        majority = _majority([group for group in sampled if group.record.kind == "problem"], answers + steps)
+        attempts = [group for group in sampled if group.record.kind == "problem"]
+        judged = ask((record for group in attempts for record in judge_own(group, self.templater)), "own answers")
         groups = {
             "greedy": greedy,
             "sampled": sampled,
+            "own_answers": judged,
             "test_time_reflection": revised,
-            "test_time_majority": majority,
+            "test_time_majority": _majority(attempts, answers + steps),
         }
         if self.samples_file is not None:
             append_samples(self.samples_file, groups | {"test_time_steps": steps})

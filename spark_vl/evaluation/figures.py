@@ -2,7 +2,8 @@
 
 Every figure is a fraction, the mean over *problems*, and so is its `n`: the samples of a prompt and the prompts of a
 problem (a right and a wrong answer, both orders) are not independent, and counting them as if they were would make the
-intervals too narrow. Where a problem has several, its value is their mean.
+intervals too narrow. Where a problem has several, its value is their mean. `pointwise_own` alone is the mean of two
+such means, over the problems with a right answer and over those with a wrong one.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     | `reasoning_unparsable` | share of problems in whose completion no answer is found (which is wrong, too) |
     | `pointwise_greedy`, `pointwise_sampled` | balanced accuracy: of each problem's gold and one wrong answer |
     | `pointwise_says_correct` | share of those verdicts that call the answer correct; .5 is right |
+    | `pointwise_own` | balanced accuracy on the model's own sampled answers; left out if none is right, or none wrong |
+    | `pointwise_own_pairs` | share judged right on both, of problems with a right and a wrong one; a coin has .25 |
     | `pairwise_greedy`, `pairwise_sampled` | accuracy, for each problem in both orders |
     | `pairwise_consistency` | share of problems with the same answer picked in both orders, of pairs asked in both |
     | `reflection_greedy`, `reflection_sampled` | accuracy where the prompt quotes a wrong answer: repairs |
@@ -61,8 +64,8 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     | `test_time_majority` | accuracy of the majority among as many samples as that took new tokens |
 
     Args:
-        groups: verified groups by mode: `greedy`, `sampled`, `test_time_reflection` and `test_time_majority`; those
-            without any may be left out.
+        groups: verified groups by mode: `greedy`, `sampled`, `own_answers`, `test_time_reflection` and
+            `test_time_majority`; those without any may be left out.
     """
     recipes = dict.fromkeys(group.record.recipe for mode in groups.values() for group in mode)
     by_recipe = {
@@ -96,6 +99,7 @@ def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate
     add("pointwise_greedy", _accuracy, "greedy", "pointwise")
     add("pointwise_sampled", _accuracy, "sampled", "pointwise")
     add("pointwise_says_correct", _says_correct, "greedy", "pointwise")
+    results |= _own_answers(groups.get("own_answers", ()))
     add("pairwise_greedy", _accuracy, "greedy", "pairwise")
     add("pairwise_sampled", _accuracy, "sampled", "pairwise")
     add("pairwise_consistency", _consistency, "greedy, both orders", "pairwise")
@@ -104,6 +108,23 @@ def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate
     add("reflection_keeps", _accuracy, "greedy", "reflection", quoted_correct=True)
     add("test_time_reflection", _accuracy, "test_time_reflection", "problem")
     add("test_time_majority", _accuracy, "test_time_majority", "problem")
+    return results
+
+
+def _own_answers(judgments: Sequence[RolloutGroup]) -> dict[str, Estimate]:
+    """`pointwise_own` and `pointwise_own_pairs`, of judgments of one right answer to a problem, one wrong, or both."""
+    right, wrong = (
+        {group.record.parent_id: _accuracy([group]) for group in judgments if _quoted_correct(group.record) is side}
+        for side in (True, False)
+    )
+    results: dict[str, Estimate] = {}
+    if right and wrong:
+        sides = [estimate(fmean(side.values()), len(side)) for side in (right, wrong)]
+        # The sides share problems. The mean of their bounds is wide enough however strongly they are correlated.
+        results["pointwise_own"] = {bound: fmean(side[bound] for side in sides) for bound in ("value", "low", "high")}
+        results["pointwise_own"]["n"] = len(right | wrong)
+    if both := right.keys() & wrong.keys():
+        results["pointwise_own_pairs"] = estimate(fmean(min(right[id], wrong[id]) for id in both), len(both))
     return results
 
 

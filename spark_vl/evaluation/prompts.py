@@ -1,8 +1,12 @@
-"""The prompts of an evaluation. They do not depend on the policy, so that its figures compare over time and runs.
+"""The prompts of an evaluation. Those of `judge_own` quote the policy's own answers and change with it; the others do
+not depend on the policy, so that their figures compare over time and runs.
 
 A judge is shown each problem's gold answer and a wrong one, which is the gold of another problem (for a choice
 question, another letter). Which problems, answers, templates and labels are drawn is fixed by the ids of the rows.
 The prompts of a published judgment dataset are asked as they are.
+
+The gold of another problem is easy to reject, a wrong answer of the policy's own is not; test-time reflection depends
+on how well those are judged.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from spark_vl.answers import last_boxed
 from spark_vl.data.problems import ProblemSet
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, Kind, PromptRecord, RecycledRecord, plain_text
+from spark_vl.records import BadRecordError, Kind, PromptRecord, RecycledRecord, RolloutGroup, plain_text
 from spark_vl.verifiers import VerifierPool, boxed_gold, check_golds
 
 logger = logging.getLogger(__name__)
+
+_EPS = 1e-6
 
 
 def draw_problems(
@@ -137,4 +143,44 @@ def judge_and_reflect(problem: PromptRecord, wrong: str, templater: Templater) -
             pair.record(problem, "pairwise", id=f"{problem.id}#pairwise_{side}_first"),
             reflection.record(problem, "reflection", id=f"{problem.id}#reflection_{side}", quoted_correct=correct),
         ]
+    return records
+
+
+def judge_own(sampled: RolloutGroup, templater: Templater) -> list[RecycledRecord]:
+    """Pointwise prompts, at most two, about the policy's own answers to one problem: one right, one wrong, if it gave
+    both; they differ in nothing but the answer.
+
+    Drawn from the completions that finished, whose answer can be quoted, and whose score is 0 or 1. An answer that got
+    both scores (some verifiers read more than the answer) is not quoted.
+
+    Args:
+        sampled: a verified group of completions to a problem.
+    """
+    problem = sampled.record
+    answers: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+    for index, (rollout, verdict) in enumerate(zip(sampled.rollouts, sampled.verdicts, strict=True)):
+        # Some verifiers read answers outside boxes: then quote what they found and scored.
+        answer = (last_boxed(rollout.text) or verdict.parsed or "").strip()
+        clear = verdict.status == "ok" and min(verdict.score, 1 - verdict.score) <= _EPS
+        if rollout.finish_reason == "stop" and answer and clear:
+            answers[verdict.score > 0.5].append((index, answer))
+    ambiguous = {answer for _, answer in answers[True]} & {answer for _, answer in answers[False]}
+    rng = random.Random(f"{problem.id}/own")
+    records = []
+    for correct, side in ((True, "correct"), (False, "wrong")):
+        quotable = [(index, answer) for index, answer in answers[correct] if answer not in ambiguous]
+        if quotable:
+            index, answer = rng.choice(quotable)
+            same = random.Random(f"{problem.id}/own/pointwise")  # the same template and polarity for both
+            rendered = templater.pointwise(problem.question, answer, correct=correct, rng=same)
+            records.append(
+                rendered.record(
+                    problem,
+                    "pointwise",
+                    id=f"{problem.id}#pointwise_sampled_{side}",
+                    rollouts=(index,),
+                    quoted_correct=correct,
+                    completions=(sampled.rollouts[index].text,),
+                )
+            )
     return records
