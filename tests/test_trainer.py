@@ -100,7 +100,9 @@ def test_the_prompts_that_wait_are_in_the_checkpoint(tmp_path):
     assert state["waiting"], "the run recycled nothing"
     resumed = load_trainer(make_config(tmp_path / "run", "--steps=3"), resume=str(checkpoint))
     assert resumed.feed.state_dict() == state
-    assert [prompt.record.id for prompt in resumed.feed.next("recycled")] == [each["id"] for each in state["waiting"]]
+    assert [prompt.record.id for prompt in resumed.feed.next("recycled")] == [
+        record["id"] for each in state["waiting"] for record in each["records"]
+    ]
 
 
 def test_a_checkpoint_of_an_older_format_is_refused_in_words(tmp_path):
@@ -110,7 +112,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_in_words(tmp_path):
     facts = {name: value for name, value in manifest.items() if name not in ("format", "files")}
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint, facts)  # as the first format had it
-    with pytest.raises(CheckpointError, match=r"has format 1, .* reads format 2; start a new run .*--model\.path"):
+    with pytest.raises(CheckpointError, match=r"has format 1, .* reads format 3; start a new run .*--model\.path"):
         load_trainer(make_config(tmp_path / "run", "--steps=1"), resume="auto")
 
 

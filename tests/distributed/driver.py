@@ -23,7 +23,7 @@ def nan(trainer: Trainer) -> None:
 
 
 def held(trainer: Trainer) -> None:
-    ids = [record["id"] for record in trainer.feed.state_dict()["waiting"]]
+    ids = [record["id"] for waiting in trainer.feed.state_dict()["waiting"] for record in waiting["records"]]
     (trainer.log.folder / f"held.rank{trainer.accelerator.process_index}.json").write_text(json.dumps(ids))
 
 

@@ -277,7 +277,8 @@ def test_two_processes_then_one_then_two(tmp_path, monkeypatch):
     assert round(sampler.epoch * len(sampler)) == 4 * trainer.step
     ids = waiting(latest(folder))
     assert len(ids) > 3
-    assert sorted(record["id"] for record in trainer.feed.state_dict()["waiting"]) == sorted(ids)
+    held = [record["id"] for each in trainer.feed.state_dict()["waiting"] for record in each["records"]]
+    assert sorted(held) == sorted(ids)
     assert not trainer.train()
 
     monkeypatch.setenv("ADD", "held")
@@ -285,7 +286,7 @@ def test_two_processes_then_one_then_two(tmp_path, monkeypatch):
     assert launch(2, "ddp", *arguments, module=DRIVER).returncode == 0
     held = [json.loads((folder / f"held.rank{rank}.json").read_text()) for rank in range(2)]
     assert sorted(held[0] + held[1]) == sorted(ids)
-    assert abs(len(held[0]) - len(held[1])) <= 1
+    assert abs(len(held[0]) - len(held[1])) <= 2  # pairs stay together
 
     assert [line["step"] for line in metrics(folder)] == list(range(1, 13))
     drawn = [line["data/epoch"] * len(sampler) for line in metrics(folder)]
@@ -295,7 +296,7 @@ def test_two_processes_then_one_then_two(tmp_path, monkeypatch):
 def waiting(checkpoint: Path) -> list[str]:
     """The ids of the prompts that wait, of all processes."""
     states = [json.loads(path.read_text()) for path in checkpoint.glob("trainer.rank*.json")]
-    return [record["id"] for state in states for record in state["feed"]["waiting"]]
+    return [record["id"] for state in states for each in state["feed"]["waiting"] for record in each["records"]]
 
 
 def test_sharded_state_is_not_cut_anew(whole_zero3, tmp_path):

@@ -8,12 +8,14 @@ a gradient is next to nothing its rounding counts: the movement of a parameter d
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.distributed import feeding
 from tests.distributed.launching import launch
 from tests.distributed.updates import save_model
 
@@ -118,3 +120,37 @@ def test_updates_in_parts_do_not_wait_for_a_process_that_has_fewer(tmp_path, str
     for _loss, norm, skipped in json.loads((folder / "parts.json").read_text()):
         assert 0 < norm < float("inf")
         assert skipped == 0
+
+
+def test_any_number_of_processes_recycles_what_one_does(tmp_path):
+    """The same prompts, written alike, with their images; each process gets as many; pairs stay together."""
+    found = {}
+    for n in (1, 2, 4):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        ended = launch(n, "single" if n == 1 else "ddp", str(folder), module="tests.distributed.feeding")
+        assert ended.returncode == 0, ended.stdout[-5000:]
+        for name in feeding.SETTINGS:
+            seen = [json.loads((folder / f"{name}.rank{rank}.json").read_text()) for rank in range(n)]
+            assert all(each["metrics"] == seen[0]["metrics"] for each in seen)
+            for step in range(feeding.STEPS):
+                dealt = [[json.loads(record) for record in each["dealt"][step]] for each in seen]
+                loads = [len(records) for records in dealt]
+                assert max(loads) - min(loads) <= 3
+                for records in dealt:
+                    pairs = Counter(record["origin"]["pair"] for record in records if record["origin"]["pair"])
+                    assert set(pairs.values()) <= {2}
+            found[n, name] = [
+                {
+                    "dealt": sorted(chain(*(each["dealt"][step] for each in seen))),
+                    "surplus": sorted(chain(*(each["surplus"][step] for each in seen))),
+                    "counts": sum((Counter(each["counts"][step]) for each in seen), Counter()),
+                    "metrics": seen[0]["metrics"][step],
+                }
+                for step in range(feeding.STEPS)
+            ]
+    for name in feeding.SETTINGS:
+        assert found[2, name] == found[4, name] == found[1, name]
+        assert sum(len(step["dealt"]) for step in found[1, name]) >= 36
+    assert [len(step["dealt"]) for step in found[1, "released"]] == [18] * 3
+    assert found[1, "matched"][2]["surplus"], "there were no more than the caps allow"
