@@ -48,7 +48,7 @@ class DifficultyAuc:
 
     def state_dict(self) -> dict[str, Any]:
         """The labels, as JSON values."""
-        return {"steps": [[step, labels] for step, labels in self._steps]}
+        return {"steps": [[step, [list(pair) for pair in labels]] for step, labels in self._steps]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was made."""
