@@ -94,14 +94,17 @@ class BestFigure:
 
     def update(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> bool:
         """Take in `figures`, evaluated after `step`; without any, nothing changes. Returns whether it is the best step
-        so far; step 0, the untrained model, sets the mark and never is.
+        so far; step 0, the untrained model, sets the mark and never is. Nor is a step that lacks a figure which an
+        earlier one had: there is no `pointwise_own` once all sampled answers are right.
 
         Raises:
-            ConfigError: there is no such figure.
+            ConfigError: there is no such figure, nor ever was.
         """
         if self.name is None or not figures:
             return False
         if self.name not in figures:
+            if self.value > -math.inf:
+                return False
             raise ConfigError(f"checkpoint.keep_best: there is no figure {self.name!r}; there are {', '.join(figures)}")
         value, before = figures[self.name]["value"], self.value
         self.value = max(value, before)

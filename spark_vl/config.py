@@ -221,7 +221,15 @@ class EvaluationConfig:
     samples: PositiveInt = 4
     """Completions a prompt, at the rollout temperature, for the sampled figures."""
     reflection_rounds: PositiveInt = 1
-    """Test-time reflection: how often an answer that the model judges wrong may be revised."""
+    """Test-time reflection: how often an answer may be judged and, if judged wrong, revised. It stops at the first
+    verdict "correct", or after so many rounds; all is greedy. One, since each round costs a judgment and a new answer.
+    The released evaluation: 2, with the same stop rule, greedy too."""
+    reflection_claim: Literal["check", "wrong"] = "check"
+    """What the prompt of a revision claims: "check this answer", or "this answer is wrong", which the model has judged
+    but nobody knows. The released evaluation: wrong."""
+    unreadable_judgment: Literal["keep", "reflect"] = "keep"
+    """What a judgment without a verdict does: the answer is kept, or revised as if it were judged wrong. Keep, since it
+    says nothing against the answer. The released evaluation: reflect, on all but a readable "Yes"."""
     every: NonNegativeInt = 0
     """Evaluate every this many steps; 0: only before and after the run."""
 

@@ -639,6 +639,47 @@ def test_an_answer_without_a_box_is_reflected_on_whole_and_one_without_a_verdict
     assert "cot_check" in reflected[0].origin.template
 
 
+@pytest.mark.parametrize(("unreadable", "after"), [("keep", 0.5), ("reflect", 1.0)])
+def test_an_answer_whose_judgment_has_no_verdict_is_kept_or_revised(
+    unreadable, after, make_evaluator, processor, verifiers
+):
+    """Sums 0 and 1 are solved, and judged correct; of 2 and 3 the judge says nothing."""
+    policy = reflecting(solved={0, 1})
+
+    def reply(record, i):
+        speechless = record.kind == "pointwise" and policy(record, i) == rf"\boxed{{{other_label(record)}}}"
+        return "Hm." if speechless else policy(record, i)
+
+    engine = Scripted(reply)
+    evaluator = make_evaluator({"sums": SUMS}, unreadable_judgment=unreadable)
+    assert values(evaluator(engine, processor, verifiers))["test_time_reflection"] == after
+    revised = {record.origin.parent_id for record in engine.asked[3][2]}
+    assert revised == ({"sums/test/2", "sums/test/3"} if unreadable == "reflect" else set())
+
+
+@pytest.mark.parametrize("claim", ["check", "wrong"])
+def test_a_revision_is_asked_for_with_the_claim_that_is_set(claim, make_evaluator, processor, verifiers):
+    def never_right(record, i):
+        if record.kind == "pointwise":
+            return rf"\boxed{{{other_label(record)}}}"
+        return "Hm." if record.id.endswith("/0") else r"\boxed{-1}"
+
+    engine = Scripted(never_right)
+    make_evaluator({"sums": SUMS}, reflection_claim=claim)(engine, processor, verifiers)
+    reflections = engine.asked[3][2]
+    templates = {record.origin.parent_id: TEMPLATER.templates[record.origin.template] for record in reflections}
+    assert {parent: (t.shows, t.claim) for parent, t in templates.items()} == {
+        f"sums/test/{i}": ("answer" if i else "cot", claim) for i in range(4)
+    }
+
+
+def test_a_claim_that_no_template_makes_is_refused_before_anything_is_sampled(make_evaluator):
+    checking = Templater([template for template in TEMPLATER.templates.values() if template.claim != "wrong"])
+    make_evaluator({"sums": SUMS}, templater=checking)
+    with pytest.raises(ConfigError, match=r"^evaluation\.reflection_claim: .* no reflection that .*, claim: wrong"):
+        make_evaluator({"sums": SUMS}, templater=checking, reflection_claim="wrong")
+
+
 @pytest.mark.parametrize(("judge_tokens", "expected"), [(4, 0.0), (9, 0.0), (10, 0.0), (20, 1.0), (500, 1.0)])
 def test_the_majority_vote_spends_the_tokens_of_test_time_reflection(
     judge_tokens, expected, make_evaluator, processor, verifiers

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from spark_vl.checkpoint import BestFigure
 from spark_vl.config import ConfigError
 from spark_vl.setup import load_trainer
 from tests.test_trainer import make_config
@@ -63,6 +64,13 @@ def test_a_resumed_run_knows_the_best_one(tmp_path):
     after = run(tmp_path, "--checkpoint.every=0", resume="auto")
     assert [name for name, _ in before + after] == BEST
     assert best(tmp_path) == "step-000006"
+
+
+def test_a_figure_that_later_evaluations_lack_stops_nothing():
+    best = BestFigure("pointwise_own")
+    assert not best.update(0, {"pointwise_own": {"value": 0.5}})
+    assert not best.update(1, {"other": {"value": 0.9}})
+    assert best.update(2, {"pointwise_own": {"value": 0.6}})
 
 
 def test_an_unknown_figure_fails_at_the_first_evaluation(tmp_path):

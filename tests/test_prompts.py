@@ -404,6 +404,20 @@ def test_a_correct_answer_is_never_called_wrong(shows):
         )
 
 
+@pytest.mark.parametrize("shows", ["answer", "cot"])
+def test_a_claim_can_be_asked_for_but_not_that_a_correct_answer_is_wrong(shows):
+    for claim in ("check", "wrong"):
+        rendered = [
+            BUILTIN.reflection(QUESTION, "5", correct=False, claim=claim, shows=shows, rng=random.Random(s))
+            for s in range(50)
+        ]
+        found = {BUILTIN.templates[r.template] for r in rendered}
+        assert len(found) > 1
+        assert {(t.shows, t.claim) for t in found} == {(shows, claim)}
+    with pytest.raises(ValueError, match="claim: found 'wrong' for a correct answer; allowed: 'check'"):
+        BUILTIN.reflection(QUESTION, "5", correct=True, claim="wrong", shows=shows, rng=random.Random(0))
+
+
 def test_the_same_seed_gives_the_same_prompt():
     def prompts(seed: int) -> list[Rendered]:
         templater, rng = Templater.load(), random.Random(seed)

@@ -40,7 +40,7 @@ class Evaluator:
         samples_file: JSONL to which every completion is appended; given to one process only.
 
     Raises:
-        ConfigError: a recipe cannot be used, or two have the same name.
+        ConfigError: a recipe cannot be used, or two have the same name; no template has the reflection claim.
         ValueError: a recipe cannot be opened.
     """
 
@@ -57,6 +57,11 @@ class Evaluator:
         self.samples_file = samples_file
         with blamed_on("evaluation.recipes"):
             self._sets = [open_recipe(recipe, config.split, templater) for recipe in load_recipes(config.recipes)]
+        with blamed_on("evaluation.reflection_claim"):
+            shows: Literal["answer", "cot"]
+            for shows in ("answer", "cot"):  # fails now, not after hours of sampling
+                rng = random.Random(0)
+                templater.reflection((), "", correct=False, claim=config.reflection_claim, shows=shows, rng=rng)
         self._records: list[PromptRecord] | None = None  # until the first evaluation
         self._drawn = 0  # rows
         self._used = 0  # those of them that are among `_records`
@@ -133,9 +138,10 @@ class Evaluator:
     def _revise(self, answers: Sequence[RolloutGroup], ask: Ask) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
         """Test-time reflection: the last answer to each problem, and the judgments and reflections on the way.
 
-        In each round the model judges its own answer and, where it judges it wrong, answers again with it at hand. A
-        completion without an answer counts as judged wrong; a judgment without a verdict, or one whose prompt would be
-        too long, leaves the answer as it is.
+        In each round the model judges its own answer and, where it judges it wrong, answers again with it at hand,
+        until it judges an answer correct, at most `reflection_rounds` times. A completion without an answer counts as
+        judged wrong; of a judgment without a verdict `unreadable_judgment` decides. Where the prompt of a judgment or a
+        reflection would be too long, the answer stays.
         """
         latest = {group.record.id: group for group in answers}
         steps: list[RolloutGroup] = []
@@ -143,12 +149,7 @@ class Evaluator:
         for turn in range(1, self.config.reflection_rounds + 1):
             unanswered = {group.record.id for group in pending if group.verdicts[0].status == "unparsable"}
             judgments = ask(self._judge(group, turn) for group in pending if group.record.id not in unanswered)
-            judged_wrong = {
-                judgment.record.parent_id
-                for judgment in judgments
-                if judgment.verdicts[0].parsed is not None and judgment.verdicts[0].score == 0
-            }
-            wrong = judged_wrong | unanswered
+            wrong = unanswered | {judgment.record.parent_id for judgment in judgments if self._rejects(judgment)}
             reflections = ask(self._reflect(group, turn) for group in pending if group.record.id in wrong)
             pending = []
             for reflection in reflections:
@@ -165,12 +166,21 @@ class Evaluator:
         rendered = self.templater.pointwise(problem.question, _quote(answer), correct=True, rng=rng)
         return rendered.record(problem, "pointwise", id=f"{problem.id}#pointwise_own_{turn}")
 
+    def _rejects(self, judgment: RolloutGroup) -> bool:
+        verdict = judgment.verdicts[0]
+        if verdict.parsed is None:
+            return self.config.unreadable_judgment == "reflect"
+        return verdict.score == 0
+
     def _reflect(self, answer: RolloutGroup, turn: int) -> RecycledRecord:
-        """Another attempt. The prompt says "check it", not "it is wrong", which is not known."""
+        """Another attempt, with `answer` at hand."""
         problem = answer.record
         rng = random.Random(f"{problem.id}/reflect/{turn}")
         shows: Literal["answer", "cot"] = "answer" if last_boxed(answer.rollouts[0].text) else "cot"
-        rendered = self.templater.reflection(problem.question, _quote(answer), correct=True, shows=shows, rng=rng)
+        claim = self.config.reflection_claim
+        rendered = self.templater.reflection(
+            problem.question, _quote(answer), correct=False, claim=claim, shows=shows, rng=rng
+        )
         return rendered.record(problem, "reflection", id=f"{problem.id}#reflection_own_{turn}")
 
 

@@ -181,10 +181,13 @@ class Templater:
         for shows in ("answer", "cot"):
             shown = [t for t in reflection if t.shows == shows]
             self._sets[f"reflection that shows: {shows}"] = (shown,)
-            self._sets[f"reflection that shows: {shows}, claim: check"] = ([t for t in shown if t.claim == "check"],)
-        for purpose, sets in self._sets.items():
-            if not any(sets):
-                raise ValueError(f"templates: there is no {purpose}; at least one is needed")
+            for claim in ("check", "wrong"):
+                self._sets[f"reflection that shows: {shows}, claim: {claim}"] = (
+                    [t for t in shown if t.claim == claim],
+                )
+        for purpose in self._sets:
+            if not purpose.endswith("claim: wrong"):  # needed only where one is asked for
+                self._sets_for(purpose)
 
     @classmethod
     def load(
@@ -343,19 +346,35 @@ class Templater:
         shows: Literal["answer", "cot"],
         rng: random.Random,
         template: str | None = None,
+        claim: Literal["check", "wrong"] | None = None,
     ) -> Rendered:
         """Asks for the right answer, given an earlier one.
 
         Args:
             answer: a final answer or a whole chain of thought, as `shows` says.
-            correct: whether it is right; if so, the prompt never claims that it is wrong.
+            correct: whether it is right; if so, the prompt never claims that it is wrong. Where it is not known, give
+                False and a `claim`.
             template: name of the template; drawn when None.
+            claim: what the prompt claims (see `Template`); when None, anything that is true.
+
+        Raises:
+            ValueError: the claim is that a correct answer is wrong, or the template is not one of these.
         """
-        purpose = f"reflection that shows: {shows}" + (", claim: check" if correct else "")
+        if correct and claim == "wrong":
+            raise ValueError("claim: found 'wrong' for a correct answer; allowed: 'check' or None")
+        claim = "check" if correct else claim
+        purpose = f"reflection that shows: {shows}" + (f", claim: {claim}" if claim else "")
         return self._render(self._choose(purpose, template, rng), question, None, {"{answer}": answer})
 
-    def _choose(self, purpose: str, name: str | None, rng: random.Random) -> Template:
+    def _sets_for(self, purpose: str) -> list[list[Template]]:
+        """The sets of templates to draw from that have any."""
         sets = [templates for templates in self._sets[purpose] if templates]
+        if not sets:
+            raise ValueError(f"templates: there is no {purpose}; at least one is needed")
+        return sets
+
+    def _choose(self, purpose: str, name: str | None, rng: random.Random) -> Template:
+        sets = self._sets_for(purpose)
         if name is None:
             return rng.choice(rng.choice(sets))
         allowed = {template.name: template for templates in sets for template in templates}
