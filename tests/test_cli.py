@@ -143,7 +143,7 @@ def test_rows_of_a_recipe_are_printed_and_counted(tmp_path):
     assert [row for row in rows if row.startswith("── ")] == ["── digits/test/test-0", "── digits/test/test-1"]
     assert [row.startswith("<image>") for row in rows[1::3]] == [True, True]
     assert all(row.endswith("(number)") for row in rows[2::3])
-    assert count == "1000 of 1000 rows can be used"
+    assert count == "1000 of 1000 rows can be used (license of the data: CC-BY-4.0)"
 
 
 def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
@@ -161,5 +161,5 @@ def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
         "→ 3   (number)",
         "cannot be used: mine/train/#1: 'q' is empty",
         "cannot be used: mine/train/#3: no column 'q'; the row has 'a'",
-        "2 of 4 rows can be used",
+        "2 of 4 rows can be used (license of the data: MIT)",
     ]

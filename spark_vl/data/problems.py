@@ -42,7 +42,7 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
     if root is not None and not root.is_dir():
         raise ValueError(f"recipe {recipe.name}: media_root: found {str(root)!r}, which is not a folder")
     problems = ProblemSet(recipe, split, templater, rows, root)
-    if recipe.source.type == "hub" and root is None and problems.has_image_paths:
+    if recipe.source.type in ("hub", "factory") and root is None and problems.has_image_paths:
         raise ValueError(
             f"recipe {recipe.name}: media_root: is missing, and the column {recipe.columns.images!r} holds paths; "
             f"unpack the images and name their folder, for instance in a recipe file with base: {recipe.name}"

@@ -55,7 +55,7 @@ class SparkRows:
 
 
 def _below_images(path: str) -> str:
-    folder, mark, name = path.rpartition("images/")
+    _, mark, name = path.rpartition("images/")
     if not mark:
         raise ValueError(f"the image {path!r} is not in a folder named images")
     return mark + name
