@@ -368,7 +368,7 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
                 print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
     for fault in bad[:20]:
         print(f"cannot be used: {fault}")
-    print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license})")
+    print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {problems.recipe.license})")
 
 
 def diagnose() -> int:
