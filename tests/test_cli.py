@@ -161,5 +161,5 @@ def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
         "→ 3   (number)",
         "cannot be used: mine/train/#1: 'q' is empty",
         "cannot be used: mine/train/#3: no column 'q'; the row has 'a'",
-        "2 of 4 rows can be used (license of the data: MIT)",
+        "2 of 4 rows can be used (license of the data: none)",
     ]

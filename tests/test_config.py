@@ -20,6 +20,7 @@ from spark_vl.config import (
     TrainConfig,
     check_eval_config,
     check_train_config,
+    flat,
     save_config,
 )
 from spark_vl.config_cli import parse_train_config
@@ -168,7 +169,7 @@ def test_an_evaluation_is_checked_too():
 
 
 def paper(config: TrainConfig) -> dict:
-    """The settings of the released SPARK-VL-7B run, as `config` has them."""
+    """The sizes of the released SPARK-VL-7B run, as `config` has them."""
     return {
         "prompts a step": config.data.prompts_per_step,
         "rollouts": config.rollout.n,
@@ -189,7 +190,7 @@ def paper(config: TrainConfig) -> dict:
 
 
 @pytest.mark.parametrize("arguments", [[RECIPE], ["--config", str(ROOT / "scripts/configs/qwen2_5_vl_7b/spark.yaml")]])
-def test_the_defaults_and_the_7b_configuration_are_those_of_the_paper(arguments):
+def test_the_defaults_and_the_7b_configuration_keep_to_the_sizes_of_the_paper(arguments):
     assert paper(parse_train_config(arguments)) == {
         "prompts a step": 64,
         "rollouts": 8,
@@ -207,6 +208,48 @@ def test_the_defaults_and_the_7b_configuration_are_those_of_the_paper(arguments)
         "max_pixels": 1048576,
         "box": True,
     }
+
+
+RELEASED = {
+    "data.recipes": ["spark_virl_19k"],
+    "epochs": 2.0,
+    "recycle.schedule": "sequential",
+    "recycle.batch": 64,
+    "recycle.pointwise": "one_per_group",
+    "recycle.a_is_correct": True,
+    "recycle.correct_reflection_share": 0.0,
+    "recycle.recycle_truncated": True,
+    "objective.loss": "dapo",
+    "optimizer.betas": [0.9, 0.95],
+    "optimizer.schedule": "cosine",
+    "optimizer.min_lr_ratio": 0.1,
+    "optimizer.warmup_updates": 0.03,
+    "optimizer.updates_per_batch": 8,
+    "evaluation.reflection_rounds": 2,
+    "evaluation.reflection_claim": "wrong",
+    "evaluation.unreadable_judgment": "reflect",
+}
+"""What the released 7B run does differently from ours; all else is the same (`paper`)."""
+
+
+def test_the_released_run_differs_from_ours_in_these_settings_and_each_line_says_so():
+    folder = ROOT / "scripts/configs/qwen2_5_vl_7b"
+    released, ours = (parse_train_config(["--config", str(folder / name)]) for name in ("released.yaml", "spark.yaml"))
+    assert paper(released) == paper(ours) | {"loss": "dapo"}
+    was, now = flat(asdict(ours)), flat(asdict(released))
+    differing = {name: now[name] for name in now if now[name] != was[name] and name != "output_dir"}
+    assert differing == {name: value for name, value in RELEASED.items() if value != was[name]}
+    assert {name: now[name] for name in RELEASED} == RELEASED
+    text = (folder / "released.yaml").read_text()
+    group = ""
+    commented = set()
+    for line in text.splitlines():
+        if match := re.match(r"(\w+):$", line):
+            group = match[1]
+        if (match := re.match(r"  (\w+): [^#]+(#)?", line)) and match[2]:
+            commented.add(f"{group}.{match[1]}")
+    # The recipe's comment stands above it; the floor belongs to the schedule.
+    assert differing.keys() - commented == {"data.recipes", "optimizer.min_lr_ratio"}
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=9) | st.sampled_from(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SPARK on Qwen2.5-VL-32B with the settings of the paper: ZeRO-3, weights and optimizer in host memory.
+# SPARK on Qwen2.5-VL-32B with our settings: ZeRO-3, weights and optimizer in host memory.
 #
 #     RECIPES=... scripts/launch/qwen2_5_vl_32b.sh [option of `spark-vl train` ...]
 #

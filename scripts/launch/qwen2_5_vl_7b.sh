@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SPARK on Qwen2.5-VL-7B with the settings of the paper, the weights sharded over 8 GPUs of one machine (ZeRO-3).
+# SPARK on Qwen2.5-VL-7B with our settings, the weights sharded over 8 GPUs of one machine (ZeRO-3).
 #
 #     RECIPES=... scripts/launch/qwen2_5_vl_7b.sh [option of `spark-vl train` ...]
 #
@@ -20,6 +20,8 @@
 # Examples:
 #   RECIPES=my_virl39k.yaml scripts/launch/qwen2_5_vl_7b.sh
 #   RECIPES=geometry3k GPUS=4 scripts/launch/qwen2_5_vl_7b.sh --rollout.decode_batch_size 64 --optimizer.lr 1e-6
+#   RECIPES=my_virl.yaml CONFIG=scripts/configs/qwen2_5_vl_7b/released.yaml OUTPUT_DIR=runs/7b-released \
+#       scripts/launch/qwen2_5_vl_7b.sh                                                       # the released run
 #   RECIPES=my_virl39k.yaml OUTPUT_DIR=runs/7b-grpo scripts/launch/qwen2_5_vl_7b.sh --recycle.schedule none   # control
 #   RECIPES=geometry3k CONFIG=scripts/configs/qwen2_5_vl_3b/spark.yaml OUTPUT_DIR=runs/3b \
 #       scripts/launch/qwen2_5_vl_7b.sh
