@@ -41,8 +41,9 @@ from spark_vl.run.manifest import MANIFEST, find_damage, read_manifest, write_ma
 from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.run.provenance import public_name
 
-FORMAT = 2
-"""Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own."""
+FORMAT = 3
+"""Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own. 2: before norms and
+biases were a group of their own in the optimizer."""
 
 _SAME_FILES = {"single", "ddp"}
 """Ways of holding weights whose checkpoints do not depend on the number of processes."""

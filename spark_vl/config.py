@@ -182,6 +182,7 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay of AdamW's first and second moment."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, of matrices, embeddings and adapters. Norms and biases never decay."""
     max_grad_norm: PositiveFloat = 1.0
     warmup_updates: NonNegativeInt = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"

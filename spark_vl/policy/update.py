@@ -49,10 +49,9 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
     policy = load_policy(config.model, dtype=low if config.model.lora else trained, trained=trained, **sampled_from)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        parameter_groups(policy, settings.weight_decay),
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
-        weight_decay=settings.weight_decay,
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     check_launch(accelerator, policy)
@@ -75,6 +74,21 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
         config.objective,
         settings,
     )
+
+
+def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained, for an optimizer: first what decays (matrices, embeddings, kernels), then, if any, what does not
+    (norms, biases)."""
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            # ZeRO-3 leaves an empty tensor where it has taken a parameter away, and notes its shape.
+            shape = vars(parameter).get("ds_shape", parameter.shape)
+            groups[len(shape) < 2]["params"].append(parameter)
+    return [group for group in groups if group["params"]]  # adapters have neither norms nor biases
 
 
 def _frozen(accelerator: Accelerator, reference: torch.nn.Module) -> torch.nn.Module:
@@ -138,8 +152,8 @@ class Updater:
                 "lr": settings.lr * factor(self.scheduler.last_epoch),
                 "initial_lr": settings.lr,
                 "betas": tuple(settings.betas),
-                "weight_decay": settings.weight_decay,
             }
+        self.optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # the other, if any, never decays
 
     def update(
         self,

@@ -28,7 +28,11 @@ SCENARIOS = {
     "more_packs": {"settings": ["--optimizer.tokens_per_pack=140"], "shares": EVEN, "updates": 2},
     "no_image_on_one": {"settings": [], "shares": [[0, 1, 3, 4, 6, 7], [2, 5]], "updates": 2},
     "nothing_on_one": {"settings": [], "shares": [ALL, []], "updates": 2},
-    "nothing_on_the_main_one": {"settings": ["--objective.loss=dapo"], "shares": [[], ALL], "updates": 2},
+    "nothing_on_the_main_one": {
+        "settings": ["--objective.loss=dapo", "--optimizer.weight_decay=1"],
+        "shares": [[], ALL],
+        "updates": 2,
+    },
     "frozen_vision": {"settings": ["--model.freeze=[vision]"], "shares": EVEN, "updates": 2},
     "adapters": {"settings": ["--model.lora.rank=4"], "shares": [[0, 1, 2], [3, 4, 5, 6, 7]], "updates": 2},
     "checkpointing": {"settings": ["--model.gradient_checkpointing=true"], "shares": EVEN, "updates": 2},
