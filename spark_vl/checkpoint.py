@@ -3,7 +3,7 @@
 A run's `checkpoints/` holds `step-000120/` folders and the files `latest` and `best`, which name one each. A checkpoint
 has what a run needs to go on as if it had not been interrupted:
 
-    model.safetensors, optimizer.bin, …   weights, optimizer, schedule, random generators, as Accelerate or DeepSpeed
+    model.safetensors, optimizer.bin, …   weights, optimizer, random generators, as Accelerate or DeepSpeed
                                           writes them for the way in which they are held
     trainer.rank0.json, …                 of each process: position of the sampler, recycled prompts that wait, counts
     config.yaml                           of the run
@@ -122,7 +122,7 @@ class Checkpoints:
 
     folder: Path
     accelerator: Accelerator
-    """Saves by itself what it has prepared: weights, optimizer, schedule, random generators."""
+    """Saves by itself what it has prepared: weights, optimizer, random generators."""
     policy: torch.nn.Module
     """As prepared."""
     processor: Processor

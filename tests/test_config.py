@@ -140,6 +140,14 @@ def with_weights(**changes: float) -> str:
             [RECIPE, "--data.prompts_per_step=2", "--optimizer.updates_per_batch=3"],
             "optimizer.updates_per_batch: is 3, more than data.prompts_per_step (2)",
         ),
+        (
+            [RECIPE, "--optimizer.warmup_updates=1.5"],
+            "optimizer.warmup_updates: is 1.5; allowed are whole numbers, or a share of all updates below 1",
+        ),
+        (
+            [RECIPE, "--optimizer.min_lr_ratio=0.1", "--optimizer.schedule=linear"],
+            "optimizer.min_lr_ratio: is 0.1, but only schedule: cosine ends there; optimizer.schedule is linear",
+        ),
         ([RECIPE, "--optimizer.betas=[0.9, 1.0]"], "optimizer.betas: is [0.9, 1.0]; allowed are two numbers in [0, 1)"),
         (
             [RECIPE, "--data.max_prompt_tokens=100", "--rollout.max_new_tokens=20", "--optimizer.tokens_per_pack=119"],

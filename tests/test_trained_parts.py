@@ -113,8 +113,10 @@ def test_adapters_merged_by_us_equal_adapters_merged_by_peft(folder, processor):
 
 def test_a_run_with_adapters_resumes_and_exports_a_plain_model(tmp_path, monkeypatch):
     lora = "--model.lora={rank: 4, alpha: 16}"
-    load_trainer(make_config(tmp_path / "whole", lora, "--steps=4", "--checkpoint.every=2")).train()
-    cut = load_trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"))
+    curve = ("--optimizer.schedule=cosine", "--optimizer.min_lr_ratio=0.1", "--optimizer.warmup_updates=0.25")
+    settings = (lora, *curve, "--steps=4", "--checkpoint.every=2")
+    load_trainer(make_config(tmp_path / "whole", *settings)).train()
+    cut = load_trainer(make_config(tmp_path / "cut", *settings))
     sample = cut.collector.sample_and_verify
 
     def stop_after_two(prompts, *, seed):
@@ -125,7 +127,7 @@ def test_a_run_with_adapters_resumes_and_exports_a_plain_model(tmp_path, monkeyp
     monkeypatch.setattr(cut.collector, "sample_and_verify", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         cut.train()
-    load_trainer(make_config(tmp_path / "cut", lora, "--steps=4", "--checkpoint.every=2"), resume="auto").train()
+    load_trainer(make_config(tmp_path / "cut", *settings), resume="auto").train()
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
     whole, cut, start = (

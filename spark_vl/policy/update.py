@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.distributed.launch import check_launch, strategy
@@ -22,6 +20,7 @@ from spark_vl.policy.batch import Batch
 from spark_vl.policy.losses import policy_loss
 from spark_vl.policy.packing import Pack, PackItem, make_pack
 from spark_vl.policy.policy import load_policy
+from spark_vl.policy.schedule import learning_rate
 
 Add = Callable[[str, float, float], None]
 """Adds to a mean: (name, sum, number of observations in it), as `Means.add`."""
@@ -34,7 +33,10 @@ class NonFiniteUpdateError(ArithmeticError):
 
 
 def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Processor, *, updates: int) -> Updater:
-    """Load the policy, its reference if `objective.beta` asks for one, and an AdamW for `updates` optimizer updates.
+    """Load the policy, its reference if `objective.beta` asks for one, and an AdamW.
+
+    Args:
+        updates: how many optimizer updates the run plans.
 
     Raises:
         LaunchError: what runs is not what the launch asked for.
@@ -55,25 +57,10 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     check_launch(accelerator, policy)
-    # Made now, for DeepSpeed may have put another optimizer into its place. It is not prepared: Accelerate's would step
-    # once for each process.
-    scheduler = get_scheduler(
-        settings.schedule, optimizer, num_warmup_steps=settings.warmup_updates, num_training_steps=updates
-    )
-    accelerator.register_for_checkpointing(scheduler)
     reference = None
     if config.objective.beta > 0 and not config.model.lora:
         reference = _frozen(accelerator, load_policy(config.model, dtype=low, **sampled_from).eval())
-    return Updater(
-        accelerator,
-        policy,
-        reference,
-        optimizer,
-        scheduler,
-        processor,
-        config.objective,
-        settings,
-    )
+    return Updater(accelerator, policy, reference, optimizer, processor, config.objective, settings, updates=updates)
 
 
 def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -116,6 +103,7 @@ class Updater:
         reference: the frozen policy of the KL penalty; None: the policy without its adapters, if `objective.beta` asks
             for one.
         processor: knows the padding.
+        updates: how many optimizer updates the run plans; the learning rate follows the plan.
     """
 
     def __init__(
@@ -124,19 +112,20 @@ class Updater:
         policy: torch.nn.Module,
         reference: torch.nn.Module | None,
         optimizer: torch.optim.Optimizer,
-        scheduler: LambdaLR,
         processor: Processor,
         objective: ObjectiveConfig,
         settings: OptimizerConfig,
+        *,
+        updates: int,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
         self.reference = reference
         self.optimizer = optimizer
-        self.scheduler = scheduler
         self.processor = processor
         self.objective = objective
         self.settings = settings
+        self.updates = updates
         self.skipped_in_a_row = 0
         self._step = GradientStep(accelerator, policy, optimizer, max_grad_norm=settings.max_grad_norm)
         # One token, at weight 0.
@@ -144,21 +133,16 @@ class Updater:
         self._padding = make_pack([padding], padding=processor.padding)
 
     def use_settings(self) -> None:
-        """Take learning rate, betas and weight decay from the settings, where a checkpoint has brought its own."""
-        settings = self.settings
-        self.scheduler.base_lrs = [settings.lr] * len(self.scheduler.base_lrs)
-        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
-            group |= {
-                "lr": settings.lr * factor(self.scheduler.last_epoch),
-                "initial_lr": settings.lr,
-                "betas": tuple(settings.betas),
-            }
-        self.optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # the other, if any, never decays
+        """Take betas and weight decay from the settings, where a checkpoint has brought its own."""
+        for group in self.optimizer.param_groups:
+            group["betas"] = tuple(self.settings.betas)
+        self.optimizer.param_groups[0]["weight_decay"] = self.settings.weight_decay  # the other, if any, never decays
 
     def update(
         self,
         batches: Sequence[Batch],
         *,
+        first: int,
         add: Add,
         progress: Progress = lambda name, total: lambda finished: None,
     ) -> None:
@@ -166,6 +150,7 @@ class Updater:
 
         Args:
             batches: of one `BatchMaker` call, so as many on each process.
+            first: place of the first one in the plan of the run, from 0 to `updates` - 1.
             add: takes the metrics.
             progress: counts forward passes.
 
@@ -175,8 +160,9 @@ class Updater:
         # The first step is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
         old = [None if i == 0 else self._scores(batch) for i, batch in enumerate(batches)]
         advance = progress("updating", sum(len(batch.passes) for batch in batches))
-        for batch, old_logprobs in zip(batches, old, strict=True):
-            moved = self._optimizer_step(batch, old_logprobs, add, advance)
+        for i, (batch, old_logprobs) in enumerate(zip(batches, old, strict=True)):
+            lr = learning_rate(self.settings, first + i, self.updates)
+            moved = self._optimizer_step(batch, old_logprobs, lr, add, advance)
             self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
             if self.skipped_in_a_row >= self.settings.max_skipped_updates:
                 raise NonFiniteUpdateError(
@@ -193,7 +179,12 @@ class Updater:
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
     def _optimizer_step(
-        self, batch: Batch, old_logprobs: list[torch.Tensor] | None, add: Add, advance: Callable[[int], None]
+        self,
+        batch: Batch,
+        old_logprobs: list[torch.Tensor] | None,
+        lr: float,
+        add: Add,
+        advance: Callable[[int], None],
     ) -> bool:
         """Returns whether the weights were moved; they are not where the gradient is not finite."""
         step_loss = 0.0
@@ -229,10 +220,9 @@ class Updater:
                     add("rollout/sampler_logprob_gap", float(gap.abs().sum()), len(gap))
                     add("rollout/sampler_ratio", float(gap.exp().sum()), len(gap))
             advance(1)
-        lr = self.optimizer.param_groups[0]["lr"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         norm, moved = self._step.step()
-        if moved:
-            self.scheduler.step()
         # The loss is a sum over processes, each of which has its part of it.
         add("update/loss", step_loss, 1 / self.accelerator.num_processes)
         add("update/grad_norm", norm, 1.0)

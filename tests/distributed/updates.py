@@ -79,7 +79,8 @@ def run_update(
         optimizer=updater.settings,
         max_new_tokens=max_new_tokens,
     )
-    updater.update(make_batches([(prompts[g.record.id], g) for g in groups], advantages, seed="0"), add=add)
+    batches = make_batches([(prompts[g.record.id], g) for g in groups], advantages, seed="0")
+    updater.update(batches, first=0, add=add)
 
 
 def main(folder: Path) -> None:
