@@ -131,6 +131,7 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
     assert first["checkpointing"]["rollout/sampler_logprob_gap"] < 1e-6
     assert first["bfloat16"]["update/grad_norm"] == pytest.approx(first["plain"]["update/grad_norm"], rel=0.3)
     assert 1e-6 < first["bfloat16"]["rollout/sampler_logprob_gap"] < 0.05
+    assert first["bfloat16"]["update/kl"] == pytest.approx(0.0, abs=1e-6)  # the reference has the policy's numerics
     # Steps of 5e-7 need float32 to resume from; what is published is in the type that was asked for.
     kept = load_file(tmp_path / "bfloat16" / "checkpoints" / "step-000001" / "model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 
-from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from spark_vl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.distributed.launch import check_launch, strategy
 from spark_vl.distributed.step import GradientStep
 from spark_vl.families.base import Processor
 from spark_vl.policy.batch import Batch
+from spark_vl.policy.head import TokenScores
 from spark_vl.policy.losses import policy_loss
 from spark_vl.policy.packing import Pack, PackItem, make_pack
 from spark_vl.policy.policy import load_policy
@@ -59,7 +61,7 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
     check_launch(accelerator, policy)
     reference = None
     if config.objective.beta > 0 and not config.model.lora:
-        reference = _frozen(accelerator, load_policy(config.model, dtype=low, **sampled_from).eval())
+        reference = _load_reference(config.model, accelerator, low, sampled_from)
     return Updater(accelerator, policy, reference, optimizer, processor, config.objective, settings, updates=updates)
 
 
@@ -78,20 +80,51 @@ def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict[
     return [group for group in groups if group["params"]]  # adapters have neither norms nor biases
 
 
-def _frozen(accelerator: Accelerator, reference: torch.nn.Module) -> torch.nn.Module:
-    """`reference` on this device, sharded if the policy is."""
-    reference.requires_grad_(False)
-    match strategy(accelerator):
+def _load_reference(
+    config: ModelConfig, accelerator: Accelerator, low: torch.dtype, sampled_from: Mapping[str, Any]
+) -> Callable[[Pack], TokenScores]:
+    """The policy that the run begins with, frozen, on this device, sharded if the policy is.
+
+    It computes in the policy's own numerics, so that their divergence begins at 0: of weights of type `low`, or under
+    autocast where the policy's are float32 and whole.
+    """
+    held = strategy(accelerator)
+    whole = held in ("single", "ddp")
+    reference = load_policy(config, dtype=torch.float32 if whole else low, **sampled_from)
+    reference.eval().requires_grad_(False)
+    match held:
         case "zero3":
             import deepspeed
 
-            config = deepcopy(accelerator.deepspeed_plugin.deepspeed_config)
-            config["zero_optimization"].pop("offload_optimizer", None)
-            return deepspeed.initialize(model=reference, config=config)[0]
+            settings = deepcopy(accelerator.deepspeed_plugin.deepspeed_config)
+            settings["zero_optimization"].pop("offload_optimizer", None)
+            return deepspeed.initialize(model=reference, config=settings)[0]
         case "fsdp2":
-            return accelerator.prepare_model(reference, evaluation_mode=True)
-        case _:
-            return reference.to(accelerator.device)
+            # Not Accelerate's `prepare_model`, which would leave it whole, and write it into each checkpoint.
+            return fsdp2_prepare_model(accelerator, reference)
+        case "single" | "ddp":
+            cast_ahead(reference, low)
+    reference.to(accelerator.device)
+
+    def score(pack: Pack) -> TokenScores:
+        with accelerator.autocast():  # does nothing under DeepSpeed
+            return reference(pack)
+
+    return score
+
+
+def cast_ahead(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Hold in `dtype` what autocast casts to it in each pass: the weights of linear layers and convolutions. Norms and
+    embeddings, also where the head is tied to them, stay as they are. Under autocast no result changes."""
+    cast = (torch.nn.Linear, torch.nn.Conv3d)
+    others = {
+        parameter
+        for module in model.modules()
+        if not isinstance(module, cast)
+        for parameter in module.parameters(recurse=False)
+    }
+    for parameter in set(model.parameters()) - others:
+        parameter.data = parameter.data.to(dtype)
 
 
 class Updater:
@@ -100,8 +133,8 @@ class Updater:
     Args:
         accelerator: wraps `policy` and `optimizer`, which it has prepared.
         policy: as prepared, so maybe wrapped.
-        reference: the frozen policy of the KL penalty; None: the policy without its adapters, if `objective.beta` asks
-            for one.
+        reference: scores with the frozen policy of the KL penalty; None: the policy without its adapters does, if
+            `objective.beta` asks for one.
         processor: knows the padding.
         updates: how many optimizer updates the run plans; the learning rate follows the plan.
     """
@@ -110,7 +143,7 @@ class Updater:
         self,
         accelerator: Accelerator,
         policy: torch.nn.Module,
-        reference: torch.nn.Module | None,
+        reference: Callable[[Pack], TokenScores] | None,
         optimizer: torch.optim.Optimizer,
         processor: Processor,
         objective: ObjectiveConfig,
