@@ -10,9 +10,12 @@ from transformers import AutoModelForImageTextToText
 
 from spark_vl.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.demo.tiny import CHECKPOINT, random_tiny
+from spark_vl.policy.batch import BatchMaker
 from spark_vl.policy.packing import PackItem, make_pack
 from spark_vl.policy.policy import load_policy
 from spark_vl.policy.update import load_updater, parameter_groups
+from spark_vl.records import Verdict
+from spark_vl.rollout import Sampling, TransformersEngine
 from spark_vl.setup import load_trainer
 from tests.conftest import make_image, make_record
 from tests.test_trainer import make_config, metrics, weights
@@ -139,6 +142,35 @@ def test_a_run_with_adapters_resumes_and_exports_a_plain_model(tmp_path, monkeyp
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     changed = {name for name in whole if not torch.equal(whole[name], start[name])}
     assert changed == {name for name in whole if "_proj.weight" in name and "visual" not in name}
+
+
+def test_the_scores_of_the_policy_that_sampled_are_without_dropout(folder, processor):
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
+    updater = make_updater(folder, processor, lora=lora)
+    policy = updater.policy
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B." in name:
+                parameter.add_(0.1)  # they begin at 0, and dropout would not matter
+    prompts = [processor.process(make_record(f"p{i}", make_image(i), "Which digit is larger?")) for i in range(3)]
+    engine = TransformersEngine(policy, processor, decode_batch_size=32)
+    groups = engine.generate(prompts, 2, Sampling(temperature=1.0, max_new_tokens=6, seed=0))
+    groups = [group.verified((Verdict(1.0, None), Verdict(0.0, None))) for group in groups]
+    make_batches = BatchMaker(
+        accelerator=updater.accelerator,
+        processor=processor,
+        objective=updater.objective,
+        optimizer=updater.settings,
+        max_new_tokens=6,
+    )
+    [batch] = make_batches(list(zip(prompts, groups, strict=True)), [[1.0, -1.0]] * 3, seed="0")
+    [pack] = batch.passes
+    [once], [twice] = updater._scores(batch), updater._scores(batch)
+    assert torch.equal(once, twice)
+    torch.testing.assert_close(once, batch.sampler_logprobs_of(pack), rtol=0, atol=1e-5)
+    assert all(module.training for module in policy.modules()), "the update itself is with dropout"
+    with torch.no_grad():
+        assert float((policy(pack).logprobs - once).abs().max()) > 1e-2, "dropout does nothing"
 
 
 LAYER = [f"self_attn.{side}_proj" for side in "qkvo"] + [f"mlp.{side}_proj" for side in ("gate", "up", "down")]

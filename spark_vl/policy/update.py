@@ -5,7 +5,8 @@ Shapes: R completions of an optimizer step on this process, N completion tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -268,13 +269,25 @@ class Updater:
         if self.objective.beta == 0:
             return None
         if self.reference is None:
-            return self.policy(pack, adapters=False).logprobs
+            with self._as_sampled():
+                return self.policy(pack, adapters=False).logprobs
         return self.reference(pack).logprobs
 
     @torch.no_grad()
     def _scores(self, batch: Batch) -> list[torch.Tensor]:
         """What the policy says now, for each pass of `batch`; padding is run too."""
-        return [self.policy((pack or self._padding).to(self.accelerator.device)).logprobs for pack in batch.passes]
+        with self._as_sampled():
+            return [self.policy((pack or self._padding).to(self.accelerator.device)).logprobs for pack in batch.passes]
+
+    @contextmanager
+    def _as_sampled(self) -> Iterator[None]:
+        """Without dropout, as the engine samples."""
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            yield
+        finally:
+            self.policy.train(was_training)
 
 
 def _report(batch: Batch, row_sums: Mapping[str, torch.Tensor], add: Add) -> None:
