@@ -3,7 +3,7 @@
 A run's `checkpoints/` holds `step-000120/` folders and the files `latest` and `best`, which name one each. A checkpoint
 has what a run needs to go on as if it had not been interrupted:
 
-    model.safetensors, optimizer.bin, …   weights, optimizer, schedule, random generators, as Accelerate or DeepSpeed
+    model.safetensors, optimizer.bin, …   weights, optimizer, random generators, as Accelerate or DeepSpeed
                                           writes them for the way in which they are held
     trainer.rank0.json, …                 of each process: position of the sampler, recycled prompts that wait, counts
     config.yaml                           of the run
@@ -42,8 +42,8 @@ from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_
 from spark_vl.run.provenance import public_name
 
 FORMAT = 3
-"""Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own; 2: before recycled
-prompts came in pairs."""
+"""Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own. 2: before recycled
+prompts came in pairs, and before norms and biases were a group of their own in the optimizer."""
 
 _SAME_FILES = {"single", "ddp"}
 """Ways of holding weights whose checkpoints do not depend on the number of processes."""
@@ -125,7 +125,7 @@ class Checkpoints:
 
     folder: Path
     accelerator: Accelerator
-    """Saves by itself what it has prepared: weights, optimizer, schedule, random generators."""
+    """Saves by itself what it has prepared: weights, optimizer, random generators."""
     policy: torch.nn.Module
     """As prepared."""
     processor: Processor

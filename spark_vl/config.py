@@ -103,6 +103,8 @@ class RolloutConfig:
     """Completions for each prompt: the group size G."""
     temperature: PositiveFloat = 1.0
     top_p: PositiveShare = 1.0  # type: ignore[valid-type]  # made at run time
+    """Share of the probability that tokens are drawn from, the likeliest first. For evaluation alone: training samples
+    from the whole distribution, the one that log-probabilities are computed under."""
     max_new_tokens: PositiveInt = 768
     decode_batch_size: PositiveInt = 256
     """Completions decoded together on one process: bounds the memory of the key-value cache."""
@@ -131,7 +133,8 @@ class RecycleConfig:
     schedule: Literal["merged", "sequential", "none"] = "merged"
     """`sequential`: update on problems, sample the recycled prompts with the updated policy, update again (the
     released code).
-    `merged`: this step's problems and the prompts recycled in the last one share one generation and one update.
+    `merged`: this step's problems and the prompts recycled in the last one share one generation and one update: a step
+    has one phase of updates where one of `sequential` has two.
     `none`: plain reinforcement learning with verifiable rewards."""
     max_judge: NonNegativeInt = 32
     """Judge prompts (pointwise and pairwise) a step, over all processes."""
@@ -191,14 +194,21 @@ class OptimizerConfig:
     """How the weights move."""
 
     lr: PositiveFloat = 5e-7
-    """Peak learning rate (AdamW)."""
+    """Peak learning rate (AdamW), of one optimizer update. A step has `updates_per_batch` of them, with
+    `recycle.schedule: sequential` twice as many."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay of AdamW's first and second moment."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, of matrices, embeddings and adapters. Norms and biases never decay."""
     max_grad_norm: PositiveFloat = 1.0
-    warmup_updates: NonNegativeInt = 0
+    warmup_updates: NonNegativeFloat = 0
+    """Optimizer updates over which the learning rate rises from 0; below 1 it is a share of all updates of the run
+    (0.03: 3 %)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up, over the optimizer updates of the run."""
+    """Learning rate after the warm-up. It ends with the run, whatever was left out: phases without prompts and skipped
+    updates count."""
+    min_lr_ratio: ClosedUnitInterval = 0.0
+    """Where `schedule: cosine` ends, as a share of `lr` (the released code: 0.1)."""
     updates_per_batch: PositiveInt = 1
     """Optimizer updates on one batch of rollouts, each on its own part. Above 1 the later ones are slightly off-policy
     and the ratio clipping matters."""
@@ -371,6 +381,12 @@ def check_train_config(config: TrainConfig) -> None:
         raise ConfigError(f"publish.repo: is {config.publish.repo!r}; allowed is ORG/NAME or USER/NAME")
     if config.rollout.n < 2:
         raise ConfigError("rollout.n: is 1; a group needs at least 2 completions to compare")
+    if config.rollout.top_p < 1:
+        raise ConfigError(
+            f"rollout.top_p: is {config.rollout.top_p}, but training needs 1: log-probabilities and ratios are of "
+            "the whole distribution, and completions from a part of it would bias the gradient; for less random "
+            "completions lower rollout.temperature, which both know of, and keep top_p for `spark-vl eval`"
+        )
     if config.optimizer.updates_per_batch > config.data.prompts_per_step:
         raise ConfigError(
             f"optimizer.updates_per_batch: is {config.optimizer.updates_per_batch}, more than "
@@ -379,6 +395,16 @@ def check_train_config(config: TrainConfig) -> None:
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: is {config.optimizer.betas}; allowed are two numbers in [0, 1)")
     _check_batch(config.recycle)
+    warmup = config.optimizer.warmup_updates
+    if warmup >= 1 and warmup != int(warmup):
+        raise ConfigError(
+            f"optimizer.warmup_updates: is {warmup}; allowed are whole numbers, or a share of all updates below 1"
+        )
+    if config.optimizer.min_lr_ratio and config.optimizer.schedule != "cosine":
+        raise ConfigError(
+            f"optimizer.min_lr_ratio: is {config.optimizer.min_lr_ratio}, but only schedule: cosine ends there; "
+            f"optimizer.schedule is {config.optimizer.schedule}"
+        )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if config.optimizer.tokens_per_pack < longest:
         raise ConfigError(

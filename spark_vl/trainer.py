@@ -17,10 +17,10 @@ Recycled: after the update, the group of each problem becomes judgments (pointwi
     which of two is?) and reflections (check this answer, and give the right one). With `recycle.judge_reflections` the
     group of a reflection becomes pointwise judgments. Judgments are not recycled (`recycle.py`). Recycled prompts wait
     in the feed for the next phase that takes them.
-Checkpoint: weights, optimizer, learning-rate schedule and random generators (Accelerate saves these), the place in the
-    problems, the prompts that wait, counts of bad rows and skipped updates, and the best evaluation so far. The
-    reference policy is loaded anew. Every seed is made from (seed, step, process, draw), so a run resumed on as many
-    processes draws what an uninterrupted one would have drawn.
+Checkpoint: weights, optimizer and random generators (Accelerate saves these), the place in the problems, the prompts
+    that wait, counts of bad rows and skipped updates, and the best evaluation so far. The reference policy is loaded
+    anew, and the learning rate follows from the step. Every seed is made from (seed, step, process, draw), so a run
+    resumed on as many processes draws what an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Trainer:
                     return False
                 normalize = self.config.objective.loss != "dr_grpo"
                 advantages = [group_advantages(group.rewards, normalize=normalize) for _, group in trained_on]
-                self._update(step, trained_on, advantages, self._seed(step, "update", 2 * phase + 2))
+                self._update(step, phase, trained_on, advantages)
                 self.log.count("recycle", self.feed.recycle(scored, step))
                 with self.log.timed("write"):
                     self.log.phase("writing")
@@ -140,13 +140,16 @@ class Trainer:
         return True
 
     def _update(
-        self, step: int, trained_on: Sequence[Scored], advantages: Sequence[Sequence[float]], seed: str
+        self, step: int, phase: int, trained_on: Sequence[Scored], advantages: Sequence[Sequence[float]]
     ) -> None:
         """Take the optimizer steps, and let the engine sample from the new weights. A collective call."""
+        seed = self._seed(step, "update", 2 * phase + 2)
+        # By the plan, in which no phase is empty and no update is left out.
+        first = ((step - 1) * len(self.feed.phases) + phase) * self.config.optimizer.updates_per_batch
         with self.log.timed("update"):
             try:
                 batches = self.make_batches(trained_on, advantages, seed=seed)
-                self.updater.update(batches, add=self.log.add, progress=self.log.progress)
+                self.updater.update(batches, first=first, add=self.log.add, progress=self.log.progress)
             except NonFiniteUpdateError as error:
                 file = self.log.dump(step, [group for _, group in trained_on])
                 kept = f"step {step} is in {file}, the last good weights in {self.checkpoints.folder}"

@@ -23,6 +23,7 @@ from spark_vl.estimate.shape import load_shape, shapes
 from spark_vl.policy import head
 from spark_vl.policy.packing import PackItem, make_pack
 from spark_vl.policy.policy import Policy, load_policy
+from spark_vl.policy.update import cast_ahead
 from spark_vl.rollout import Sampling, TransformersEngine
 from tests.conftest import make_image, make_record
 
@@ -181,6 +182,15 @@ def test_activations_are_what_a_pass_allocates(wide, processor, kind, images, se
         load_shape(wide), config, tokens=item.tokens, patches=256 * images, cast=kind == "autocast"
     )
     assert 0.93 < estimated / allocated(run) < 1.25
+
+
+def test_the_reference_under_autocast_has_the_bytes_that_are_held(wide):
+    policy, config = load(wide, "autocast")
+    cast_ahead(policy, torch.bfloat16)
+    held = sum(parameter.nbytes for parameter in policy.parameters())
+    estimated = weights.reference(load_shape(wide), config, 0.1, weights.Setup())
+    assert estimated.update == pytest.approx(held, rel=0.005)  # norms are not counted
+    assert estimated.update > 1.01 * 2 * load_shape(wide).parameters, "the embedding would not be seen"
 
 
 @pytest.mark.parametrize(("n", "new"), [(1, 4), (8, 4), (8, 24)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
     assert first["checkpointing"]["rollout/sampler_logprob_gap"] < 1e-6
     assert first["bfloat16"]["update/grad_norm"] == pytest.approx(first["plain"]["update/grad_norm"], rel=0.3)
     assert 1e-6 < first["bfloat16"]["rollout/sampler_logprob_gap"] < 0.05
+    assert first["bfloat16"]["update/kl"] == pytest.approx(0.0, abs=1e-6)  # the reference has the policy's numerics
     # Steps of 5e-7 need float32 to resume from; what is published is in the type that was asked for.
     kept = load_file(tmp_path / "bfloat16" / "checkpoints" / "step-000001" / "model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
@@ -181,10 +183,32 @@ def test_the_learning_rate_counts_optimizer_updates(tmp_path):
     overrides = ("--steps=4", "--optimizer.schedule=linear", "--optimizer.updates_per_batch=2", "--optimizer.lr=1e-4")
     trainer = load_trainer(make_config(tmp_path / "run", *overrides, "--recycle.schedule=none"))
     trainer.train()
-    assert trainer.updater.scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
     # The mean of a step's two rates: 8 updates from 1e-4 down to 1e-4/8.
     expected = [(2 * 8 - 4 * step - 1) / 16 * 1e-4 for step in range(4)]
     assert [line["update/lr"] for line in metrics(tmp_path / "run")] == pytest.approx(expected)
+
+
+def test_phases_and_parts_that_are_empty_do_not_delay_the_learning_rate(tmp_path, monkeypatch):
+    curve = ("--optimizer.schedule=cosine", "--optimizer.min_lr_ratio=0.1", "--optimizer.updates_per_batch=2")
+    # At most one recycled prompt, none in every other step: of four updates that are planned one or two are left out.
+    scarce = ("--recycle.schedule=sequential", "--recycle.max_judge=1", "--recycle.max_reflection=0")
+    trainer = load_trainer(make_config(tmp_path / "run", *curve, *scarce, "--steps=4"))
+    rates, step, take = {}, trainer.updater.optimizer.step, trainer.feed.next
+
+    def alternating(phase):
+        prompts = take(phase)
+        return [] if phase == "recycled" and trainer.step % 2 else prompts
+
+    def watched(*args):
+        rates.setdefault(trainer.step, []).append({group["lr"] for group in trainer.updater.optimizer.param_groups})
+        return step(*args)
+
+    monkeypatch.setattr(trainer.feed, "next", alternating)
+    monkeypatch.setattr(trainer.updater.optimizer, "step", watched)
+    trainer.train()
+    plan = [1e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * i / 16)) / 2) for i in range(16)]
+    made = [[rate for both_groups in rates[i] for rate in both_groups] for i in range(4)]
+    assert made == [pytest.approx(plan[4 * i :][:n]) for i, n in enumerate((3, 2, 3, 2))]
 
 
 def test_dynamic_sampling_replaces_groups_without_variance(tmp_path, monkeypatch):

@@ -162,10 +162,10 @@ def test_loss_and_gradient_equal_trl(tmp_path, processor, objective, trl_options
         ours,
         policy(make_model()).eval() if beta else None,
         optimizer,
-        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
         processor,
         ObjectiveConfig(loss=objective, beta=beta),
-        OptimizerConfig(max_grad_norm=1e9, tokens_per_pack=60),
+        OptimizerConfig(lr=1.0, max_grad_norm=1e9, tokens_per_pack=60),
+        updates=1,
     )
     sums = run_update(updater, groups, prompts)
 
@@ -202,10 +202,10 @@ def sgd_updater(policy, processor, objective, *, lr, **settings):
         policy,
         None,
         optimizer,
-        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
         processor,
         objective,
-        OptimizerConfig(max_grad_norm=1e9, **settings),
+        OptimizerConfig(lr=lr, max_grad_norm=1e9, **settings),
+        updates=1,
     )
 
 

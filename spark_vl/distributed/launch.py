@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         log_with=config.logging.trackers or None,
         project_dir=folder,
     )
+    if accelerator.mixed_precision != "no" and strategy(accelerator) == "fsdp2":
+        # Accelerate's policy would round what leaves the outermost module, the log-probabilities, to bfloat16.
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # Packs are the micro-batches, and how many an update has differs from one to the next.
         accelerator.deepspeed_plugin.deepspeed_config |= {

@@ -69,7 +69,6 @@ class GradientStep:
         """
         if self.engine:
             self.engine.step()
-            self.optimizer.step()  # Accelerate's wrapper: moves nothing, and lets the schedule know
             moved = self.engine.was_step_applied()
             return (float(self.engine.get_global_grad_norm()) if moved else float("nan")), moved
         norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))

@@ -143,11 +143,12 @@ def held(shape: Shape, model: ModelConfig, setup: Setup) -> dict[str, Phases]:
 
 
 def reference(shape: Shape, model: ModelConfig, beta: float, setup: Setup) -> Phases:
-    """The frozen policy of the KL term, w P bytes, sharded where the policy is. None with adapters: without them the
-    policy is the reference."""
+    """The frozen policy of the KL term, w P bytes, sharded where the policy is. Its embedding is float32 under
+    autocast. None with adapters: without them the policy is the reference."""
     if beta == 0 or model.lora:
         return Phases()
-    return Phases.always(low_bytes(model) * shape.parameters // (setup.gpus if setup.sharded else 1))
+    held = low_bytes(model) * shape.parameters + (2 * shape.embedding if autocast(model, setup) else 0)
+    return Phases.always(held // (setup.gpus if setup.sharded else 1))
 
 
 def computing(shape: Shape, model: ModelConfig, rollout: RolloutConfig, setup: Setup) -> Phases:

@@ -5,23 +5,25 @@ Shapes: R completions of an optimizer step on this process, N completion tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from accelerate.utils import fsdp2_prepare_model
 
-from spark_vl.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from spark_vl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.distributed.launch import check_launch, strategy
 from spark_vl.distributed.step import GradientStep
 from spark_vl.families.base import Processor
 from spark_vl.policy.batch import Batch
+from spark_vl.policy.head import TokenScores
 from spark_vl.policy.losses import policy_loss
 from spark_vl.policy.packing import Pack, PackItem, make_pack
 from spark_vl.policy.policy import load_policy
+from spark_vl.policy.schedule import learning_rate
 
 Add = Callable[[str, float, float], None]
 """Adds to a mean: (name, sum, number of observations in it), as `Means.add`."""
@@ -34,7 +36,10 @@ class NonFiniteUpdateError(ArithmeticError):
 
 
 def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Processor, *, updates: int) -> Updater:
-    """Load the policy, its reference if `objective.beta` asks for one, and an AdamW for `updates` optimizer updates.
+    """Load the policy, its reference if `objective.beta` asks for one, and an AdamW.
+
+    Args:
+        updates: how many optimizer updates the run plans.
 
     Raises:
         LaunchError: what runs is not what the launch asked for.
@@ -49,48 +54,78 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
     policy = load_policy(config.model, dtype=low if config.model.lora else trained, trained=trained, **sampled_from)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        parameter_groups(policy, settings.weight_decay),
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
-        weight_decay=settings.weight_decay,
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     check_launch(accelerator, policy)
-    # Made now, for DeepSpeed may have put another optimizer into its place. It is not prepared: Accelerate's would step
-    # once for each process.
-    scheduler = get_scheduler(
-        settings.schedule, optimizer, num_warmup_steps=settings.warmup_updates, num_training_steps=updates
-    )
-    accelerator.register_for_checkpointing(scheduler)
     reference = None
     if config.objective.beta > 0 and not config.model.lora:
-        reference = _frozen(accelerator, load_policy(config.model, dtype=low, **sampled_from).eval())
-    return Updater(
-        accelerator,
-        policy,
-        reference,
-        optimizer,
-        scheduler,
-        processor,
-        config.objective,
-        settings,
-    )
+        reference = _load_reference(config.model, accelerator, low, sampled_from)
+    return Updater(accelerator, policy, reference, optimizer, processor, config.objective, settings, updates=updates)
 
 
-def _frozen(accelerator: Accelerator, reference: torch.nn.Module) -> torch.nn.Module:
-    """`reference` on this device, sharded if the policy is."""
-    reference.requires_grad_(False)
-    match strategy(accelerator):
+def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained, for an optimizer: first what decays (matrices, embeddings, kernels), then, if any, what does not
+    (norms, biases)."""
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            # ZeRO-3 leaves an empty tensor where it has taken a parameter away, and notes its shape.
+            shape = vars(parameter).get("ds_shape", parameter.shape)
+            groups[len(shape) < 2]["params"].append(parameter)
+    return [group for group in groups if group["params"]]  # adapters have neither norms nor biases
+
+
+def _load_reference(
+    config: ModelConfig, accelerator: Accelerator, low: torch.dtype, sampled_from: Mapping[str, Any]
+) -> Callable[[Pack], TokenScores]:
+    """The policy that the run begins with, frozen, on this device, sharded if the policy is.
+
+    It computes in the policy's own numerics, so that their divergence begins at 0: of weights of type `low`, or under
+    autocast where the policy's are float32 and whole.
+    """
+    held = strategy(accelerator)
+    whole = held in ("single", "ddp")
+    reference = load_policy(config, dtype=torch.float32 if whole else low, **sampled_from)
+    reference.eval().requires_grad_(False)
+    match held:
         case "zero3":
             import deepspeed
 
-            config = deepcopy(accelerator.deepspeed_plugin.deepspeed_config)
-            config["zero_optimization"].pop("offload_optimizer", None)
-            return deepspeed.initialize(model=reference, config=config)[0]
+            settings = deepcopy(accelerator.deepspeed_plugin.deepspeed_config)
+            settings["zero_optimization"].pop("offload_optimizer", None)
+            return deepspeed.initialize(model=reference, config=settings)[0]
         case "fsdp2":
-            return accelerator.prepare_model(reference, evaluation_mode=True)
-        case _:
-            return reference.to(accelerator.device)
+            # Not Accelerate's `prepare_model`, which would leave it whole, and write it into each checkpoint.
+            return fsdp2_prepare_model(accelerator, reference)
+        case "single" | "ddp":
+            cast_ahead(reference, low)
+    reference.to(accelerator.device)
+
+    def score(pack: Pack) -> TokenScores:
+        with accelerator.autocast():  # does nothing under DeepSpeed
+            return reference(pack)
+
+    return score
+
+
+def cast_ahead(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Hold in `dtype` what autocast casts to it in each pass: the weights of linear layers and convolutions. Norms and
+    embeddings, also where the head is tied to them, stay as they are. Under autocast no result changes."""
+    cast = (torch.nn.Linear, torch.nn.Conv3d)
+    others = {
+        parameter
+        for module in model.modules()
+        if not isinstance(module, cast)
+        for parameter in module.parameters(recurse=False)
+    }
+    for parameter in set(model.parameters()) - others:
+        parameter.data = parameter.data.to(dtype)
 
 
 class Updater:
@@ -99,30 +134,32 @@ class Updater:
     Args:
         accelerator: wraps `policy` and `optimizer`, which it has prepared.
         policy: as prepared, so maybe wrapped.
-        reference: the frozen policy of the KL penalty; None: the policy without its adapters, if `objective.beta` asks
-            for one.
+        reference: scores with the frozen policy of the KL penalty; None: the policy without its adapters does, if
+            `objective.beta` asks for one.
         processor: knows the padding.
+        updates: how many optimizer updates the run plans; the learning rate follows the plan.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         policy: torch.nn.Module,
-        reference: torch.nn.Module | None,
+        reference: Callable[[Pack], TokenScores] | None,
         optimizer: torch.optim.Optimizer,
-        scheduler: LambdaLR,
         processor: Processor,
         objective: ObjectiveConfig,
         settings: OptimizerConfig,
+        *,
+        updates: int,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
         self.reference = reference
         self.optimizer = optimizer
-        self.scheduler = scheduler
         self.processor = processor
         self.objective = objective
         self.settings = settings
+        self.updates = updates
         self.skipped_in_a_row = 0
         self._step = GradientStep(accelerator, policy, optimizer, max_grad_norm=settings.max_grad_norm)
         # One token, at weight 0.
@@ -130,21 +167,16 @@ class Updater:
         self._padding = make_pack([padding], padding=processor.padding)
 
     def use_settings(self) -> None:
-        """Take learning rate, betas and weight decay from the settings, where a checkpoint has brought its own."""
-        settings = self.settings
-        self.scheduler.base_lrs = [settings.lr] * len(self.scheduler.base_lrs)
-        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
-            group |= {
-                "lr": settings.lr * factor(self.scheduler.last_epoch),
-                "initial_lr": settings.lr,
-                "betas": tuple(settings.betas),
-                "weight_decay": settings.weight_decay,
-            }
+        """Take betas and weight decay from the settings, where a checkpoint has brought its own."""
+        for group in self.optimizer.param_groups:
+            group["betas"] = tuple(self.settings.betas)
+        self.optimizer.param_groups[0]["weight_decay"] = self.settings.weight_decay  # the other, if any, never decays
 
     def update(
         self,
         batches: Sequence[Batch],
         *,
+        first: int,
         add: Add,
         progress: Progress = lambda name, total: lambda finished: None,
     ) -> None:
@@ -152,6 +184,7 @@ class Updater:
 
         Args:
             batches: of one `BatchMaker` call, so as many on each process.
+            first: place of the first one in the plan of the run, from 0 to `updates` - 1.
             add: takes the metrics.
             progress: counts forward passes.
 
@@ -161,8 +194,9 @@ class Updater:
         # The first step is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
         old = [None if i == 0 else self._scores(batch) for i, batch in enumerate(batches)]
         advance = progress("updating", sum(len(batch.passes) for batch in batches))
-        for batch, old_logprobs in zip(batches, old, strict=True):
-            moved = self._optimizer_step(batch, old_logprobs, add, advance)
+        for i, (batch, old_logprobs) in enumerate(zip(batches, old, strict=True)):
+            lr = learning_rate(self.settings, first + i, self.updates)
+            moved = self._optimizer_step(batch, old_logprobs, lr, add, advance)
             self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
             if self.skipped_in_a_row >= self.settings.max_skipped_updates:
                 raise NonFiniteUpdateError(
@@ -179,7 +213,12 @@ class Updater:
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
     def _optimizer_step(
-        self, batch: Batch, old_logprobs: list[torch.Tensor] | None, add: Add, advance: Callable[[int], None]
+        self,
+        batch: Batch,
+        old_logprobs: list[torch.Tensor] | None,
+        lr: float,
+        add: Add,
+        advance: Callable[[int], None],
     ) -> bool:
         """Returns whether the weights were moved; they are not where the gradient is not finite."""
         step_loss = 0.0
@@ -215,10 +254,9 @@ class Updater:
                     add("rollout/sampler_logprob_gap", float(gap.abs().sum()), len(gap))
                     add("rollout/sampler_ratio", float(gap.exp().sum()), len(gap))
             advance(1)
-        lr = self.optimizer.param_groups[0]["lr"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         norm, moved = self._step.step()
-        if moved:
-            self.scheduler.step()
         # The loss is a sum over processes, each of which has its part of it.
         add("update/loss", step_loss, 1 / self.accelerator.num_processes)
         add("update/grad_norm", norm, 1.0)
@@ -231,13 +269,25 @@ class Updater:
         if self.objective.beta == 0:
             return None
         if self.reference is None:
-            return self.policy(pack, adapters=False).logprobs
+            with self._as_sampled():
+                return self.policy(pack, adapters=False).logprobs
         return self.reference(pack).logprobs
 
     @torch.no_grad()
     def _scores(self, batch: Batch) -> list[torch.Tensor]:
         """What the policy says now, for each pass of `batch`; padding is run too."""
-        return [self.policy((pack or self._padding).to(self.accelerator.device)).logprobs for pack in batch.passes]
+        with self._as_sampled():
+            return [self.policy((pack or self._padding).to(self.accelerator.device)).logprobs for pack in batch.passes]
+
+    @contextmanager
+    def _as_sampled(self) -> Iterator[None]:
+        """Without dropout, as the engine samples."""
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            yield
+        finally:
+            self.policy.train(was_training)
 
 
 def _report(batch: Batch, row_sums: Mapping[str, torch.Tensor], add: Add) -> None:

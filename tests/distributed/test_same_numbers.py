@@ -30,7 +30,11 @@ SCENARIOS = {
     "more_packs": {"settings": ["--optimizer.tokens_per_pack=140"], "shares": EVEN, "updates": 2},
     "no_image_on_one": {"settings": [], "shares": [[0, 1, 3, 4, 6, 7], [2, 5]], "updates": 2},
     "nothing_on_one": {"settings": [], "shares": [ALL, []], "updates": 2},
-    "nothing_on_the_main_one": {"settings": ["--objective.loss=dapo"], "shares": [[], ALL], "updates": 2},
+    "nothing_on_the_main_one": {
+        "settings": ["--objective.loss=dapo", "--optimizer.weight_decay=1"],
+        "shares": [[], ALL],
+        "updates": 2,
+    },
     "frozen_vision": {"settings": ["--model.freeze=[vision]"], "shares": EVEN, "updates": 2},
     "adapters": {"settings": ["--model.lora.rank=4"], "shares": [[0, 1, 2], [3, 4, 5, 6, 7]], "updates": 2},
     "checkpointing": {"settings": ["--model.gradient_checkpointing=true"], "shares": EVEN, "updates": 2},
@@ -58,10 +62,11 @@ def one_process(tmp_path_factory) -> Path:
 def assert_same_numbers(folder: Path, truth: Path, name: str, *, rel: float, movement: float) -> None:
     """Metrics to `rel`, and how each parameter has moved to `movement`, both relative."""
     found, expected = (json.loads((path / f"{name}.json").read_text()) for path in (folder, truth))
-    for (loss, norm, skipped), (true_loss, true_norm, _) in zip(found, expected, strict=True):
+    for (loss, norm, skipped, kl), (true_loss, true_norm, _, true_kl) in zip(found, expected, strict=True):
         # On-policy the first loss is 0, the rest of a sum of terms of size 1.
         assert loss == pytest.approx(true_loss, rel=rel, abs=rel)
         assert norm == pytest.approx(true_norm, rel=rel)
+        assert kl == pytest.approx(true_kl, rel=rel, abs=rel)
         assert true_norm > 0.1
         assert skipped == 0
     weights, true_weights = (load_file(path / f"{name}.safetensors") for path in (folder, truth))
@@ -91,11 +96,12 @@ def test_bfloat16_stays_near(tmp_path, one_process, strategy):
     # 8 bits of mantissa, through a dozen layers: a few percent.
     low = {"bfloat16": SCENARIOS["even"] | {"settings": ["--model.dtype=bfloat16"], "updates": 1}}
     folder = run(tmp_path / "run", 2, strategy, low)
-    [[loss, norm, skipped]] = json.loads((folder / "bfloat16.json").read_text())
-    [_, expected, _] = json.loads((one_process / "even.json").read_text())[0]
+    [[loss, norm, skipped, kl]] = json.loads((folder / "bfloat16.json").read_text())
+    [_, expected, _, _] = json.loads((one_process / "even.json").read_text())[0]
     assert loss == pytest.approx(0.0, abs=1e-3)
     assert norm == pytest.approx(expected, rel=0.1)
     assert norm != pytest.approx(expected, rel=1e-6), "that was float32"
+    assert kl == pytest.approx(0.0, abs=1e-6), "the reference computes otherwise than the policy"
     assert skipped == 0
 
 
@@ -117,7 +123,7 @@ def test_updates_in_parts_do_not_wait_for_a_process_that_has_fewer(tmp_path, str
         }
     }
     folder = run(tmp_path / "run", 2, strategy, parts)
-    for _loss, norm, skipped in json.loads((folder / "parts.json").read_text()):
+    for _loss, norm, skipped, _kl in json.loads((folder / "parts.json").read_text()):
         assert 0 < norm < float("inf")
         assert skipped == 0
 

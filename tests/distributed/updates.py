@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -27,6 +28,7 @@ from spark_vl.distributed.launch import start_accelerator, strategy
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.families.registry import find_family
 from spark_vl.policy.batch import BatchMaker
+from spark_vl.policy.head import TokenScores
 from spark_vl.policy.update import Add, Updater, load_updater
 from spark_vl.records import Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
@@ -36,6 +38,10 @@ SETTINGS = (
     *("--optimizer.lr=1e-3", "--optimizer.tokens_per_pack=200", "--rollout.max_new_tokens=16"),
     *("--data.max_prompt_tokens=120", "--objective.beta=0.05", "--model.max_pixels=50176", "--model.min_pixels=784"),
 )
+
+
+NAMES = ("update/loss", "update/grad_norm", "update/skipped", "update/kl")
+"""Of the metrics that are written down."""
 
 
 def save_model(folder: Path) -> None:
@@ -61,6 +67,11 @@ def make_groups() -> list[RolloutGroup]:
     return groups
 
 
+def assert_float32(policy: torch.nn.Module, inputs: tuple[Any, ...], scores: TokenScores) -> None:
+    """A hook: no library rounds log-probabilities on their way out."""
+    assert scores.logprobs.dtype == torch.float32
+
+
 def run_update(
     updater: Updater,
     groups: Sequence[RolloutGroup],
@@ -79,7 +90,8 @@ def run_update(
         optimizer=updater.settings,
         max_new_tokens=max_new_tokens,
     )
-    updater.update(make_batches([(prompts[g.record.id], g) for g in groups], advantages, seed="0"), add=add)
+    batches = make_batches([(prompts[g.record.id], g) for g in groups], advantages, seed="0")
+    updater.update(batches, first=0, add=add)
 
 
 def main(folder: Path) -> None:
@@ -93,6 +105,7 @@ def main(folder: Path) -> None:
         accelerator = accelerator or start_accelerator(config, folder)
         set_seed(0)  # of the adapters' first weights
         updater = load_updater(config, accelerator, processor, updates=10)
+        updater.policy.register_forward_hook(assert_float32)
         groups = make_groups()
         mine = [groups[i] for i in scenario["shares"][accelerator.process_index]]
         prompts = {group.record.id: processor.process(group.record) for group in mine}
@@ -105,7 +118,7 @@ def main(folder: Path) -> None:
                 sums[key][1] += weight
 
             run_update(updater, mine, prompts, add)
-            totals = torch.tensor([sums[key] for key in ("update/loss", "update/grad_norm", "update/skipped")])
+            totals = torch.tensor([sums[key] for key in NAMES])
             totals = accelerator.reduce(totals.to(accelerator.device))
             metrics.append((totals[:, 0] / totals[:, 1]).tolist())
         state = accelerator.get_state_dict(updater.policy)
