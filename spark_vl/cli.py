@@ -368,6 +368,8 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
                 print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
     for fault in bad[:20]:
         print(f"cannot be used: {fault}")
+    if problems.renamed:
+        print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
     print(f"{rows - len(bad)} of {rows} rows can be used")
 
 
