@@ -153,6 +153,7 @@ def train(config: TrainConfig, resume: str = "none", *, allow_config_change: boo
     from spark_vl.hub.background import BackgroundPublisher, check_publish_config
     from spark_vl.hub.cards import write_model_card
     from spark_vl.hub.run import find_model
+    from spark_vl.policy.check import LogprobGapError
     from spark_vl.policy.update import NonFiniteUpdateError
     from spark_vl.report import plot_curves, plot_diagnostics, print_summary, summarize
     from spark_vl.setup import load_trainer
@@ -181,7 +182,7 @@ def train(config: TrainConfig, resume: str = "none", *, allow_config_change: boo
     finished = False
     try:
         finished = trainer.train()
-    except NonFiniteUpdateError as error:
+    except (NonFiniteUpdateError, LogprobGapError) as error:
         raise SystemExit(f"spark-vl: stopped: {error}") from error
     finally:
         for publisher in publishers:
