@@ -153,6 +153,7 @@ def train(config: TrainConfig, resume: str = "none", *, allow_config_change: boo
     from spark_vl.hub.background import BackgroundPublisher, check_publish_config
     from spark_vl.hub.cards import write_model_card
     from spark_vl.hub.run import find_model
+    from spark_vl.policy.check import LogprobGapError
     from spark_vl.policy.update import NonFiniteUpdateError
     from spark_vl.report import plot_curves, plot_diagnostics, print_summary, summarize
     from spark_vl.setup import load_trainer
@@ -181,7 +182,7 @@ def train(config: TrainConfig, resume: str = "none", *, allow_config_change: boo
     finished = False
     try:
         finished = trainer.train()
-    except NonFiniteUpdateError as error:
+    except (NonFiniteUpdateError, LogprobGapError) as error:
         raise SystemExit(f"spark-vl: stopped: {error}") from error
     finally:
         for publisher in publishers:
@@ -368,6 +369,8 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
                 print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
     for fault in bad[:20]:
         print(f"cannot be used: {fault}")
+    if problems.renamed:
+        print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
     print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {problems.recipe.license})")
 
 

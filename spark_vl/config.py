@@ -112,6 +112,18 @@ class RolloutConfig:
     """With sharded weights (ZeRO-3, FSDP2). `phase`: each process holds all weights while it samples (7B in bfloat16:
     16.6 GB, 32B: 67 GB beside its shard), and they are gathered once. `layer`: one layer at a time, gathered anew for
     each token: little memory, many times slower, and all processes decode in step."""
+    startup_check: bool = True
+    """Whether a training run, before its first update and after each resume, scores one of its groups packed and each
+    completion alone, and stops where these log-probabilities and the sampler's are not the same: a fault that would
+    otherwise train to nothing, found for one pass more than the group has completions (the released code: no)."""
+    max_logprob_gap: PositiveFloat | None = None
+    """What counts as the same, there and in each step of training: at most this mean absolute difference in nats per
+    token. null: 1e-4 with `model.dtype: float32`, 5e-2 with bfloat16. With `model.lora.dropout`, which the update has
+    and the sampler has not, null bounds the start only."""
+    on_logprob_gap: Literal["stop", "warn"] = "stop"
+    """What happens after a step whose `rollout/sampler_logprob_gap` is above the bound. `stop`, the default: such
+    updates follow the gradient of another policy, the last checkpoint is from before, and a false alarm costs no more
+    than the steps since then (`--resume auto --rollout.on_logprob_gap warn`). `warn`: one line for each such step."""
 
 
 @dataclass
@@ -453,7 +465,10 @@ def dump_config(settings: Mapping[str, Any]) -> str:
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-_FREE_TO_CHANGE = ("output_dir", "logging", "checkpoint", "publish", "distributed")
+_FREE_TO_CHANGE = (
+    *("output_dir", "logging", "checkpoint", "publish", "distributed"),
+    *("rollout.startup_check", "rollout.max_logprob_gap", "rollout.on_logprob_gap"),
+)
 """Settings that do not change what a run computes."""
 
 
@@ -466,7 +481,7 @@ def config_differences(old: dict[str, Any], new: TrainConfig) -> list[str]:
     return [
         f"{path}: {was.get(path)!r} → {now.get(path)!r}"
         for path in dict.fromkeys([*was, *now])
-        if was.get(path) != now.get(path) and path.split(".")[0] not in _FREE_TO_CHANGE
+        if was.get(path) != now.get(path) and not {path, path.split(".")[0]} & {*_FREE_TO_CHANGE}
     ]
 
 

@@ -25,6 +25,7 @@ from spark_vl.families.registry import find_family
 from spark_vl.feed import PHASES, PromptFeed
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import BatchMaker
+from spark_vl.policy.check import LogprobCheck
 from spark_vl.policy.update import load_updater
 from spark_vl.prompts import Templater
 from spark_vl.rollout import Collector, Sampling, load_engine
@@ -131,7 +132,8 @@ def load_trainer(
     # What is written down.
     watch, stop = Watch(accelerator, timeout_s=config.distributed.timeout_s), StopRequest()
     log = RunLog(accelerator, folder, steps=steps, resumed=resumed, on_progress=watch.at)
-    own: list[Sink] = [log]
+    check = LogprobCheck(config, updater, log, folder / CHECKPOINTS)
+    own: list[Sink] = [log, check]
     if config.logging.judgments:
         with blamed_on("output_dir"):
             shards = ShardWriter(
@@ -184,6 +186,7 @@ def load_trainer(
         best=best,
         log=log,
         sinks=[*own, *(sinks(accelerator) if sinks else ())],
+        check=check,
         evaluate=evaluate_after,
         stop=stop,
         session=session(),

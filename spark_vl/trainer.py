@@ -15,7 +15,7 @@ Gradient: a completion's advantage is its reward minus the mean of its group, di
     plus `objective.beta` times the KL divergence from the policy that the run began with (`policy/losses.py`).
 Recycled: after the update, the group of each problem becomes judgments (pointwise: is this answer right? pairwise:
     which of two is?) and reflections (check this answer, and give the right one). With `recycle.judge_reflections` the
-    group of a reflection becomes pointwise judgments. Judgments are not recycled (`recycle.py`). Recycled prompts wait
+    group of a reflection becomes pointwise judgments. Judgments are not recycled (`recycle/`). Recycled prompts wait
     in the feed for the next phase that takes them.
 Checkpoint: weights, optimizer and random generators (Accelerate saves these), the place in the problems, the prompts
     that wait, counts of bad rows and skipped updates, and the best evaluation so far. The reference policy is loaded
@@ -62,6 +62,8 @@ class Trainer:
     log: RunLog
     sinks: Sequence[Sink]
     """What is told of verified groups, metrics and checkpoints."""
+    check: Callable[[int, Sequence[Scored]], None]
+    """Is given what a step has sampled, before it updates; raises where training would compute something else."""
     evaluate: Callable[[int], Mapping[str, Any]]
     """Step → held-out figures of the policy after it, which it also logs: name → `value`, `low`, `high`, `n`. Empty
     where nothing is evaluated."""
@@ -83,6 +85,7 @@ class Trainer:
 
         Raises:
             NonFiniteUpdateError: the loss or the gradient was not finite several times in a row.
+            LogprobGapError: sampling and training do not compute the same log-probabilities.
             TooManyBadRowsError: there are more unusable rows than the run allows.
             CheckpointError: a checkpoint cannot be written.
         """
@@ -125,6 +128,7 @@ class Trainer:
                 if phase == 0 and self._asked_to_stop():
                     self.feed.rewind()  # to the start of the step, which the resumed run takes again
                     return False
+                self.check(step, scored)
                 normalize = self.config.objective.loss != "dr_grpo"
                 advantages = [group_advantages(group.rewards, normalize=normalize) for _, group in trained_on]
                 self._update(step, phase, trained_on, advantages)

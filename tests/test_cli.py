@@ -148,18 +148,23 @@ def test_rows_of_a_recipe_are_printed_and_counted(tmp_path):
 
 def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
     rows = [{"q": "How many?", "a": "3"}, {"q": "", "a": "3"}, {"q": "How many?", "a": "4"}, {"a": "4"}]
+    rows = [row | {"n": name} for row, name in zip(rows, "xyxz", strict=True)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.yaml").write_text(
         "{name: mine, description: none, license: none, source: {jsonl: .}, verifier: number, "
-        "splits: {train: train.jsonl}, columns: {question: q, answer: a}}"
+        "splits: {train: train.jsonl}, columns: {question: q, answer: a, id: n}}"
     )
-    status, output, _, loaded = spark_vl(tmp_path, "recipes", "mine.yaml", "--show=1")
+    status, output, _, loaded = spark_vl(tmp_path, "recipes", "mine.yaml", "--show=2")
     assert (status, loaded) == (0, set())
     assert output.splitlines() == [
-        "── mine/train/#0",
+        "── mine/train/x",
         "How many?",
         "→ 3   (number)",
-        "cannot be used: mine/train/#1: 'q' is empty",
-        "cannot be used: mine/train/#3: no column 'q'; the row has 'a'",
+        "── mine/train/x#2",
+        "How many?",
+        "→ 4   (number)",
+        "cannot be used: mine/train/y: 'q' is empty",
+        "cannot be used: mine/train/z: no column 'q'; the row has 'a', 'n'",
+        "1 rows have the id of an earlier row; the number of the row is added to it",
         "2 of 4 rows can be used (license of the data: none)",
     ]

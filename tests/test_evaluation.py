@@ -296,7 +296,6 @@ def test_bad_rows_are_replaced_counted_and_named(make_evaluator, processor, veri
     rows += [
         {"id": 5, "q": "", "a": "1"},
         {"id": 6, "q": "No number?", "a": "blue"},
-        {"id": 0, "q": "Again?", "a": "1"},
     ]
     engine = Scripted(oracle)
     results = make_evaluator({"rows": rows}, problems=5)(engine, processor, verifiers)
@@ -310,14 +309,26 @@ def test_bad_rows_are_replaced_counted_and_named(make_evaluator, processor, veri
     all_rows = make_evaluator({"rows": rows}, problems=100)(Scripted(oracle), processor, verifiers)
     assert (all_rows["reasoning_greedy"]["n"], all_rows["unusable"]["n"], all_rows["unusable"]["value"]) == (
         5,
-        8,
-        3 / 8,
+        7,
+        2 / 7,
     )
-    for reason in ("rows/test/5: 'q' is empty", "rows/test/6: the number verifier", "rows/test/0: row"):
+    for reason in ("rows/test/5: 'q' is empty", "rows/test/6: the number verifier"):
         assert reason in caplog.text
 
     with pytest.raises(ValueError, match="recipe bad/test: none of its 2 rows"):
         make_evaluator({"bad": rows[5:7]})(Scripted(oracle), processor, verifiers)
+
+
+def test_rows_that_share_an_id_are_all_asked_and_judged(make_evaluator, processor, verifiers):
+    rows = [row | {"id": "same"} for row in SUMS]
+    engine, apart = Scripted(oracle), Scripted(oracle)
+    results = make_evaluator({"sums": rows}, problems=4)(engine, processor, verifiers)
+    expected = make_evaluator({"sums": SUMS}, problems=4)(apart, processor, verifiers)
+    assert {name: (found["value"], found["n"]) for name, found in results.items()} == {
+        name: (found["value"], found["n"]) for name, found in expected.items()
+    }
+    asked = [record.id for record in engine.records()]
+    assert len(set(asked)) == len(asked) == 4 * 7  # each with its six judge and reflection prompts
 
 
 def test_judge_prompts_that_are_too_long_are_left_out_and_labels_stay_balanced(

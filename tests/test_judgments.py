@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -474,6 +475,17 @@ def test_rows_that_name_code_are_bad_rows_unless_the_recipe_names_it(tmp_path: P
         assert [isinstance(record, PromptRecord) for record in found] == [usable == 1, False]
         assert found[1].record_id == f"judgments-rollouts/{split}/r/train/b@1"
         assert "'verifier' is 'os:system'; allowed: choice" in found[1].reason
+
+
+def test_judgments_that_share_an_id_are_told_apart(tmp_path: Path, pool):
+    [judge] = recycled([sampled(problem("a", "One?"), (1, 0))], step=1).judge
+    write(tmp_path / "one", {1: [sampled(judge, (1, 0))]})
+    [shard] = find_shards(tmp_path / "one")
+    for copy in (2, 3):  # as when the files of two runs are put together
+        shutil.copy(shard.path, shard.path.with_name(f"{shard.split}-000001-000001-{copy}.parquet"))
+    opened = open_recipe(load_recipe(f"judgments?repo={tmp_path / 'one'}&kind={judge.kind}"), shard.split, TEMPLATER)
+    name = f"judgments-{judge.kind}/{shard.split}/{judge.id}"
+    assert [record.id for record in check(opened, pool)] == [name, f"{name}#1", f"{name}#2"]
 
 
 def test_messages_do_not_show_the_bytes_of_images():

@@ -20,7 +20,7 @@ from PIL import Image
 from spark_vl.data.images import load_image
 from spark_vl.data.problems import ProblemSet, check, open_recipe
 from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
-from spark_vl.data.sources import open_rows
+from spark_vl.data.sources import Source, open_rows, read_column
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
 from spark_vl.verifiers.base import VERIFIERS, run_verifier
@@ -525,9 +525,46 @@ def test_ids_are_checked(problems, pool) -> None:
     for index, expected in ((3, "is empty"), (4, "is null"), (5, "is bool"), (6, "printable"), (7, "is float")):
         assert expected in reason(opened, index)
     checked = list(check(opened, pool))
-    assert isinstance(checked[2], BadRecordError)
-    assert checked[2].reason == "row 2 has the id of an earlier row"
+    assert [isinstance(row, PromptRecord) for row in checked] == [True] * 3 + [False] * 5
+    assert checked[2].id == "mine/train/x-1#2"
     assert checked[3].record_id == "mine/train/#3"
+
+
+IDS = ["x", "x", "x#1", "7", 7, None, "x", "x#6", "x#6", True, "7#4"]
+OWN = ["x", "x#1#1", "x#1", "7", "7#4#4", None, "x#6#6", "x#6", "x#6#8", None, "7#4"]
+
+
+def test_rows_that_share_an_id_get_one_of_their_own_in_any_order(problems, caplog) -> None:
+    columns = {"question": "q", "answer": "a", "id": "n"}
+    opened = problems(*({"n": n} for n in IDS), columns=columns)
+    expected = {i: f"mine/train/{name}" for i, name in enumerate(OWN) if name is not None}
+    assert len(set(expected.values())) == len(expected)
+    assert {i: opened[i].id for i in reversed(expected)} == expected
+    assert [reason(opened, i) for i in (5, 9)] == ["'n' is null; text is allowed", "'n' is bool True; text is allowed"]
+    [said] = caplog.messages
+    assert said.startswith("mine/train: 4 of 11 rows have the id of an earlier row")
+    assert said.endswith("such as 'x#1#1' in row 1")
+    problems(*({"n": n} for n in range(11)), columns=columns)
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("rows", [ROW, "not an object", ["nor this"]])
+def test_every_source_reads_one_column_of_the_rows_that_can_be_read(tmp_path: Path, rows, monkeypatch) -> None:
+    cells = [{"n": "a"}, {"n": "a"}, {"other": 1}, {"n": None}]
+    table = [{"n": cell.get("n"), "image": b"not an image"} for cell in cells]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "t.parquet")
+    lines(tmp_path / "t.jsonl", [*cells, rows])
+    (tmp_path / "listed_rows.py").write_text(f"def make(split):\n    return {cells!r}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    expected = ["a", "a", None, None]
+    for source, split in (
+        (Source("parquet", str(tmp_path)), "t.parquet"),
+        (Source("factory", "listed_rows:make"), "t"),
+    ):
+        assert list(read_column(open_rows(source, split, ("n",))[0], "n")) == expected
+    assert list(read_column(open_rows(Source("jsonl", str(tmp_path)), "t.jsonl", ())[0], "n")) == [*expected, None]
+    digits = open_rows(Source("factory", "spark_vl.demo.digits:rows"), "validation", ())[0]
+    assert list(read_column(digits, "id")) == [digits[i]["id"] for i in range(400)]
 
 
 def test_rows_out_of_range_are_index_errors(problems) -> None:

@@ -15,13 +15,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spark_vl.checkpoint import CheckpointError, find_checkpoint
-from spark_vl.config import ConfigError
+from spark_vl.config import ConfigError, RecycleConfig
 from spark_vl.config_cli import parse_train_config
 from spark_vl.demo.tiny import CHECKPOINT
+from spark_vl.offline import recycle_rollouts
+from spark_vl.prompts import Templater
 from spark_vl.run.manifest import read_manifest, write_manifest
 from spark_vl.run.quarantine import TooManyBadRowsError
+from spark_vl.run.shards import find_shards, read_shard
 from spark_vl.run.sinks import Sink
 from spark_vl.setup import load_trainer
+from spark_vl.show import show_groups
+from tests.distributed.launching import judgments
 
 TEMPLATES = Path(CHECKPOINT).parent / "templates.yaml"
 
@@ -249,15 +254,42 @@ def test_dynamic_sampling_replaces_groups_without_variance(tmp_path, monkeypatch
     assert parents & replaced, "nothing was recycled from the groups that were replaced"
 
 
-def test_each_prompt_is_trained_with_its_own_group_though_ids_repeat(tmp_path):
-    rows = [{"id": "same", "question": f"Which is larger, {i} or 5?", "answer": str(i)} for i in range(6, 10)]
+def test_rows_that_share_an_id_are_told_apart_from_sampling_to_publishing(tmp_path):
+    rows = [{"id": "same", "question": f"Which is larger, {i} or 5?", "answer": str(max(i, 5))} for i in range(16)]
     recipe = write_rows(
         tmp_path, rows, verifier="number", columns={"question": "question", "answer": "answer", "id": "id"}
     )
-    settings = (f"--data.recipes=[{recipe}]", "--recycle.schedule=none", "--steps=2")
-    load_trainer(make_config(tmp_path / "run", *settings)).train()
-    gaps = [line["rollout/sampler_logprob_gap"] for line in metrics(tmp_path / "run")]
-    assert max(gaps) < 1e-5
+    settings = (f"--data.recipes=[{recipe}]", "--data.prompts_per_step=8", "--checkpoint.every=2", "--steps=4")
+    for name in ("whole", "cut"):
+        load_trainer(make_config(tmp_path / name, *settings)).train()
+    assert max(line["rollout/sampler_logprob_gap"] for line in metrics(tmp_path / "whole")) <= 1e-6
+
+    # Resumed from half way, it asks the same rows by the same names.
+    (tmp_path / "cut" / "checkpoints" / "latest").write_text("step-000002")
+    load_trainer(make_config(tmp_path / "cut", *settings), resume="auto").train()
+    assert judgments(tmp_path / "cut") == judgments(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+    own = {"mine/train/same", *(f"mine/train/same#{i}" for i in range(1, 16))}
+    stored = [row for rows in judgments(tmp_path / "whole").values() for row in rows]
+    asked = [row for row in stored if row["parent_id"] == row["id"].removesuffix(f"@{row['step']}")]
+    assert {row["parent_id"] for row in asked} == own
+    question = {row["parent_id"]: row["question"] for row in asked}
+    assert len(set(question.values())) == 16
+    recycled = [row for row in stored if row not in asked]
+    assert recycled, "nothing was recycled"
+    assert all(row["question"] == question[row["parent_id"]] for row in recycled)
+    assert len({row["id"] for row in stored}) == len(stored)
+
+    # Offline, each judgment is made of its own row's rollouts, and `show` prints it below its own group.
+    counts = recycle_rollouts(
+        tmp_path / "whole", tmp_path / "again", templater=Templater.load(), config=RecycleConfig(), seed=0
+    )
+    assert counts["pointwise"] > 0
+    again = [row for shard in find_shards(tmp_path / "again") for row in read_shard(shard.path)]
+    assert all(row["question"] == question[row["parent_id"]] for row in again)
+    shown = list(show_groups(tmp_path / "whole", step=1, kind="problem"))
+    assert len({text.split(" · ")[2] for text in shown}) == 8
 
 
 def test_the_exported_model_loads_with_plain_transformers_and_sees(tmp_path, processor):

@@ -6,8 +6,9 @@ Those of a judgment dataset are prompts already, and become records of their own
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -18,10 +19,12 @@ from spark_vl.data.cells import answer, cell, identifier, items, options, text, 
 from spark_vl.data.images import ImageError, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe
-from spark_vl.data.sources import Row, Rows, open_rows
+from spark_vl.data.sources import Row, Rows, open_rows, read_column
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
+
+logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 64
 
@@ -51,7 +54,7 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
 
 
 class ProblemSet:
-    """The problems of one split of a recipe, made one at a time when asked for.
+    """The problems of one split of a recipe, made one at a time when asked for. No two have the same id.
 
     Args:
         rows: the rows; one that cannot be read raises ValueError.
@@ -63,6 +66,16 @@ class ProblemSet:
         self._templater, self._rows, self._root = templater, rows, root
         # A dataset does not choose which code is imported: beside these, only the recipe's own `module:function`.
         self._verifiers = VERIFIERS.keys() | ({own} if (own := recipe.verifier_of(split)) else set())
+        column = recipe.columns.id
+        self.renamed: dict[int, str] = {} if column is None else _ids_of_repeats(read_column(rows, column), column)
+        """Row → the id of its own that it has in place of the one in its cell, which an earlier row has."""
+        if self.renamed:
+            row, name = next(iter(self.renamed.items()))
+            logger.warning(
+                "%s/%s: %s of %s rows have the id of an earlier row; each has the number of its row added to its id, "
+                "such as %r in row %s",
+                *(recipe.name, split, len(self.renamed), len(rows), name, row),
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -80,7 +93,8 @@ class ProblemSet:
         try:
             row = self._rows[index]
             if self.recipe.columns.id is not None:
-                record_id = f"{self.recipe.name}/{self.split}/{identifier(row, self.recipe.columns.id)}"
+                name = self.renamed.get(index) or identifier(row, self.recipe.columns.id)
+                record_id = f"{self.recipe.name}/{self.split}/{name}"
             return self._record(row, record_id)
         except ValueError as error:
             raise BadRecordError(record_id, str(error)) from error
@@ -176,18 +190,14 @@ class ProblemSet:
 
 
 def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecord | BadRecordError]:
-    """Each row in order, as its record or as the error in it. Images are decoded, ids compared, and golds given to
-    their verifiers."""
-    seen: set[str] = set()
+    """Each row in order, as its record or as the error in it. Images are decoded, and golds given to their
+    verifiers."""
     for start in range(0, len(problems), _ROWS_AT_ONCE):
         rows: list[PromptRecord | BadRecordError] = []
         sized: list[PromptRecord] = []
         for index in range(start, min(start + _ROWS_AT_ONCE, len(problems))):
             try:
                 record = problems[index]
-                if record.id in seen:
-                    raise BadRecordError(record.id, f"row {index} has the id of an earlier row")
-                seen.add(record.id)
                 sizes = [load_image(ref).size for ref in record.images]
                 image_sizes = tuple(ImageSize(size, size) for size in sizes)
                 sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
@@ -199,6 +209,29 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
         faults = iter(check_golds(verifiers, sized))
         for row in rows:
             yield row if isinstance(row, BadRecordError) else next(faults) or row
+
+
+def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:
+    """Row → an id of its own, `ID#ROW`, for each row whose cell has the id of an earlier row.
+
+    Args:
+        cells: of `column`, one for each row. Those that hold no id are left to the row's own error.
+    """
+    taken: set[str] = set()
+    repeats: dict[int, str] = {}
+    for index, value in enumerate(cells):
+        try:
+            name = identifier({column: value}, column)
+        except ValueError:
+            continue
+        if name in taken:
+            repeats[index] = name
+        taken.add(name)
+    for index, name in repeats.items():
+        repeats[index] = f"{name}#{index}"
+        while repeats[index] in taken:  # as a cell; two repeats differ, since they end in the numbers of their rows
+            repeats[index] += f"#{index}"
+    return repeats
 
 
 def _shows(question: str, options: tuple[str, ...]) -> bool:

@@ -54,7 +54,8 @@ class Columns:
     """List of options. Where it is not empty, they are shown after the question (unless it shows them already), the
     answer may be the letter or the text of the right one, and the verifier is `choice`."""
     id: str | None = None
-    """Text or integer, unique in its split; without it, rows are numbered."""
+    """Text or integer; without it, rows are numbered. Of rows that share one, the first keeps it, and the others get
+    the number of their row added: `ID#17`."""
     verifier: str | None = None
     """Name of the row's verifier: one of `VERIFIERS`, or that of the recipe; null: the recipe's."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import datasets
@@ -24,6 +24,14 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Row: ...
 
 
+@runtime_checkable
+class ColumnarRows(Rows, Protocol):
+    """Rows of which one column can be read without the others."""
+
+    def column(self, name: str) -> Iterator[Any]:
+        """See `read_column`."""
+
+
 SourceType = Literal["hub", "jsonl", "parquet", "folder", "factory"]
 
 
@@ -35,7 +43,8 @@ class Source:
     location: str
     """`hub`: id of a dataset, or a local copy of its repository. `jsonl`, `parquet`: the folder of the files. `folder`:
     the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`, called
-    with `split=`, which returns a sequence of rows; one that cannot be made raises ValueError."""
+    with `split=`, which returns a sequence of rows; one that cannot be made raises ValueError. Where making a row is
+    slow, the sequence should be `ColumnarRows`: the ids of all rows are read when the split is opened."""
     config: str | None = None
     """`hub`: name of the dataset's configuration."""
     revision: str | None = None
@@ -73,6 +82,20 @@ def open_rows(source: Source, split: str, columns: Sequence[str]) -> tuple[Rows,
             return _ArrowRows(rows, columns), None
 
 
+def read_column(rows: Rows, name: str) -> Iterator[Any]:
+    """The cells of column `name`, one for each row; None where the row cannot be read or lacks it."""
+    if isinstance(rows, ColumnarRows):
+        yield from rows.column(name)
+        return
+    for index in range(len(rows)):
+        try:
+            row = rows[index]
+        except ValueError:
+            yield None
+        else:
+            yield row.get(name)
+
+
 def _files(folder: str | Path, pattern: str) -> list[Path]:
     files = sorted(file for file in Path(folder).glob(pattern) if file.is_file())
     if not files:
@@ -99,6 +122,11 @@ class _ArrowRows:
     def __getitem__(self, index: int) -> Row:
         return self._table[index].to_pylist()[0]
 
+    def column(self, name: str) -> Iterator[Any]:
+        """See `read_column`."""
+        for rows in self._table.select_columns([name]).iter(batch_size=1000):
+            yield from rows[name].to_pylist()
+
 
 class _JsonLines:
     """One JSON object a line; only the offsets of the lines are held in memory."""
@@ -124,11 +152,26 @@ class _JsonLines:
         """
         with self._file.open("rb") as lines:
             lines.seek(self._offsets[index])
-            line = lines.readline()
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the line is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"the line is a JSON {type(row).__name__}; an object is allowed")
-        return row
+            return _json_object(lines.readline())
+
+    def column(self, name: str) -> Iterator[Any]:
+        """See `read_column`. Reads the file once, from its beginning to its end."""
+        with self._file.open("rb") as lines:
+            for line in lines:
+                if line.strip():
+                    try:
+                        row = _json_object(line)
+                    except ValueError:
+                        yield None
+                    else:
+                        yield row.get(name)
+
+
+def _json_object(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the line is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"the line is a JSON {type(row).__name__}; an object is allowed")
+    return row

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -86,11 +86,19 @@ class _Rows:
         index %= len(self)
         row = problem(self.split, index)
         return {
-            "id": f"{self.split}-{index}",
+            "id": self._id(index),
             "question": row.question,
             "answer": row.answer,
             "image": {"bytes": row.image},
         }
+
+    def column(self, name: str) -> Iterator[Any]:
+        """See `ColumnarRows`: no image is drawn for the ids."""
+        for index in range(len(self)):
+            yield self._id(index) if name == "id" else self[index][name]
+
+    def _id(self, index: int) -> str:
+        return f"{self.split}-{index}"
 
 
 @cache

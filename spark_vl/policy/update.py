@@ -25,6 +25,9 @@ from spark_vl.policy.packing import Pack, PackItem, make_pack
 from spark_vl.policy.policy import load_policy
 from spark_vl.policy.schedule import learning_rate
 
+GAP = "rollout/sampler_logprob_gap"
+"""The metric that compares the update's log-probabilities with the sampler's: mean absolute difference per token."""
+
 Add = Callable[[str, float, float], None]
 """Adds to a mean: (name, sum, number of observations in it), as `Means.add`."""
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -192,7 +195,7 @@ class Updater:
             NonFiniteUpdateError: `max_skipped_updates` updates in a row were skipped.
         """
         # The first step is on-policy: its ratio is 1 by definition. The later ones need the policy that sampled.
-        old = [None if i == 0 else self._scores(batch) for i, batch in enumerate(batches)]
+        old = [None if i == 0 else self.score(batch.passes) for i, batch in enumerate(batches)]
         advance = progress("updating", sum(len(batch.passes) for batch in batches))
         for i, (batch, old_logprobs) in enumerate(zip(batches, old, strict=True)):
             lr = learning_rate(self.settings, first + i, self.updates)
@@ -203,6 +206,13 @@ class Updater:
                     f"the loss or the gradient of {self.skipped_in_a_row} updates in a row was not finite "
                     "(optimizer.max_skipped_updates)"
                 )
+
+    @torch.no_grad()
+    def score(self, passes: Sequence[Pack | None]) -> list[torch.Tensor]:
+        """[N] log-probabilities under the policy as it is now, without dropout, for each pass; padding (None) is run
+        too. Collective: as many passes on each process."""
+        with self._as_sampled():
+            return [self.policy((pack or self._padding).to(self.accelerator.device)).logprobs for pack in passes]
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer's own state lacks."""
@@ -251,7 +261,7 @@ class Updater:
                 _report(batch, row_sums, add)
                 if old_logprobs is None:  # the policy has not moved since the engine sampled: both should agree
                     gap = scores.logprobs.detach() - batch.sampler_logprobs_of(pack)
-                    add("rollout/sampler_logprob_gap", float(gap.abs().sum()), len(gap))
+                    add(GAP, float(gap.abs().sum()), len(gap))
                     add("rollout/sampler_ratio", float(gap.exp().sum()), len(gap))
             advance(1)
         for group in self.optimizer.param_groups:
@@ -272,12 +282,6 @@ class Updater:
             with self._as_sampled():
                 return self.policy(pack, adapters=False).logprobs
         return self.reference(pack).logprobs
-
-    @torch.no_grad()
-    def _scores(self, batch: Batch) -> list[torch.Tensor]:
-        """What the policy says now, for each pass of `batch`; padding is run too."""
-        with self._as_sampled():
-            return [self.policy((pack or self._padding).to(self.accelerator.device)).logprobs for pack in batch.passes]
 
     @contextmanager
     def _as_sampled(self) -> Iterator[None]:

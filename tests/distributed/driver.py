@@ -1,5 +1,6 @@
 """`spark-vl train` with one thing added, named by the variable `ADD`: `python -m tests.distributed.driver train …`.
 
+causal: the first process ignores the attention mask of packed groups.
 nan: in the second step, the last process computes NaN.
 held: each process first writes the ids of the prompts that it has waiting to `held.rank….json`.
 room: the disk is said to have room.
@@ -13,8 +14,15 @@ import shutil
 from types import SimpleNamespace
 
 from spark_vl.cli import main
+from spark_vl.policy import policy
 from spark_vl.trainer import Trainer
+from tests import test_check
 from tests.test_nonfinite import compute_nan
+
+
+def causal(trainer: Trainer) -> None:
+    if trainer.accelerator.is_main_process:
+        policy.attention_mask = test_check.causal
 
 
 def nan(trainer: Trainer) -> None:

@@ -225,6 +225,18 @@ def test_a_process_that_computes_nan(tmp_path, monkeypatch):
     assert_second_update_was_skipped(tmp_path / "run")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_a_process_that_scores_otherwise_than_it_samples_stops_all(tmp_path, monkeypatch, strategy):
+    """The other process has no group to check, and stops with it."""
+    monkeypatch.setenv("ADD", "causal")
+    arguments = (*SHARDED, "--data.prompts_per_step=1", f"--output_dir={tmp_path / 'run'}")
+    ended = launch(2, strategy, *arguments, module=DRIVER)
+    assert ended.returncode == 1, ended.stdout
+    said = re.findall(r"spark-vl: stopped: before the update of step 1, .*packed ≠ alone = sampler", ended.stdout)
+    assert len(said) == 2
+    assert not lines(tmp_path / "run", "metrics")
+
+
 # ── the checkpoint ──
 
 
