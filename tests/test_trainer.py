@@ -197,6 +197,7 @@ def test_phases_and_parts_that_are_empty_do_not_delay_the_learning_rate(tmp_path
     curve = ("--optimizer.schedule=cosine", "--optimizer.min_lr_ratio=0.1", "--optimizer.updates_per_batch=2")
     # At most one recycled prompt, none in every other step: of four updates that are planned one or two are left out.
     scarce = ("--recycle.schedule=sequential", "--recycle.max_judge=1", "--recycle.max_reflection=0")
+    scarce += ("--recycle.pointwise=one_per_group",)
     trainer = load_trainer(make_config(tmp_path / "run", *curve, *scarce, "--steps=4"))
     rates, step, take = {}, trainer.updater.optimizer.step, trainer.feed.next
 
@@ -285,7 +286,7 @@ def test_rows_that_share_an_id_are_told_apart_from_sampling_to_publishing(tmp_pa
     counts = recycle_rollouts(
         tmp_path / "whole", tmp_path / "again", templater=Templater.load(), config=RecycleConfig(), seed=0
     )
-    assert counts["pointwise"] > 0
+    assert counts["pointwise"] + counts["pairwise"] + counts["reflection"] > 0
     again = [row for shard in find_shards(tmp_path / "again") for row in read_shard(shard.path)]
     assert all(row["question"] == question[row["parent_id"]] for row in again)
     shown = list(show_groups(tmp_path / "whole", step=1, kind="problem"))

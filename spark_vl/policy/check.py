@@ -100,7 +100,7 @@ class LogprobCheck(Sink):
                 f"{_meaning(*(not worst.means[pair] <= self.max_gap for pair in _PAIRS))}. To go on without this "
                 "check: rollout.startup_check: false"
             )
-        self.log.say(f"startup check: log-probabilities differ, {listed} nats per token; allowed are {self.max_gap:g}")
+        self.log.say(f"startup check passed: {listed} nats per token; allowed are {self.max_gap:g}")
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stop or warn where the sampler and the update of `step` were too far apart.
