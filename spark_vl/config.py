@@ -101,6 +101,8 @@ class RolloutConfig:
     """Completions for each prompt: the group size G."""
     temperature: PositiveFloat = 1.0
     top_p: PositiveShare = 1.0  # type: ignore[valid-type]  # made at run time
+    """Share of the probability that tokens are drawn from, the likeliest first. For evaluation alone: training samples
+    from the whole distribution, the one that log-probabilities are computed under."""
     max_new_tokens: PositiveInt = 768
     decode_batch_size: PositiveInt = 256
     """Completions decoded together on one process: bounds the memory of the key-value cache."""
@@ -358,6 +360,12 @@ def check_train_config(config: TrainConfig) -> None:
         raise ConfigError(f"publish.repo: is {config.publish.repo!r}; allowed is ORG/NAME or USER/NAME")
     if config.rollout.n < 2:
         raise ConfigError("rollout.n: is 1; a group needs at least 2 completions to compare")
+    if config.rollout.top_p < 1:
+        raise ConfigError(
+            f"rollout.top_p: is {config.rollout.top_p}, but training needs 1: log-probabilities are those of the whole "
+            "distribution, and completions from a part of it would bias the gradient; for less random completions "
+            "lower rollout.temperature, which both sides know of, and keep top_p for `spark-vl eval`"
+        )
     if config.optimizer.updates_per_batch > config.data.prompts_per_step:
         raise ConfigError(
             f"optimizer.updates_per_batch: is {config.optimizer.updates_per_batch}, more than "

@@ -17,6 +17,7 @@ from spark_vl.config import (
     EvalConfig,
     EvaluationConfig,
     ModelConfig,
+    RolloutConfig,
     TrainConfig,
     check_eval_config,
     check_train_config,
@@ -116,6 +117,7 @@ def with_weights(**changes: float) -> str:
     [
         ([], "data.recipes: is empty; name at least one recipe"),
         (["--data.recipes=[]"], "data.recipes: is empty"),
+        ([RECIPE, "--rollout.top_p=0.9"], "rollout.top_p: is 0.9, but training needs 1: log-probabilities"),
         ([RECIPE, "--rollout.n=1"], "rollout.n: is 1; a group needs at least 2"),
         (
             [RECIPE, "--objective.weights={problem: 1, pairwise: 1}"],
@@ -172,7 +174,7 @@ def test_an_evaluation_is_checked_too():
     evaluation = EvaluationConfig(recipes=["digits"])
     with pytest.raises(ConfigError, match=r"^model\.min_pixels: is 2, above model\.max_pixels \(1\)"):
         check_eval_config(EvalConfig(evaluation=evaluation, model=ModelConfig(min_pixels=2, max_pixels=1)))
-    check_eval_config(EvalConfig(evaluation=evaluation))
+    check_eval_config(EvalConfig(evaluation=evaluation, rollout=RolloutConfig(top_p=0.9)))
 
 
 def paper(config: TrainConfig) -> dict:
