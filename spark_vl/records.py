@@ -231,12 +231,17 @@ class RolloutGroup:
         return [verdict.score for verdict in self.verdicts]
 
     @property
+    def correctness(self) -> list[float]:
+        """[G] the part of `rewards` that the scores make, weighted."""
+        return [self.record.weight * score for score in self.scores]
+
+    @property
     def rewards(self) -> list[float]:
         """[G] what the policy is trained on: the weighted sum of score and shaping terms."""
-        weight, weights = self.record.weight, dict(self.record.shaping)
+        weights = dict(self.record.shaping)
         return [
-            weight * verdict.score + sum(weights[name] * value for name, value in verdict.shaping)
-            for verdict in self.verdicts
+            right + sum(weights[name] * value for name, value in verdict.shaping)
+            for right, verdict in zip(self.correctness, self.verdicts, strict=True)
         ]
 
     @property

@@ -8,11 +8,12 @@ Reward: the verifier's score in [0, 1] against the prompt's reference answer, we
     such as format (`RolloutGroup.rewards`). The reference answer of a judgment is known, since what it judges was
     verified. A judgment is rewarded for agreeing with the verifier; its verdict never rewards another completion.
     There is no reward model.
-Gradient: a completion's advantage is its reward minus the mean of its group, divided by the group's standard deviation
-    (not for `dr_grpo`). `make_batches` deals the groups out to `optimizer.updates_per_batch` parts (default 1). Each
-    is one optimizer step, accumulated over packs of whole groups. The loss is the clipped policy gradient, whose ratio
-    compares with the trainer's own log-probabilities under the weights that sampled (so it is 1 in the first part),
-    plus `objective.beta` times the KL divergence from the policy that the run began with (`policy/losses.py`).
+Gradient: a completion's advantage is its reward minus the mean of its group, divided by the standard deviation of the
+    group's correctness (`advantages.py`; not for `dr_grpo`). `make_batches` deals the groups out to
+    `optimizer.updates_per_batch` parts (default 1). Each is one optimizer step, accumulated over packs of whole groups.
+    The loss is the clipped policy gradient, whose ratio compares with the trainer's own log-probabilities under the
+    weights that sampled (so it is 1 in the first part), plus `objective.beta` times the KL divergence from the policy
+    that the run began with (`policy/losses.py`).
 Recycled: after the update, the group of each problem becomes judgments (pointwise: is this answer right? pairwise:
     which of two is?) and reflections (check this answer, and give the right one). With `recycle.judge_reflections` the
     group of a reflection becomes pointwise judgments. Judgments are not recycled (`recycle/`). Recycled prompts wait
@@ -130,7 +131,9 @@ class Trainer:
                     return False
                 self.check(step, scored)
                 normalize = self.config.objective.loss != "dr_grpo"
-                advantages = [group_advantages(group.rewards, normalize=normalize) for _, group in trained_on]
+                advantages = [
+                    group_advantages(group.rewards, group.correctness, normalize=normalize) for _, group in trained_on
+                ]
                 self._update(step, phase, trained_on, advantages)
                 self.log.count("recycle", self.feed.recycle(scored, step))
                 with self.log.timed("write"):

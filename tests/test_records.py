@@ -199,7 +199,7 @@ def test_a_group_is_verified_by_as_many_verdicts_as_it_has_rollouts():
     verdicts = (Verdict(1.0, "5"), Verdict(0.0, None, "unparsable"))
     verified = group.verified(verdicts)
     assert verified == replace(group, verdicts=verdicts)
-    assert verified.rewards == [1, 0]
+    assert verified.rewards == verified.correctness == [1, 0]
     assert group.verdicts == (), "the group itself is left as it is"
     for wrong in ((), verdicts[:1], verdicts * 2):
         with pytest.raises(ValueError, match=f"r: {len(wrong)} verdicts for 2 rollouts"):

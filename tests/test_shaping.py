@@ -120,3 +120,4 @@ def test_groups_get_their_terms_and_scores_do_not_change() -> None:
         {"overlong": -1, "repetition": 0, "format": 0},
     ]
     assert verified.rewards == pytest.approx([2 - 0.25 + 0.1, -0.5])
+    assert verified.correctness == [2, 0]

@@ -82,7 +82,7 @@ def run_update(
 ) -> None:
     """One update phase on `groups` of this process, as the loop makes it; `prompts` by record id."""
     normalize = updater.objective.loss != "dr_grpo"
-    advantages = [group_advantages(group.rewards, normalize=normalize) for group in groups]
+    advantages = [group_advantages(group.rewards, group.correctness, normalize=normalize) for group in groups]
     make_batches = BatchMaker(
         accelerator=updater.accelerator,
         processor=updater.processor,
