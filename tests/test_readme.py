@@ -32,7 +32,7 @@ def test_train_publish_and_load(hub, finished_run):
     [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], env=hub.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Which digit is \w+\?.* [AB] \[<PIL\.", done.stdout)
+    assert re.search(r"(Which digit is \w+|By how much).*\?.* [AB] \[<PIL\.", done.stdout)
 
 
 def test_lines_break_at_120_characters():

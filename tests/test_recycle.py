@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.simulations.labels import recycle_together, simulate
 from spark_vl.config import RecycleConfig
 from spark_vl.prompts.templater import Templater
 from spark_vl.records import (
@@ -21,7 +24,7 @@ from spark_vl.records import (
     Verdict,
     plain_text,
 )
-from spark_vl.recycle import Choice, Recycled, choose, deal, find_evidence, recycle, roc_auc
+from spark_vl.recycle import Choice, Recycled, choose, deal, find_evidence, recycle, roc_auc, word
 from spark_vl.run.codec import record_from_json, record_to_json
 
 TEMPLATER = Templater.load()
@@ -465,11 +468,22 @@ def test_counts():
 # ── several processes ──
 
 
+def recycle_together(parts, settings) -> list[list[RecycledRecord]]:
+    """What each process is dealt, of the groups [processes][groups] that each has sampled."""
+    evidence = [find_evidence(groups, settings, step=3, seed=0)[0] for groups in parts]
+    chosen = choose([[each.candidate for each in own] for own in evidence], settings, step=3, seed=0)
+    units = chosen.judge + chosen.reflection
+    dealt = [[] for _ in parts]
+    for unit, to in zip(units, deal(units, [0] * len(parts)), strict=True):
+        dealt[to] += [word(part, unit, evidence[part.process], TEMPLATER, settings, step=3) for part in unit.parts]
+    return dealt
+
+
 @pytest.mark.parametrize("settings", [RecycleConfig(), RecycleConfig(max_judge=7, pointwise="one_per_group"), ALL])
 @pytest.mark.parametrize("processes", [2, 3, 64])
 def test_any_number_of_processes_recycles_what_one_does(settings, processes):
     groups = many(RIGHT, 20) + many(WRONG, 14) + many(MIXED, 30) + [group(MIXED, name=f"{MIXED}-0")]
-    dealt = recycle_together([groups[i::processes] for i in range(processes)], TEMPLATER, settings, 3)
+    dealt = recycle_together([groups[i::processes] for i in range(processes)], settings)
     alone = run(groups[:64], settings)
     everything = {record.id: record for of_process in dealt for record in of_process}
     assert sum(map(len, dealt)) == len(everything)
@@ -492,18 +506,19 @@ def test_processes_that_have_more_waiting_get_less():
     assert deal(units[:2], [5, 0, 0]) == [1, 2]
 
 
-def test_the_simulation_holds_its_bounds():
-    rows = list(simulate(8, RecycleConfig(), processes=(1, 64)))
-    assert len(rows) == 6
+@pytest.mark.parametrize("rule", [[], ["--one-per-group"]])
+def test_the_simulation_holds_its_bounds(rule):
+    script = Path(__file__).parents[1] / "scripts" / "simulations" / "labels.py"
+    said = subprocess.run([sys.executable, script, "--steps=6", "--json", *rule], check=True, capture_output=True)
+    rows = json.loads(said.stdout)
+    assert len(rows) == 12
     for row in rows:
-        assert row.auc <= 0.6
-        assert row.label_difference_max <= 1
-        assert row.spread_max <= 3
-        assert row.pointwise_per_step + row.pairwise_per_step == 32
-        assert row.reflections_per_step == 32
-    one, many_ = rows[0], rows[1]
-    assert replace(many_, processes=1, spread_max=0) == one
-    assert all(row.auc > 0.9 for row in simulate(8, RecycleConfig(pointwise="one_per_group"), processes=(1,)))
+        assert (row["auc"] <= 0.6) == (row["label_difference_max"] <= 1) == (not rule)
+        assert row["spread_max"] <= 3
+        assert row["pointwise_per_step"] + row["pairwise_per_step"] == 32
+        assert row["reflections_per_step"] == 32
+        alone = rows[rows.index(row) // 4 * 4]
+        assert {**row, "processes": 1, "spread_max": 0} == alone
 
 
 def test_another_step_or_seed_draws_anew():

@@ -20,8 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from spark_vl.config import RecycleConfig
 from spark_vl.prompts import Templater
@@ -32,21 +32,6 @@ PASS_RATES = ((0.8, 0.5), (0.6, 0.6), (1.5, 0.4))
 """Parameters of Beta distributions: their means are .62, .5 and .79."""
 PROCESSES = (1, 8, 16, 64)
 PROBLEMS, ROLLOUTS = 64, 8
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one distribution gives on one number of processes."""
-
-    pass_rates: str
-    processes: int
-    auc: float
-    auc_of_difficulty: float
-    label_difference_max: int
-    pointwise_per_step: float
-    pairwise_per_step: float
-    reflections_per_step: float
-    spread_max: int
 
 
 def sample_groups(step: int, alpha: float, beta: float) -> tuple[list[RolloutGroup], dict[str, float]]:
@@ -80,8 +65,10 @@ def recycle_together(
     return dealt
 
 
-def simulate(steps: int, config: RecycleConfig, pass_rates: Sequence = PASS_RATES, processes: Sequence = PROCESSES):
-    """One `Row` for each of `pass_rates` and each number of `processes`."""
+def simulate(
+    steps: int, config: RecycleConfig, pass_rates: Sequence = PASS_RATES, processes: Sequence = PROCESSES
+) -> Iterator[dict[str, Any]]:
+    """One row for each of `pass_rates` and each number of `processes`."""
     templater = Templater.load()
     for alpha, beta in pass_rates:
         sampled = [sample_groups(step, alpha, beta) for step in range(1, steps + 1)]
@@ -101,17 +88,17 @@ def simulate(steps: int, config: RecycleConfig, pass_rates: Sequence = PASS_RATE
                 spreads.append(max(map(len, dealt)) - min(map(len, dealt)))
                 for record in records:
                     kinds[record.kind] += 1
-            yield Row(
-                f"Beta({alpha:g}, {beta:g})",
-                n,
-                round(roc_auc(by_rate) or 0.0, 4),
-                round(roc_auc(by_difficulty) or 0.0, 4),
-                max(differences),
-                kinds["pointwise"] / steps,
-                kinds["pairwise"] / steps,
-                kinds["reflection"] / steps,
-                max(spreads),
-            )
+            yield {
+                "pass_rates": f"Beta({alpha:g}, {beta:g})",
+                "processes": n,
+                "auc": round(roc_auc(by_rate) or 0.0, 4),
+                "auc_of_difficulty": round(roc_auc(by_difficulty) or 0.0, 4),
+                "label_difference_max": max(differences),
+                "pointwise_per_step": kinds["pointwise"] / steps,
+                "pairwise_per_step": kinds["pairwise"] / steps,
+                "reflections_per_step": kinds["reflection"] / steps,
+                "spread_max": max(spreads),
+            }
 
 
 def main() -> None:
@@ -125,26 +112,26 @@ def main() -> None:
     config = RecycleConfig(pointwise=rule, unanimous_share=args.unanimous_share)
     rows = list(simulate(args.steps, config))
     if args.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print(json.dumps(rows, indent=2))
         return
     one_per_group = RecycleConfig(pointwise="one_per_group")
-    released = {row.pass_rates: row for row in simulate(args.steps, one_per_group, processes=(1,))}
+    released = {row["pass_rates"]: row for row in simulate(args.steps, one_per_group, processes=(1,))}
     print(f"{args.steps} steps of {PROBLEMS} questions x {ROLLOUTS} rollouts; {rule}, share {args.unanimous_share}")
     print("in brackets: one prompt per group, nothing balanced (the released rule), on one process\n")
     print(
         " | ".join(("pass rates", "processes", "auc", "difference", "pointwise", "pairwise", "reflections", "spread"))
     )
     for row in rows:
-        other = released[row.pass_rates]
+        other = released[row["pass_rates"]]
         cells = (
-            row.pass_rates,
-            str(row.processes),
-            f"{row.auc:.3f} [{other.auc:.3f}]",
-            f"{row.label_difference_max} [{other.label_difference_max}]",
-            f"{row.pointwise_per_step:.1f} [{other.pointwise_per_step:.1f}]",
-            f"{row.pairwise_per_step:.1f} [{other.pairwise_per_step:.1f}]",
-            f"{row.reflections_per_step:.1f} [{other.reflections_per_step:.1f}]",
-            str(row.spread_max),
+            row["pass_rates"],
+            str(row["processes"]),
+            f"{row['auc']:.3f} [{other['auc']:.3f}]",
+            f"{row['label_difference_max']} [{other['label_difference_max']}]",
+            f"{row['pointwise_per_step']:.1f} [{other['pointwise_per_step']:.1f}]",
+            f"{row['pairwise_per_step']:.1f} [{other['pairwise_per_step']:.1f}]",
+            f"{row['reflections_per_step']:.1f} [{other['reflections_per_step']:.1f}]",
+            str(row["spread_max"]),
         )
         print(" | ".join(cells))
 
