@@ -156,13 +156,14 @@ class RecycleConfig:
     """Recycled prompts are taken this many at a time, over all processes, the oldest first: fewer wait until there are
     as many (the released code: 64). null: a phase takes all that wait."""
     pairwise_share: ClosedUnitInterval = 0.7
-    """Share of groups with right and wrong rollouts that give a pairwise prompt; the rest give pointwise ones."""
+    """Share of groups with right and wrong rollouts that give a pairwise prompt; the rest give pointwise ones. With
+    `matched_pairs`, while `max_judge` leaves room, each gives the other kind, too, unless the share is 0 or 1."""
     pointwise: Literal["matched_pairs", "one_per_group"] = "matched_pairs"
     """`matched_pairs`: a group with right and wrong rollouts gives two pointwise prompts, one on an answer of each
     kind, which are kept or left out together, so that difficulty does not predict the label.
     `one_per_group`: each group gives one, on either answer; nothing is balanced, and easy questions go with 'right'
     (the released code)."""
-    unanimous_share: ShareBelowOne = 0.1  # type: ignore[valid-type]  # made at run time
+    unanimous_share: ShareBelowOne = 0.05  # type: ignore[valid-type]  # made at run time
     """With `matched_pairs`: share s of the pointwise prompts that may quote groups whose rollouts are all right or all
     wrong, as many of either. Difficulty then predicts the label with an area under the ROC curve of .5 + s - s²/2."""
     a_is_correct: bool = False

@@ -4,7 +4,7 @@ Questions are solved with a probability that is drawn from a Beta distribution; 
 step, spread over 1 to 64 processes, and recycled as a run does it: the same functions, without the exchange between
 processes.
 
-    python scripts/simulations/labels.py [--steps 40] [--json] [--one-per-group] [--unanimous-share 0.1]
+    python scripts/simulations/labels.py [--steps 40] [--json] [--one-per-group] [--unanimous-share 0.05]
 
 One row for each distribution and number of processes:
 

@@ -5,7 +5,7 @@ right (score 1) or wrong (score 0).
 
 | evidence in a problem's group | judge prompts | reflection prompt |
 |---|---|---|
-| both | `pairwise_share`: one pairwise; the rest: a matched pair of pointwise | quotes a wrong answer, or a right one |
+| both | first, by `pairwise_share`, a pairwise one or a matched pair of pointwise ones; then the other | on either side |
 | only right answers | one of a couple of pointwise, gold "correct" | none, or one that quotes a right answer |
 | only wrong answers | the other of such a couple, gold "incorrect" | quotes a wrong answer |
 
@@ -13,8 +13,9 @@ A *matched pair* asks the same question twice in the same words, with a right an
 the question nor its difficulty tells the label. Easy questions are mostly answered right, and hard ones wrong: a judge
 that sees one answer to each can do well without looking at it. Unanimous groups teach that shortcut, so they come in
 couples, a right answer to one question with a wrong one to another, and make up at most `unanimous_share` of the
-pointwise prompts. Pairs and couples are kept or left out as a whole; where there are too few, the step has fewer judge
-prompts (`judge_unfilled`). With `pointwise: one_per_group`, as in the released code, each group gives one judge
+pointwise prompts. Pairs and couples are kept or left out as a whole. Where `max_judge` leaves room, mixed groups give
+both kinds of judge prompts; where even these are too few, as when nearly everything is solved, the step has fewer
+(`judge_unfilled`). With `pointwise: one_per_group`, as in the released code, each group gives one judge
 prompt, and nothing is balanced.
 
 `correct_reflection_share` of the reflections quote a right answer, so that "change it" is not always right. With

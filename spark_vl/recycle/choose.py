@@ -114,20 +114,24 @@ def _name(kind: RecycledKind, quoted_correct: bool | None) -> str:
 def _matched(places: Sequence[_Place], config: RecycleConfig, coin: float) -> list[Unit]:
     """Pairwise prompts and matched pairs from mixed groups, and couples of unanimous groups.
 
-    Wherever the list is cut, couples are at most `unanimous_share` of the pointwise prompts; `coin`, uniform in [0, 1),
-    rounds their number.
+    First each mixed group gives the kind that was drawn for it, then the other one. Wherever the list is cut, couples
+    are at most `unanimous_share` of the pointwise prompts; `coin`, uniform in [0, 1), rounds their number.
     """
     problems = [place for place in places if place.candidate.kind == "problem"]
     right = [p.part(True) for p in problems if p.candidate.judge.correct and not p.candidate.judge.wrong]
     wrong = [p.part(False) for p in problems if p.candidate.judge.wrong and not p.candidate.judge.correct]
     couples = [Unit("pointwise", couple) for couple in zip(right, wrong, strict=False)]
     couples_per_pair = config.unanimous_share / (1 - config.unanimous_share)
+
+    mixed = [place for place in places if place.candidate.judge.both]
+    pairwise = [place.candidate.kind == "problem" and place.candidate.prefers_pairwise for place in mixed]
+    drawn = list(zip(mixed, pairwise, strict=True))
+    if 0 < config.pairwise_share < 1:
+        drawn += [(place, not was) for place, was in drawn if place.candidate.kind == "problem"]
     units: list[Unit] = []
     pairs = used = 0
-    for place in places:
-        if not place.candidate.judge.both:
-            continue
-        if place.candidate.kind == "problem" and place.candidate.prefers_pairwise:
+    for place, is_pairwise in drawn:
+        if is_pairwise:
             units.append(Unit("pairwise", (place.part(None),)))
             continue
         units.append(Unit("pointwise", (place.part(True), place.part(False))))
