@@ -478,7 +478,7 @@ def test_rows_that_name_code_are_bad_rows_unless_the_recipe_names_it(tmp_path: P
 
 
 def test_judgments_that_share_an_id_are_told_apart(tmp_path: Path, pool):
-    [judge] = recycled([sampled(problem("a", "One?"), (1, 0))], step=1).judge
+    judge, *_ = recycled([sampled(problem("a", "One?"), (1, 0))], step=1).judge
     write(tmp_path / "one", {1: [sampled(judge, (1, 0))]})
     [shard] = find_shards(tmp_path / "one")
     for copy in (2, 3):  # as when the files of two runs are put together

@@ -5,7 +5,7 @@ right (score 1) or wrong (score 0).
 
 | evidence in a problem's group | judge prompts | reflection prompt |
 |---|---|---|
-| both | first, by `pairwise_share`, a pairwise one or a matched pair of pointwise ones; then the other | on either side |
+| both | by `pairwise_share`, a pairwise one or a matched pair of pointwise ones; then the other | on either side |
 | only right answers | one of a couple of pointwise, gold "correct" | none, or one that quotes a right answer |
 | only wrong answers | the other of such a couple, gold "incorrect" | quotes a wrong answer |
 
