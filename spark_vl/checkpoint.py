@@ -3,9 +3,10 @@
 A run's `checkpoints/` holds `step-000120/` folders and the files `latest` and `best`, which name one each. A checkpoint
 has what a run needs to go on as if it had not been interrupted:
 
-    model.safetensors, optimizer.bin, …   weights, optimizer, random generators, as Accelerate or DeepSpeed
-                                          writes them for the way in which they are held
-    trainer.rank0.json, …                 of each process: position of the sampler, recycled prompts that wait, counts
+    model.safetensors, optimizer.…, …     weights and optimizer; under DeepSpeed and FSDP2 in the format of the library,
+                                          which reads it by pickle (`distributed.state`)
+    trainer.rank0.json, …                 of each process: position of the sampler, recycled prompts that wait, counts,
+                                          random generators
     config.yaml                           of the run
     model/                                the plain Hugging Face checkpoint: to use, evaluate, publish; with the prompts
                                           that it was trained on
@@ -33,6 +34,7 @@ from accelerate.utils import broadcast_object_list
 from spark_vl import __version__
 from spark_vl.config import ConfigError, TrainConfig, config_differences, save_config
 from spark_vl.distributed.launch import strategy
+from spark_vl.distributed.state import UNPICKLED, load_state, random_state, save_state, set_random_state
 from spark_vl.families.base import Processor
 from spark_vl.feed import PromptFeed
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
@@ -57,11 +59,19 @@ def claim_folder(folder: Path) -> IO[str]:
     """Make `folder` and keep other runs out of it for as long as the returned file is open, also after a crash.
 
     Raises:
-        ConfigError: it cannot be written to, or another run is at work there.
+        ConfigError: it cannot be written to, or through a link that would change files elsewhere; or another run is at
+            work there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        links = [path for path in sorted(folder.iterdir()) if path.is_symlink() and not path.is_dir()]
+        if links:  # a folder on a larger disk is fine
+            raise ConfigError(
+                f"output_dir: {links[0]} is a symbolic link, through which the run would write; allowed: files of its "
+                "own, and links to folders"
+            )
+        # Nor through a link that is made this very moment.
+        lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be written to: {error}") from error
     try:
@@ -125,9 +135,9 @@ class Checkpoints:
 
     folder: Path
     accelerator: Accelerator
-    """Saves by itself what it has prepared: weights, optimizer, random generators."""
     policy: torch.nn.Module
-    """As prepared."""
+    optimizer: torch.optim.Optimizer
+    """As prepared, as is the policy."""
     processor: Processor
     templater: Templater
     config: TrainConfig
@@ -155,8 +165,9 @@ class Checkpoints:
                 fault = f"about {needed:,} bytes are needed, {free:,} are free"
         _raise_together(fault and _unwritten(final, fault))
         state = {"feed": self.feed.state_dict()} | {name: part.state_dict() for name, part in self.parts.items()}
+        state["random"] = random_state(self.accelerator.device)
         try:
-            self.accelerator.save_state(temporary)
+            save_state(self.accelerator, self.policy, self.optimizer, temporary)
             (temporary / _state_file(rank)).write_text(json.dumps(state))
             dtype = getattr(torch, self.config.model.dtype)
             export_model(self.accelerator, self.policy, self.processor, temporary / MODEL, dtype=dtype)
@@ -187,22 +198,33 @@ class Checkpoints:
             _delete_old(self.folder, self.config.checkpoint.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def load(self, path: Path, *, allow_config_change: bool) -> int:
+    def load(self, path: Path, *, allow_config_change: bool = False, trust: bool = False) -> int:
         """Check the checkpoint at `path`, and go on from it. Returns its step.
+
+        Args:
+            trust: read it also where that runs what it holds, wherever it lies.
 
         Raises:
             CheckpointError: a file is missing or damaged, the checkpoint does not go with this launch or this version,
-                or the configuration has changed.
+                the configuration has changed, or reading it could run somebody's code.
         """
         manifest = _checked_manifest(self.accelerator, path, self.config, allow_config_change=allow_config_change)
-        self.accelerator.load_state(path)
+        if strategy(self.accelerator) in UNPICKLED and not trust:
+            _check_place(path, Path(self.config.output_dir))
         was, now, rank = manifest["processes"], self.accelerator.num_processes, self.accelerator.process_index
         ranks = [rank] if was == now else range(was)
-        states = [json.loads((path / _state_file(each)).read_text()) for each in ranks]
-        feeds = [state["feed"] for state in states]
-        self.feed.load_state_dict(feeds[0] if was == now else self.feed.deal_out(feeds, rank, now))
-        for name, part in self.parts.items():
-            part.load_state_dict(states[0][name])
+        try:
+            states = [json.loads((path / _state_file(each)).read_text()) for each in ranks]
+            feeds = [state["feed"] for state in states]
+            self.feed.load_state_dict(feeds[0] if was == now else self.feed.deal_out(feeds, rank, now))
+            for name, part in self.parts.items():
+                part.load_state_dict(states[0][name])
+            load_state(self.accelerator, self.policy, self.optimizer, path)
+            # Last: nothing that is loaded draws from them. A process that was not there goes on as seeded.
+            if rank < was:
+                set_random_state(states[0 if was == now else rank]["random"], self.accelerator.device)
+        except (ValueError, TypeError, LookupError) as error:
+            raise CheckpointError(f"{path}: cannot be resumed from: {type(error).__name__}: {error}") from error
         if self.accelerator.is_main_process and path.parent == self.folder:
             point(self.folder, LATEST, path)  # newer ones will be written anew
         return manifest["step"]
@@ -301,6 +323,22 @@ def _checked_manifest(
             f"fixed number of them; launch {was}, or start a new run from its weights: --model.path {path / MODEL}"
         )
     return manifest
+
+
+def _check_place(path: Path, output_dir: Path) -> None:
+    """Refuse a checkpoint, whose library would run what code it holds, unless all of it lies below `output_dir`.
+
+    Raises:
+        CheckpointError: something of it lies elsewhere, symbolic links resolved.
+    """
+    root = output_dir.resolve()
+    for part in (path, *sorted(path.rglob("*"))):
+        if not (found := part.resolve()).is_relative_to(root):
+            raise CheckpointError(
+                f"{path}: under ZeRO and FSDP2 a checkpoint can hold code, which runs when it is read; found {found}, "
+                f"allowed: below output_dir ({root}). If you trust who wrote it, add --trust-checkpoint; or start a "
+                f"new run from its weights, which hold no code: --model.path {path / MODEL}"
+            )
 
 
 def export_model(

@@ -67,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="resume although the checkpoint was written under other settings",
     )
+    train_parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="under ZeRO and FSDP2, resume also from a checkpoint outside output_dir, which can hold code that runs",
+    )
 
     eval_parser = Parser(description=EVAL_HELP)
     add_config_arguments(eval_parser, EvalConfig)
@@ -117,7 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         match parsed.command:
             case "train":
                 config = instantiate(train_parser, command, TrainConfig)
-                train(config, command.resume, allow_config_change=command.allow_config_change)
+                train(
+                    config,
+                    command.resume,
+                    allow_config_change=command.allow_config_change,
+                    trust_checkpoint=command.trust_checkpoint,
+                )
             case "eval":
                 evaluate(instantiate(eval_parser, command, EvalConfig))
             case "recycle":
@@ -139,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, f"spark-vl: stopped: {error}\n")
 
 
-def train(config: TrainConfig, resume: str = "none", *, allow_config_change: bool = False) -> None:
+def train(
+    config: TrainConfig, resume: str = "none", *, allow_config_change: bool = False, trust_checkpoint: bool = False
+) -> None:
     """`spark-vl train`: train, evaluate before and after, and print what changed."""
     check_train_config(config)
     _check_recipes("data.recipes", config.data.recipes, "train")
@@ -177,6 +189,7 @@ def train(config: TrainConfig, resume: str = "none", *, allow_config_change: boo
         sinks=sinks,
         resume=resume,
         allow_config_change=allow_config_change,
+        trust_checkpoint=trust_checkpoint,
     )
     is_main = trainer.accelerator.is_main_process
     finished = False

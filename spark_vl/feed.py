@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from spark_vl.distributed.spread import send
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.policy.batch import Scored
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, Kind, PromptRecord
+from spark_vl.records import BadRecordError, ImageRef, Kind, PromptRecord
 from spark_vl.recycle import DifficultyAuc, choose, deal, find_evidence, word
 from spark_vl.run.codec import record_from_json, record_to_json
 from spark_vl.run.quarantine import Quarantine, TooManyBadRowsError
@@ -44,8 +44,8 @@ class _Waiting:
         return {"number": self.number, "records": [record_to_json(record) for record in self.records]}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> _Waiting:
-        return cls(data["number"], [record_from_json(record) for record in data["records"]])
+    def from_json(cls, data: Mapping[str, Any], verifiers: Collection[str]) -> _Waiting:
+        return cls(data["number"], [record_from_json(record, verifiers) for record in data["records"]])
 
 
 class PromptFeed:
@@ -208,12 +208,14 @@ class PromptFeed:
         """Go on where `state_dict` was made.
 
         Raises:
-            ValueError: the sampler's state is of other data (`PromptSampler.load_state_dict`).
+            ValueError: the sampler's state is of other data (`PromptSampler.load_state_dict`), or a prompt that waits
+                names a verifier that none of its recipes does.
         """
         self.sampler.load_state_dict(state["sampler"])
         self.quarantine.load_state_dict(state["quarantine"])
-        self._waiting = [_Waiting.from_json(waiting) for waiting in state["waiting"]]
-        self._surplus = [_Waiting.from_json(waiting) for waiting in state["surplus"]]
+        verifiers = self.sampler.verifiers
+        self._waiting = [_Waiting.from_json(waiting, verifiers) for waiting in state["waiting"]]
+        self._surplus = [_Waiting.from_json(waiting, verifiers) for waiting in state["surplus"]]
         self._recycled = state["recycled"]
         self._difficulty.load_state_dict(state["difficulty"])
 
@@ -279,6 +281,7 @@ class PromptFeed:
             processed = []
             for record in waiting.records:
                 try:
+                    self._check_images(record)
                     processed.append(self.processor.process(record))
                 except BadRecordError as error:
                     self.quarantine.add_prompt(error)
@@ -288,3 +291,11 @@ class PromptFeed:
                 for prompt in processed:
                     self.quarantine.add_prompt(BadRecordError(prompt.record.id, "the other of its pair cannot be used"))
         return prompts
+
+    def _check_images(self, record: PromptRecord) -> None:
+        """Refuse images outside the folders of the recipes: a record from a checkpoint names what it likes."""
+        quoted = (part for part in record.question if isinstance(part, ImageRef))
+        for ref in (*record.images, *quoted):
+            if ref.data is None and ref.root not in self.sampler.roots:
+                allowed = ", ".join(sorted(self.sampler.roots)) or "none"
+                raise BadRecordError(record.id, f"image {ref}: is below {ref.root!r}; allowed: {allowed}")

@@ -50,6 +50,7 @@ def load_trainer(
     sinks: Callable[[Accelerator], Sequence[Sink]] | None = None,
     resume: str = "none",
     allow_config_change: bool = False,
+    trust_checkpoint: bool = False,
 ) -> Trainer:
     """Everything that a run needs, ready to train. Its folder is claimed: no other run can use it meanwhile.
 
@@ -60,6 +61,8 @@ def load_trainer(
             beside the run's own files. None: nothing.
         resume: `auto` (from the run's latest checkpoint, if it has one), `none`, or the path of a checkpoint.
         allow_config_change: go on although the checkpoint was written under other settings.
+        trust_checkpoint: under ZeRO and FSDP2, read also a checkpoint that lies outside `output_dir`, and so run what
+            code it may hold.
 
     Raises:
         ConfigError: `output_dir` holds a run that is not to be resumed, cannot be written, or is in use.
@@ -118,6 +121,7 @@ def load_trainer(
         folder=folder / CHECKPOINTS,
         accelerator=accelerator,
         policy=updater.policy,
+        optimizer=updater.optimizer,
         processor=processor,
         templater=templater,
         config=config,
@@ -126,7 +130,7 @@ def load_trainer(
     )
     resumed = None
     if checkpoint:
-        resumed = checkpoints.load(checkpoint, allow_config_change=allow_config_change)
+        resumed = checkpoints.load(checkpoint, allow_config_change=allow_config_change, trust=trust_checkpoint)
         updater.use_settings()
 
     # What is written down.

@@ -18,7 +18,7 @@ Recycled: after the update, the group of each problem becomes judgments (pointwi
     which of two is?) and reflections (check this answer, and give the right one). With `recycle.judge_reflections` the
     group of a reflection becomes pointwise judgments. Judgments are not recycled (`recycle/`). Recycled prompts wait
     in the feed for the next phase that takes them.
-Checkpoint: weights, optimizer and random generators (Accelerate saves these), the place in the problems, the prompts
+Checkpoint: weights, optimizer and random generators (`distributed.state`), the place in the problems, the prompts
     that wait, counts of bad rows and skipped updates, and the best evaluation so far. The reference policy is loaded
     anew, and the learning rate follows from the step. Every seed is made from (seed, step, process, draw), so a run
     resumed on as many processes draws what an uninterrupted one would have drawn.

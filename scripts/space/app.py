@@ -93,9 +93,15 @@ class Assistant:
         folder = Path(model)
         prompts = folder / PROMPTS_FILE if folder.is_dir() else hf_hub_download(model, PROMPTS_FILE, revision=revision)
         templater = Templater.read(Path(prompts))
-        processor = AutoProcessor.from_pretrained(model, revision=revision)
+        # Left to itself, transformers asks at the terminal whether to run a repository's own code.
+        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
         weights = AutoModelForImageTextToText.from_pretrained(
-            model, revision=revision, dtype="auto", use_safetensors=True
+            model,
+            revision=revision,
+            dtype="auto",
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(weights.to(device).eval(), processor, templater)

@@ -63,9 +63,10 @@ class ProblemSet:
 
     def __init__(self, recipe: Recipe, split: str, templater: Templater, rows: Rows, root: Path | None) -> None:
         self.recipe, self.split = recipe, split
-        self._templater, self._rows, self._root = templater, rows, root
-        # A dataset does not choose which code is imported: beside these, only the recipe's own `module:function`.
-        self._verifiers = VERIFIERS.keys() | ({own} if (own := recipe.verifier_of(split)) else set())
+        self._templater, self._rows, self.root = templater, rows, root
+        self.verifiers = frozenset({*VERIFIERS, *({own} if (own := recipe.verifier_of(split)) else ())})
+        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only the
+        recipe's own `module:function`."""
         column = recipe.columns.id
         self.renamed: dict[int, str] = {} if column is None else _ids_of_repeats(read_column(rows, column), column)
         """Row → the id of its own that it has in place of the one in its cell, which an earlier row has."""
@@ -113,16 +114,16 @@ class ProblemSet:
                 columns.judgments,
                 id=record_id,
                 recipe=recipe.name,
-                verifiers=self._verifiers,
+                verifiers=self.verifiers,
                 neutralize=self._templater.neutralize,
             )
         question, gold = text(row, columns.question).strip(), _gold(answer(row, columns.answer))
         choices = () if columns.choices is None else options(row, columns.choices)
         if columns.verifier is not None and cell(row, columns.verifier) is not None:
             verifier = text(row, columns.verifier)
-            if verifier not in self._verifiers:
+            if verifier not in self.verifiers:
                 raise ValueError(
-                    f"{columns.verifier!r} is {verifier!r}; allowed: null, {', '.join(sorted(self._verifiers))}"
+                    f"{columns.verifier!r} is {verifier!r}; allowed: null, {', '.join(sorted(self.verifiers))}"
                 )
         elif choices or (recipe.verifier_of(self.split) == "math" and _is_lettered(question, gold)):
             verifier = "choice"
@@ -165,11 +166,11 @@ class ProblemSet:
                 raise ValueError(
                     f"an image is {type_name(item)}; bytes, a path, or a mapping of bytes and path are allowed"
                 )
-        if self._root is None:
+        if self.root is None:
             raise ValueError(
                 f"an image is the path {path!r}, but the recipe has no media_root that paths are relative to"
             )
-        ref = ImageRef(path=path, root=str(self._root))
+        ref = ImageRef(path=path, root=str(self.root))
         image_path(ref)
         return ref
 

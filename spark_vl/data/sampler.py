@@ -27,6 +27,10 @@ class PromptSampler:
 
     def __init__(self, problem_sets: Sequence[ProblemSet], *, seed: int) -> None:
         self._sets, self._seed = list(problem_sets), seed
+        self.verifiers = frozenset().union(*(problems.verifiers for problems in self._sets))
+        """That the records may name."""
+        self.roots = {str(problems.root) for problems in self._sets if problems.root is not None}
+        """Folders that image paths may be relative to."""
         self._ends = list(accumulate(len(problems) for problems in self._sets))
         if not self._ends or self._ends[-1] == 0:
             raise ValueError("there are no problems to draw from")

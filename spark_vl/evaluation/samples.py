@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from spark_vl.evaluation.figures import Estimate, score
 from spark_vl.records import RolloutGroup, plain_text
 from spark_vl.run.codec import group_from_json, group_to_json
 from spark_vl.run.jsonl import append_lines, read_lines
-from spark_vl.verifiers import VerifierPool, verify_groups
+from spark_vl.verifiers import VERIFIERS, VerifierPool, verify_groups
 
 
 def append_samples(file: Path, groups: Mapping[str, Sequence[RolloutGroup]]) -> None:
@@ -29,16 +29,23 @@ def append_samples(file: Path, groups: Mapping[str, Sequence[RolloutGroup]]) -> 
     )
 
 
-def rescore(file: Path, verifiers: VerifierPool) -> list[dict[str, Estimate]]:
+def rescore(file: Path, verifiers: VerifierPool, own: Collection[str] = ()) -> list[dict[str, Estimate]]:
     """The figures (see `score`) of every evaluation in `file`, oldest first, with all completions verified again.
 
     Which answers were revised or in the majority does not change. Verifiers see questions as plain text. Shaping terms
     do not depend on correctness and are left out.
+
+    Args:
+        own: `module:function` of verifiers that samples may name besides `VERIFIERS`.
+
+    Raises:
+        ValueError: a sample names another verifier.
     """
+    allowed = {*VERIFIERS, *own}
     evaluations: dict[int, dict[str, list[RolloutGroup]]] = defaultdict(lambda: defaultdict(list))
     for line in read_lines(file):
         number, mode = line.pop("evaluation"), line.pop("mode")
-        group = group_from_json(line)
+        group = group_from_json(line, allowed)
         unverified = RolloutGroup(replace(group.record, shaping=()), group.rollouts)
         evaluations[number][mode].append(unverified)
     return [

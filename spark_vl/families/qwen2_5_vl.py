@@ -24,12 +24,12 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
 
-from spark_vl.config import ModelConfig
+from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import ImageError, load_image
 from spark_vl.families import read_facts
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
 from spark_vl.families.registry import load_part, loaded_commit
-from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, PromptRecord
+from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, Message, PromptRecord
 
 COORDINATES: Coordinates = "resized"
 """Pixels of the image as the model sees it:
@@ -46,7 +46,7 @@ class Qwen2_5VL:
 
     def load_processor(self, config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProcessor:
         """See `Family.load_processor`."""
-        return QwenVLProcessor(
+        processor = QwenVLProcessor(
             load_part(AutoProcessor, config),
             load_part(AutoConfig, config),
             load_part(GenerationConfig, config),
@@ -55,6 +55,11 @@ class Qwen2_5VL:
             max_prompt_tokens=max_prompt_tokens,
             commit=loaded_commit(config),
         )
+        try:
+            processor.check_chat_template()
+        except ValueError as error:
+            raise ConfigError(f"model.path: {config.path}: {error}") from error
+        return processor
 
     def freeze_vision(self, model: PreTrainedModel) -> None:
         """See `Family.freeze_vision`; the merger belongs to the tower."""
@@ -186,12 +191,37 @@ class QwenVLProcessor:
             images=(image,),
         )
 
+    def check_chat_template(self) -> None:
+        """Try the chat template on one question with an image.
+
+        Raises:
+            ValueError: it fails, or does not show the question, or does not show the image once.
+        """
+        question = "Which digit is this?"
+        chat = self._chat([Message("user", (ImageRef(data=b""), question))])
+        found = [chat.count(part) for part in (question, self._image_token)]
+        if found != [1, 1]:
+            raise ValueError(
+                f"chat_template: shows a question {found[0]} times, and the {self._image_token} of its image "
+                f"{found[1]} times; allowed: each once"
+            )
+
+    def _chat(self, messages: Sequence[Message]) -> str:
+        """The text that the chat template makes of `messages`; raises ValueError if it fails."""
+        try:
+            return self.hf.apply_chat_template(
+                [_chat_message(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise ValueError(f"chat_template: fails with {type(error).__name__}: {error}") from error
+
     def process(self, record: PromptRecord) -> ProcessedPrompt:
         """See `Processor.process`."""
         images = tuple(self._image(ref, record.id) for ref in record.images)
-        chat = self.hf.apply_chat_template(
-            [_chat_message(m) for m in record.messages], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            chat = self._chat(record.messages)
+        except ValueError as error:
+            raise BadRecordError(record.id, str(error)) from error
         # The chat template writes one image token for each image; the vision tower makes one feature for each merged
         # patch.
         pieces = chat.split(self._image_token)
@@ -268,7 +298,7 @@ class QwenVLProcessor:
         return self._images[ref]
 
 
-def _chat_message(message: Any) -> dict[str, Any]:
+def _chat_message(message: Message) -> dict[str, Any]:
     return {
         "role": message.role,
         "content": [

@@ -44,9 +44,11 @@ def load_part(part: Any, config: ModelConfig) -> Any:
         ConfigError: a file is missing or cannot be read.
     """
     try:
-        return part.from_pretrained(config.path, revision=config.revision)
-    except (OSError, ValueError) as error:  # ValueError: of a model that transformers does not know
-        raise ConfigError(f"model.path: {config.path} cannot be loaded ({part.__name__}): {error}") from error
+        # Left to itself, transformers asks at the terminal whether to run a folder's own code.
+        return part.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    except Exception as error:  # it raises whatever somebody else's file makes it stumble over
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"model.path: {config.path} cannot be loaded ({part.__name__}): {found}") from error
 
 
 def loaded_commit(config: ModelConfig) -> str | None:

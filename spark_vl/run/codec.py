@@ -6,6 +6,7 @@ The rows of the published dataset have a form of their own (`data.judgments`), w
 from __future__ import annotations
 
 import base64
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,7 @@ from spark_vl.records import (
     RolloutGroup,
     Verdict,
 )
+from spark_vl.verifiers.base import VERIFIERS, check_settings
 
 
 def record_to_json(record: PromptRecord) -> dict[str, Any]:
@@ -44,8 +46,24 @@ def record_to_json(record: PromptRecord) -> dict[str, Any]:
     return data
 
 
-def record_from_json(data: dict[str, Any]) -> PromptRecord:
-    """The record that `record_to_json` was given."""
+def record_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIERS.keys()) -> PromptRecord:
+    """The record that `record_to_json` was given.
+
+    Args:
+        verifiers: that it may name. A file does not choose which code is imported: beside `VERIFIERS`, only those of
+            the recipes that are in use belong here.
+
+    Raises:
+        ValueError: it names another verifier, or settings that its verifier does not have.
+    """
+    if (verifier := data["verifier"]) not in verifiers:
+        allowed = ", ".join(sorted(verifiers))
+        raise ValueError(f"record {data['id']}: verifier: found {verifier!r:.200}; allowed: {allowed}")
+    if verifier in VERIFIERS:
+        try:
+            check_settings(verifier, data["settings"])
+        except ValueError as error:
+            raise ValueError(f"record {data['id']}: settings: {error}") from error
     fields = {
         **data,
         "messages": tuple(Message(m["role"], _content_from_json(m["content"])) for m in data["messages"]),
@@ -79,15 +97,19 @@ def group_to_json(group: RolloutGroup) -> dict[str, Any]:
     return record_to_json(group.record) | {"completions": completions}
 
 
-def group_from_json(data: dict[str, Any]) -> RolloutGroup:
-    """The group that `group_to_json` was given. Other fields of `data` are not allowed."""
+def group_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIERS.keys()) -> RolloutGroup:
+    """The group that `group_to_json` was given. Other fields of `data` are not allowed.
+
+    Raises:
+        ValueError: see `record_from_json`.
+    """
     rollouts, verdicts = [], []
     for completion in data["completions"]:
         token_ids, logprobs = (tuple(completion.get(name, ())) for name in ("token_ids", "logprobs"))
         rollouts.append(Rollout(token_ids, logprobs, completion["text"], completion["finish_reason"]))
         said = {name: completion[name] for name in ("score", "parsed", "status", "detail")}
         verdicts.append(Verdict(**said, shaping=tuple(completion["shaping"].items())))
-    record = record_from_json({name: value for name, value in data.items() if name != "completions"})
+    record = record_from_json({name: value for name, value in data.items() if name != "completions"}, verifiers)
     return RolloutGroup(record, tuple(rollouts), tuple(verdicts))
 
 

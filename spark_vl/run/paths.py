@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from spark_vl.config import ConfigError
 
 CONFIG = "config.yaml"
 """The resolved configuration."""
@@ -28,6 +31,15 @@ def name_of(step: int) -> str:
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that `pointer` (`latest`, `best`) in `folder` names; None if there is no such file yet."""
+    """The checkpoint that `pointer` (`latest`, `best`) in `folder` names; None if there is no such file yet.
+
+    Raises:
+        ConfigError: it names something else, maybe outside of `folder`.
+    """
     file = folder / pointer
-    return folder / file.read_text().strip() if file.exists() else None
+    if not file.exists():
+        return None
+    name = file.read_text(errors="replace").strip()
+    if not re.fullmatch(r"step-[0-9]{6,}", name):
+        raise ConfigError(f"{file}: found {name!r:.80}; allowed: the name of a checkpoint, such as {name_of(120)}")
+    return folder / name

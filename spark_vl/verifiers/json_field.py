@@ -29,6 +29,10 @@ def verify_json_field(completion: str, record: PromptRecord) -> Verdict:
     """
     settings = settings_of(record)
     field, verifier = settings["field"], settings["verifier"]
+    if verifier not in SETTINGS["verifier"]:  # whatever a record's file says, it names no code
+        raise BadRecordError(
+            record.id, f"settings: verifier: found {verifier!r:.200}; allowed: {', '.join(SETTINGS['verifier'])}"
+        )
     gold = _value(last_json_object(boxed_gold(record)), field)
     if gold is None:
         raise BadRecordError(record.id, f"gold {record.gold!r:.200} is not a JSON object with a value in {field!r}")

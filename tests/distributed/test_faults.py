@@ -260,13 +260,13 @@ def test_damage_is_found_in_every_file(copy):
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(copy, capsys):
-    (latest(copy) / "optimizer.bin").unlink()
+    (latest(copy) / "optimizer.safetensors").unlink()
     arguments = ["train", *SMALL, f"--output_dir={copy}"]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--resume=auto"])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert f"{copy}/checkpoints/step-000012: is damaged: optimizer.bin is missing" in said
+    assert f"{copy}/checkpoints/step-000012: is damaged: optimizer.safetensors is missing" in said
     assert "--resume PATH (step-000009)" in said
 
 

@@ -21,7 +21,7 @@ TWO_STEPS = (*SMALL, NO_EVALUATION, "--steps=2", "--checkpoint.every=0")
 @pytest.mark.parametrize(
     ("strategy", "only_its_own"),
     [
-        ("ddp", "optimizer.bin"),
+        ("ddp", "optimizer.safetensors"),
         ("fsdp2", "optimizer_0/__1_0.distcp"),
         ("zero2", "pytorch_model/mp_rank_00_model_states.pt"),
         ("zero3", "pytorch_model/zero_pp_rank_1_mp_rank_00_model_states.pt"),
@@ -35,7 +35,7 @@ def test_launch_files_start_two_processes_that_hold_the_weights_as_they_say(stra
     assert (manifest["step"], manifest["processes"], manifest["strategy"]) == (2, 2, strategy)
     # Not from our own account, but from the files that the library has written.
     assert (checkpoint / only_its_own).is_file()
-    assert (checkpoint / "random_states_1.pkl").is_file()
+    assert json.loads((checkpoint / "trainer.rank1.json").read_text())["random"]
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
 
 

@@ -1,0 +1,431 @@
+"""Files of somebody hostile: a checkpoint, a run's folder, a model's folder. None of them runs code here.
+
+Whoever changes a checkpoint can write its manifest anew, so each attack signs what it has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoProcessor, GenerationConfig
+
+from spark_vl import checkpoint as checkpoint_module
+from spark_vl.checkpoint import CheckpointError, claim_folder, find_checkpoint
+from spark_vl.config import ConfigError, ModelConfig
+from spark_vl.demo.tiny import CHECKPOINT
+from spark_vl.distributed.state import load_state, random_state, save_state, set_random_state
+from spark_vl.evaluation import rescore
+from spark_vl.evaluation.samples import append_samples
+from spark_vl.families.registry import find_family, load_part
+from spark_vl.records import BadRecordError, Rollout, RolloutGroup, Verdict
+from spark_vl.run.codec import record_from_json, record_to_json
+from spark_vl.run.manifest import read_manifest, write_manifest
+from spark_vl.run.paths import LATEST, pointed
+from spark_vl.setup import load_trainer
+from spark_vl.verifiers import VerifierPool, get_verifier
+from spark_vl.verifiers.base import run_verifier
+from tests.conftest import make_image, make_record
+from tests.test_trainer import make_config
+
+SETTINGS = ("--steps=2", "--checkpoint.every=2")
+
+
+class Bomb:
+    """Its pickle, when it is read, makes the folder `marker`."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.marker, 0o777, True, True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    load_trainer(make_config(folder, *SETTINGS)).train()
+    return folder
+
+
+@pytest.fixture
+def theirs(whole, tmp_path) -> Path:
+    """A copy of its checkpoint, outside the run that is to resume from it."""
+    return Path(shutil.copytree(whole / "checkpoints" / "step-000002", tmp_path / "theirs" / "step-000002"))
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch) -> Iterator[Callable[[], bool]]:
+    """A module `planted` that anyone can import, which notes that it was; says whether that happened."""
+    marker = tmp_path / "imported"
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "planted.py").write_text(f"open({str(marker)!r}, 'w')\ndef verify(completion, record): ...\n")
+    monkeypatch.syspath_prepend(folder)
+    yield marker.exists
+    sys.modules.pop("planted", None)
+    get_verifier.cache_clear()
+
+
+def sign(checkpoint: Path, **facts: Any) -> None:
+    """Write the manifest anew."""
+    old = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, {name: old[name] for name in old if name not in ("files", "sha256")} | facts)
+    assert read_manifest(checkpoint)
+
+
+def resume(folder: Path, checkpoint: Path | str, **settings: Any):
+    return load_trainer(make_config(folder, *SETTINGS), resume=str(checkpoint), **settings)
+
+
+# ── pickles ──
+
+
+def test_nothing_that_one_process_writes_is_a_pickle(whole):
+    files = [path for path in (whole / "checkpoints").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert not zipfile.is_zipfile(path), f"{path}: as torch.save writes"
+        assert path.read_bytes()[:1] != b"\x80", f"{path}: as pickle writes"
+
+
+@pytest.mark.parametrize("how", [pickle.dump, torch.save])
+def test_a_pickle_in_a_checkpoint_is_not_read(theirs, tmp_path, how):
+    marker = tmp_path / "marker"
+    names = ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "pytorch_model.bin", "model.bin"]
+    for name in (*names, "scheduler.bin", "sampler.bin", "scaler.pt", "pytorch_model_fsdp.bin", "latest"):
+        with (theirs / name).open("wb") as file:
+            how(Bomb(marker), file)
+    sign(theirs)
+    assert resume(tmp_path / "run", theirs).step == 2
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.rank0.json", "config.yaml"])
+def test_a_pickle_in_place_of_a_file_is_not_read(theirs, tmp_path, name):
+    (theirs / name).write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
+    sign(theirs)
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the reader says
+        resume(tmp_path / "run", theirs)
+    assert not (tmp_path / "marker").exists()
+    with (theirs / name).open("rb") as file:
+        pickle.load(file)
+    assert (tmp_path / "marker").exists(), "the bomb is a dud"
+
+
+def test_the_random_generators_go_on_where_they_were():
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(), np.random.rand(), np.random.randn(), float(torch.randn(()))]
+
+    for generator in (random, np.random):
+        generator.seed(3)
+    random.gauss(), np.random.randn()  # each keeps the second of a pair
+    device = torch.device("cpu")
+    saved = json.loads(json.dumps(random_state(device)))
+    expected = [draw() for _ in range(400)]  # beyond the block of 624 words
+    for generator in (random, np.random):
+        generator.seed(4)
+    torch.manual_seed(4)
+    assert draw() != expected[0]
+    set_random_state(saved, device)
+    assert [draw() for _ in range(400)] == expected
+
+
+def test_weights_and_optimizer_come_back_to_the_last_bit(tmp_path):
+    accelerator = Accelerator(cpu=True)
+
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        model[0].bias.requires_grad_(False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": trained[:1], "weight_decay": 0.1}, {"params": trained[1:], "lr": 1e-7 / 3}]
+        return model, torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.95))
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).pow(2).sum().backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    save_state(accelerator, model, optimizer, tmp_path)  # before the first step there are no moments
+    load_state(accelerator, *make(), tmp_path)
+    for _ in range(3):
+        step(model, optimizer)
+    save_state(accelerator, model, optimizer, tmp_path)
+    model_2, optimizer_2 = make()
+    load_state(accelerator, model_2, optimizer_2, tmp_path)
+    for _ in range(2):
+        step(model, optimizer), step(model_2, optimizer_2)
+        assert all(torch.equal(model.state_dict()[name], each) for name, each in model_2.state_dict().items())
+    state, state_2 = optimizer.state_dict(), optimizer_2.state_dict()
+    assert json.dumps(state_2["param_groups"]) == json.dumps(state["param_groups"])
+    torch.testing.assert_close(state_2["state"], state["state"], rtol=0, atol=0)
+
+
+# ── where libraries unpickle ──
+
+
+@pytest.fixture
+def sharded(monkeypatch, theirs) -> None:
+    """Their checkpoint says that it is one of ZeRO-3, and the run believes to be one."""
+    monkeypatch.setattr(checkpoint_module, "strategy", lambda accelerator: "zero3")
+    sign(theirs, strategy="zero3")
+
+
+def test_a_checkpoint_that_can_hold_code_is_refused_outside_of_the_run(sharded, theirs, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(CheckpointError, match=rf"found {theirs}, allowed: below output_dir \({run}\).*--trust-check"):
+        resume(run, theirs)
+    assert resume(run, theirs, trust_checkpoint=True).step == 2
+
+
+def test_a_checkpoint_that_can_hold_code_is_its_own_runs(sharded, theirs, tmp_path):
+    run = tmp_path / "run"
+    inside = run / "checkpoints" / theirs.name
+    shutil.copytree(theirs, inside)
+    assert resume(run, inside).step == 2
+
+
+@pytest.mark.parametrize("linked", ["the checkpoint", "a folder in it", "a file in it", "checkpoints"])
+def test_links_out_of_the_run_are_followed_before_it_is_trusted(sharded, theirs, tmp_path, linked):
+    run = tmp_path / "run"
+    inside = run / "checkpoints" / theirs.name
+    inside.parent.mkdir(parents=True)
+    match linked:
+        case "the checkpoint":
+            inside.symlink_to(theirs)
+        case "checkpoints":
+            inside.parent.rmdir()
+            inside.parent.symlink_to(theirs.parent)
+        case _:
+            shutil.copytree(theirs, inside)
+            part = inside / ("model" if "folder" in linked else "optimizer.safetensors")
+            part.rename(tmp_path / "part")
+            part.symlink_to(tmp_path / "part")
+    (run / "checkpoints" / LATEST).write_text(theirs.name)
+    for name in ("auto", inside):
+        with pytest.raises(CheckpointError, match="--trust-checkpoint"):
+            resume(run, name)
+
+
+@pytest.mark.parametrize("name", ["../../theirs/step-000002", "{theirs}", "..", "", "step-1", "step-000002/../x", "/"])
+def test_a_pointer_names_a_checkpoint_beside_it(theirs, tmp_path, name):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / LATEST).write_text(name.format(theirs=theirs))
+    with pytest.raises(ConfigError, match=rf"^{folder / LATEST}: found .*; allowed: .*step-000120"):
+        find_checkpoint(folder, "auto")
+    (folder / LATEST).write_text("step-1000000\n")
+    assert pointed(folder, LATEST) == folder / "step-1000000"
+
+
+# ── what records name ──
+
+
+def with_waiting(checkpoint: Path, where: str, **fields: Any) -> str:
+    """Change the first prompt of their checkpoint that waits; returns its id."""
+    file = checkpoint / "trainer.rank0.json"
+    state = json.loads(file.read_text())
+    feed = state["feed"]
+    if where == "surplus":
+        feed["surplus"], feed["waiting"] = feed["waiting"], []
+    record = feed[where][0]["records"][0]
+    record |= fields
+    file.write_text(json.dumps(state))
+    sign(checkpoint)
+    return record["id"]
+
+
+@pytest.mark.parametrize("where", ["waiting", "surplus"])
+@pytest.mark.parametrize("name", ["planted:verify", "os:system", "__main__:verify", "no such", ""])
+def test_a_restored_record_names_no_code(theirs, tmp_path, planted, where, name):
+    record_id = with_waiting(theirs, where, verifier=name)
+    with pytest.raises(CheckpointError, match=rf"record {record_id}: verifier: found '{name}'; allowed: .*judgment"):
+        resume(tmp_path / "run", theirs)
+    assert not planted()
+
+
+def test_nor_do_its_settings(theirs, tmp_path, planted):
+    record_id = with_waiting(theirs, "waiting", verifier="json_field", settings={"verifier": "planted:verify"})
+    with pytest.raises(CheckpointError, match=rf"record {record_id}: settings: json_field: verifier: found 'planted:"):
+        resume(tmp_path / "run", theirs)
+    assert not planted()
+
+
+def test_json_field_runs_no_other_verifier_whoever_asks(planted):
+    settings = (("verifier", "planted:verify"),)
+    record = make_record("r", verifier="json_field", gold='{"answer": 1}', settings=settings)
+    verdict = run_verifier('\\boxed{{"answer": 1}}', record)
+    assert verdict.status == "error"
+    assert "settings: verifier: found 'planted:verify'; allowed: text" in verdict.detail
+    assert not planted()
+
+
+def test_a_record_of_the_runs_own_verifier_comes_back():
+    own = make_record("r", verifier="tests.misbehaving:verify")
+    assert record_from_json(json.loads(json.dumps(record_to_json(own))), {own.verifier}) == own
+    with pytest.raises(ValueError, match="record r: verifier: found 'tests"):
+        record_from_json(json.loads(json.dumps(record_to_json(own))))
+
+
+def test_a_sample_names_no_code(tmp_path, planted):
+    record = make_record("r", verifier="planted:verify")
+    group = RolloutGroup(record, (Rollout((), (), "5", "stop"),), (Verdict(1.0, "5"),))
+    append_samples(tmp_path / "samples.jsonl", {"reasoning_greedy": [group]})
+    with VerifierPool(1) as pool, pytest.raises(ValueError, match="record r: verifier: found 'planted:verify'"):
+        rescore(tmp_path / "samples.jsonl", pool)
+    assert not planted()
+
+
+@pytest.mark.parametrize("where", ["messages", "question"])
+def test_a_restored_record_opens_no_image_outside_the_data(theirs, tmp_path, where):
+    (tmp_path / "private.png").write_bytes(make_image(3).data)
+    image = {"path": "private.png", "root": str(tmp_path)}
+    content = [image, "What is it?"]
+    fields: dict[str, Any] = {where: [{"role": "user", "content": content}] if where == "messages" else content}
+    record_id = with_waiting(theirs, "waiting", **fields)
+    feed = resume(tmp_path / "run", theirs).feed
+    assert record_id not in [prompt.record.id for prompt in feed.next("recycled")]
+    assert feed.quarantine.prompts_bad > 0
+    said = (tmp_path / "run" / "quarantine.jsonl").read_text()
+    assert f"is below {str(tmp_path)!r}; allowed: none" in said
+
+
+# ── links in a run's folder ──
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.yaml", "quarantine.jsonl"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_does_not_write_through_links(tmp_path, name, there):
+    folder, target = tmp_path / "run", tmp_path / "target"
+    folder.mkdir()
+    (folder / name).symlink_to(target)
+    if there:
+        target.write_text("precious")
+    with pytest.raises(ConfigError, match=rf"^output_dir: {folder / name} is a symbolic link, .*; allowed: "):
+        claim_folder(folder)
+    assert target.read_text() == "precious" if there else not target.exists()
+
+
+def test_nor_through_a_link_that_is_made_meanwhile(tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(()))
+    (tmp_path / ".lock").symlink_to(target)
+    with pytest.raises(ConfigError, match=r"cannot be written to.*\.lock"):
+        claim_folder(tmp_path)
+    assert target.read_text() == "precious"
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    claim_folder(tmp_path / "run").close()
+
+
+# ── a model's folder ──
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+
+
+@pytest.fixture
+def own_code(model, monkeypatch) -> Path:
+    """All parts of the model ask for code in its folder, and somebody at the terminal says yes. The code's marker."""
+    marker = model.parent / "ran"
+    (model / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own:\n    pass\n")
+    parts = ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoVideoProcessor", "AutoModel")
+    for name in ("config", "processor_config", "tokenizer_config", "preprocessor_config", "generation_config"):
+        file = model / f"{name}.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        mapped = {part: ["own.Own", "own.Own"] if part == "AutoTokenizer" else "own.Own" for part in parts}
+        for kind in ("processor_class", "tokenizer_class", "image_processor_type", "video_processor_type"):
+            found.pop(kind, None)
+        file.write_text(json.dumps(found | {"auto_map": mapped}))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    return marker
+
+
+@pytest.mark.parametrize("part", [AutoConfig, AutoProcessor, GenerationConfig])
+def test_a_models_folder_runs_no_code(model, own_code, part):
+    config = ModelConfig(path=str(model))
+    if part is not AutoConfig:
+        shutil.copy(CHECKPOINT / "config.json", model / "config.json")
+    if part is AutoConfig:
+        with pytest.raises(ConfigError, match=rf"(?s)^model\.path: {model} cannot be loaded .*trust_remote_code"):
+            load_part(part, config)
+    else:
+        load_part(part, config)  # without the folder's own
+    assert not own_code.exists()
+    if part is AutoConfig:
+        with pytest.raises(Exception):  # noqa: B017, PT011 - Own is not a configuration
+            AutoConfig.from_pretrained(model)
+        assert own_code.exists(), "the attack is a dud"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1 / 0 }}", "fails with ZeroDivisionError"),
+        ("{% for m in messages %}", "fails with TemplateSyntaxError"),
+        ("{{ raise_exception('only for friends') }}", "fails with TemplateError: only for friends"),
+        ("{{ messages[0].content[9].text.x }}", "fails with UndefinedError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails with SecurityError"),
+        ("{{ cycler.__init__.__globals__.os.popen('touch MARKER').read() }}", "fails with"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails with RecursionError"),
+        ("hello", "shows a question 0 times"),
+        ("{{ messages[0].content[1].text }}", r"the <\|image_pad\|> of its image 0 times"),
+        ("{% for i in 'ab' %}<|image_pad|>{{ messages[0].content[1].text }}{% endfor %}", "shows a question 2 times"),
+        (None, "fails with ValueError: .*chat template"),
+    ],
+)
+def test_a_bad_chat_template_is_an_error_in_words(model, template, said):
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "chat_template"}))
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template.replace("MARKER", str(model / "marker")))
+    config = ModelConfig(path=str(model))
+    with pytest.raises(ConfigError, match=rf"(?s)^model\.path: {model}: chat_template: .*{said}"):
+        find_family(config).load_processor(config, max_prompt_tokens=60)
+    assert not (model / "marker").exists()
+
+
+def test_a_chat_template_that_fails_on_one_prompt_costs_that_prompt(model):
+    file = model / "chat_template.jinja"
+    file.write_text("{% if 'seven' in messages[0].content[0].text %}{{ 1 / 0 }}{% endif %}" + file.read_text())
+    config = ModelConfig(path=str(model))
+    processor = find_family(config).load_processor(config, max_prompt_tokens=600)
+    with pytest.raises(BadRecordError, match=r"^r: chat_template: fails with ZeroDivisionError"):
+        processor.process(make_record("r", "Is it seven?"))
+    assert len(processor.process(make_record("r", "Is it six?")).input_ids) > 3
+
+
+@pytest.mark.parametrize("field", ["vision_config", "text_config", "rope_scaling", "image_token_id"])
+@pytest.mark.parametrize("value", [3, "x", [], [[]]])
+def test_nonsense_in_a_configuration_is_an_error_in_words_or_harmless(model, field, value):
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    config = ModelConfig(path=str(model))
+    with suppress(ConfigError):
+        find_family(config).load_processor(config, max_prompt_tokens=60)
