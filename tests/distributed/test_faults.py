@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from spark_vl.checkpoint import CheckpointError, find_checkpoint
 from spark_vl.cli import main
@@ -33,7 +35,9 @@ from tests.distributed.launching import (
     lines,
     metrics,
     start,
+    weights,
 )
+from tests.test_foreign_files import Bomb, sign
 from tests.test_nonfinite import LINEAR, assert_second_update_was_skipped
 
 pytestmark = pytest.mark.distributed
@@ -319,6 +323,29 @@ def test_sharded_state_is_not_cut_anew(whole_zero3, tmp_path):
     ended = launch(1, "zero3", *SHARDED, f"--output_dir={copy}", "--resume=auto")
     assert ended.returncode != 0
     assert "was written by 2 processes, this run has 1, and zero3 cuts the optimizer's state" in ended.stdout
+
+
+@pytest.mark.parametrize(("strategy", "unpickled"), [("zero3", "pytorch_model/zero*.pt"), ("fsdp2", "*/.metadata")])
+def test_a_checkpoint_that_can_hold_code_has_to_be_trusted_outside_of_its_run(tmp_path, strategy, unpickled):
+    whole = launch(2, strategy, *SHARDED, f"--output_dir={tmp_path / 'whole'}", deadline_s=300)  # it may compile
+    assert whole.returncode == 0, whole.stdout
+    theirs = tmp_path / "whole" / "checkpoints" / "step-000004"
+    arguments = (*SHARDED, f"--output_dir={tmp_path / 'run'}")
+    trusted = launch(2, strategy, *arguments, f"--resume={theirs}", "--trust-checkpoint")
+    assert trusted.returncode == 0, trusted.stdout
+    assert weights(tmp_path / "run").keys() == weights(tmp_path / "whole").keys()
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, weights(tmp_path / "whole")[name]), name
+
+    for file in theirs.glob(unpickled):
+        file.write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
+    sign(theirs)
+    refused = launch(2, strategy, *SHARDED, f"--output_dir={tmp_path / 'other'}", f"--resume={theirs}")
+    assert refused.returncode != 0
+    assert f"found {theirs}, allowed: below output_dir ({tmp_path / 'other'})" in refused.stdout
+    assert not (tmp_path / "marker").exists()
+    launch(2, strategy, *SHARDED, f"--output_dir={tmp_path / 'other'}", f"--resume={theirs}", "--trust-checkpoint")
+    assert (tmp_path / "marker").exists(), "the bomb is a dud"
 
 
 def test_what_a_killed_run_had_begun_to_write_is_removed(copy):
