@@ -223,7 +223,7 @@ class Checkpoints:
             # Last: nothing that is loaded draws from them. A process that was not there goes on as seeded.
             if rank < was:
                 set_random_state(states[0 if was == now else rank]["random"], self.accelerator.device)
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be resumed from: {type(error).__name__}: {error}") from error
         if self.accelerator.is_main_process and path.parent == self.folder:
             point(self.folder, LATEST, path)  # newer ones will be written anew
@@ -304,7 +304,13 @@ def _checked_manifest(
             f"{path}: has format {written}, and this version of spark-vl reads format {FORMAT}; start a new run from "
             f"its weights: --model.path {path / MODEL}"
         )
-    changes = config_differences(yaml.safe_load((path / CONFIG).read_text()), config)
+    for fact, least in (("step", 0), ("processes", 1)):
+        if type(value := manifest.get(fact)) is not int or value < least:
+            raise CheckpointError(f"{path / MANIFEST}: {fact}: found {value!r:.80}; allowed: a number from {least}")
+    try:
+        changes = config_differences(yaml.safe_load((path / CONFIG).read_text()), config)
+    except Exception as error:  # somebody may have signed anything
+        raise CheckpointError(f"{path / CONFIG}: cannot be read: {type(error).__name__}: {error}") from error
     if changes and not allow_config_change:
         raise CheckpointError(
             f"{path}: the run was configured differently: {'; '.join(changes)}. Give the old values, or go on with the "
@@ -312,9 +318,10 @@ def _checked_manifest(
         )
     was, now = manifest["processes"], accelerator.num_processes
     here = strategy(accelerator)
-    if not (manifest["strategy"] == here or {manifest["strategy"], here} <= _SAME_FILES):
+    held = str(manifest.get("strategy"))
+    if not (held == here or {held, here} <= _SAME_FILES):
         raise CheckpointError(
-            f"{path}: was written under {manifest['strategy']}, this run is launched under {here}; launch it as "
+            f"{path}: was written under {held:.80}, this run is launched under {here}; launch it as "
             f"before, or start a new run from its weights: --model.path {path / MODEL}"
         )
     if was != now and here not in _SAME_FILES:
@@ -329,16 +336,17 @@ def _check_place(path: Path, output_dir: Path) -> None:
     """Refuse a checkpoint, whose library would run what code it holds, unless all of it lies below `output_dir`.
 
     Raises:
-        CheckpointError: something of it lies elsewhere, symbolic links resolved.
+        CheckpointError: it lies elsewhere, symbolic links resolved, or has one inside.
     """
-    root = output_dir.resolve()
-    for part in (path, *sorted(path.rglob("*"))):
-        if not (found := part.resolve()).is_relative_to(root):
-            raise CheckpointError(
-                f"{path}: under ZeRO and FSDP2 a checkpoint can hold code, which runs when it is read; found {found}, "
-                f"allowed: below output_dir ({root}). If you trust who wrote it, add --trust-checkpoint; or start a "
-                f"new run from its weights, which hold no code: --model.path {path / MODEL}"
-            )
+    root, place = output_dir.resolve(), path.resolve()
+    links = [part for part in sorted(place.rglob("*")) if part.is_symlink()]
+    if links or not place.is_relative_to(root):
+        found = f"the symbolic link {links[0]}" if links else place
+        raise CheckpointError(
+            f"{path}: under ZeRO and FSDP2 a checkpoint can hold code, which runs when it is read; found {found}, "
+            f"allowed: files below output_dir ({root}). If you trust who wrote it, add --trust-checkpoint; or start a "
+            f"new run from its weights, which hold no code: --model.path {path / MODEL}"
+        )
 
 
 def export_model(

@@ -5,6 +5,7 @@ Whoever changes a checkpoint can write its manifest anew, so each attack signs w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import random
@@ -32,7 +33,7 @@ from spark_vl.evaluation.samples import append_samples
 from spark_vl.families.registry import find_family, load_part
 from spark_vl.records import BadRecordError, Rollout, RolloutGroup, Verdict
 from spark_vl.run.codec import record_from_json, record_to_json
-from spark_vl.run.manifest import read_manifest, write_manifest
+from spark_vl.run.manifest import find_damage, read_manifest, write_manifest
 from spark_vl.run.paths import LATEST, pointed
 from spark_vl.setup import load_trainer
 from spark_vl.verifiers import VerifierPool, get_verifier
@@ -115,6 +116,39 @@ def test_a_pickle_in_a_checkpoint_is_not_read(theirs, tmp_path, how):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [{"step": "../x"}, {"step": -1}, {"step": True}, {"processes": 0}, {"processes": 2.0}],
+)
+def test_nonsense_that_is_signed_is_an_error_in_words(theirs, tmp_path, facts):
+    sign(theirs, **facts)
+    [name] = facts
+    with pytest.raises(CheckpointError, match=rf"manifest.json: {name}: found .*; allowed: "):
+        resume(tmp_path / "run", theirs)
+
+
+def test_more_processes_than_there_are_files_for(theirs, tmp_path):
+    sign(theirs, processes=10**9)
+    with pytest.raises(CheckpointError, match=r"cannot be resumed from: FileNotFoundError: .*trainer\.rank1\.json"):
+        resume(tmp_path / "run", theirs)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null", "{}", '{"files": [], "sha256": 3}', "[" * 100_000])
+def test_a_manifest_that_is_none_is_damage(theirs, tmp_path, text):
+    (theirs / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json has changed"):
+        resume(tmp_path / "run", theirs)
+
+
+def test_a_manifest_reads_no_file_elsewhere(theirs, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    manifest = read_manifest(theirs)
+    entry = {"bytes": 1, "sha256": hashlib.sha256(b"s").hexdigest()}
+    manifest["files"] |= {"../../secret": entry, str(secret): entry}
+    assert find_damage(theirs, manifest) == ["../../secret is missing", f"{secret} is missing"]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.rank0.json", "config.yaml"])
 def test_a_pickle_in_place_of_a_file_is_not_read(theirs, tmp_path, name):
     (theirs / name).write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
@@ -189,7 +223,7 @@ def sharded(monkeypatch, theirs) -> None:
 
 def test_a_checkpoint_that_can_hold_code_is_refused_outside_of_the_run(sharded, theirs, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(CheckpointError, match=rf"found {theirs}, allowed: below output_dir \({run}\).*--trust-check"):
+    with pytest.raises(CheckpointError, match=rf"found {theirs}, allowed: files below .*{run}\).*--trust-ch"):
         resume(run, theirs)
     assert resume(run, theirs, trust_checkpoint=True).step == 2
 

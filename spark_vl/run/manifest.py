@@ -31,21 +31,24 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What `write_manifest` wrote; None if it has been changed since."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        digest = manifest.pop("sha256")
-    except (ValueError, KeyError):
+    except (ValueError, RecursionError):
         return None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return None
+    digest = manifest.pop("sha256", None)
     return manifest if digest == _digest_of(manifest) else None
 
 
 def find_damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the files that `manifest` lists."""
+    """What is wrong with the files that `manifest` lists. No path that leads out of `folder` is read."""
     files = manifest["files"]
-    missing = [name for name in files if not (folder / name).is_file()]
-    present = [folder / name for name in files if name not in missing]
-    changed = [
-        name for path, digest in _digests(present) if digest != files[name := str(path.relative_to(folder))]["sha256"]
-    ]
-    return [f"{name} is missing" for name in missing] + [f"{name} has changed" for name in changed]
+    inside = [folder / name for name in files if not (Path(name).is_absolute() or ".." in Path(name).parts)]
+    found = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in _digests([path for path in inside if path.is_file()])
+    }
+    missing = [f"{name} is missing" for name in files if name not in found]
+    return missing + [f"{name} has changed" for name in files if name in found and files[name] != found[name]]
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

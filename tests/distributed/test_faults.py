@@ -342,7 +342,7 @@ def test_a_checkpoint_that_can_hold_code_has_to_be_trusted_outside_of_its_run(tm
     sign(theirs)
     refused = launch(2, strategy, *SHARDED, f"--output_dir={tmp_path / 'other'}", f"--resume={theirs}")
     assert refused.returncode != 0
-    assert f"found {theirs}, allowed: below output_dir ({tmp_path / 'other'})" in refused.stdout
+    assert f"found {theirs}, allowed: files below output_dir ({tmp_path / 'other'})" in refused.stdout
     assert not (tmp_path / "marker").exists()
     launch(2, strategy, *SHARDED, f"--output_dir={tmp_path / 'other'}", f"--resume={theirs}", "--trust-checkpoint")
     assert (tmp_path / "marker").exists(), "the bomb is a dud"
