@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,32 @@ def test_a_verifier_that_is_none_is_found_when_the_recipe_is_read(recipe_file, v
         ValueError, match=rf"verifier: found '.*'; allowed: math, choice, .*, or module:function \({why}"
     ):
         load_recipe(recipe_file(verifier=verifier))
+
+
+def test_whether_a_verifier_is_there_is_found_out_without_running_anything(recipe_file, tmp_path, monkeypatch) -> None:
+    """Not even the packages that contain it."""
+    (tmp_path / "loud" / "inner").mkdir(parents=True)
+    (tmp_path / "quiet" / "deep").mkdir(parents=True)  # namespaces
+    (tmp_path / "quiet" / "deep" / "file.py").write_text("")
+    for file in ("loud/__init__.py", "loud/inner/__init__.py", "loud/inner/leaf.py"):
+        (tmp_path / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("loud", "loud.inner", "loud.inner.leaf", "quiet.deep.file", "tests.misbehaving", "json"):
+        load_recipe(recipe_file(verifier=f"{module}:check"))
+    for module in (
+        "loud.nothing",
+        "loud.inner.leaf.nothing",
+        "quiet.file",
+        "loud.sys",
+        ".loud",
+        "loud.",
+        "loud..inner",
+        "../loud",
+    ):
+        with pytest.raises(ValueError, match=f"there is no module '{re.escape(module)}' on sys.path"):
+            load_recipe(recipe_file(verifier=f"{module}:check"))
+    assert not (tmp_path / "ran").exists()
+    assert not {"loud", "quiet"} & sys.modules.keys()
 
 
 def test_a_gold_that_means_nothing_to_its_verifier_is_a_bad_row(problems, pool) -> None:

@@ -151,14 +151,14 @@ def prepare_judgments(folder: Path, *, run: Path | str, repo: str, token_from: s
     sizes: Counter[tuple[str, str]] = Counter()
     proven: set[bytes] = set()
     digests: dict[str, str] = {}
-    for shard in shards:
-        digests[f"{shard.config}/{shard.path.name}"] = digest_of(shard.path)
-        try:
+    try:
+        for shard in shards:
+            digests[f"{shard.config}/{shard.path.name}"] = digest_of(shard.path)
             rows[shard.config, shard.split] += check_shard(shard.path, proven, lambda row: _fault(row, secrets))
-        except ShardError as error:
-            raise ReleaseError(str(error)) from error
-        sizes[shard.config, shard.split] += shard.path.stat().st_size
-    write_judgments_card(run, folder / "README.md", repo=repo, shards=shards, rows=rows, sizes=sizes)
+            sizes[shard.config, shard.split] += shard.path.stat().st_size
+        write_judgments_card(run, folder / "README.md", repo=repo, shards=shards, rows=rows, sizes=sizes)
+    except ShardError as error:
+        raise ReleaseError(str(error)) from error
     release = make_release(
         "dataset",
         f"Judgments of {run.name}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -28,6 +29,15 @@ def name_of(step: int) -> str:
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that `pointer` (`latest`, `best`) in `folder` names; None if there is no such file yet."""
+    """The checkpoint that `pointer` (`latest`, `best`) in `folder` names; None if there is no such file yet.
+
+    Raises:
+        ValueError: it names something else.
+    """
     file = folder / pointer
-    return folder / file.read_text().strip() if file.exists() else None
+    if not file.exists():
+        return None
+    name = file.read_text().strip()
+    if not re.fullmatch(r"step-[0-9]{6,}", name):
+        raise ValueError(f"{file}: found {name!r:.80}; allowed: the name of a checkpoint, step-000120")
+    return folder / name
