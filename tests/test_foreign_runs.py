@@ -195,7 +195,7 @@ HOSTILE = [
     "![x](https://evil.org/x.png)",
     "MIT\n\n# Heading\n\n- item\n\n[x]: https://evil.org\n[x]",
     "`code` **bold** _it_ ~~no~~ <https://evil.org> &lt;b&gt;",
-    "MIT\n\n```\ncode",
+    "MIT\n\n```\n\n# Heading\n\n```",
     "a | b | c\u202e\u2028d\\",
     "\\[x](https://evil.org)",
 ]
@@ -234,7 +234,7 @@ def test_a_card_of_a_foreign_run_has_the_form_of_any_card(run, tmp_path, words):
     change(run, "recipes.json", lambda facts: facts["digits"].update(license=words))
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["objective"]["loss"] = config["evaluation"]["split"] = words
-    config["prompts"]["system"] = words
+    config["prompts"]["system"] = config["seed"] = words  # the latter is dumped with less indentation
     for folder in (run, run / "checkpoints" / "step-000004"):
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     change(run, "recipes.json", lambda facts: facts["digits"]["splits"].update({words: "test"}))
