@@ -302,10 +302,10 @@ def publish(what: str, options: Namespace) -> None:
                     checkpoint = options.checkpoint
                     release = prepare_model(generated, checkpoint=checkpoint, dry_run=options.dry_run, **place)
                 case "judgments":
-                    release = prepare_judgments(generated, run=options.run, repo=options.repo)
+                    release = prepare_judgments(generated, run=options.run, **place)
                 case "space":
                     model = {"model": options.model, "model_revision": options.model_revision}
-                    release = prepare_space(generated, repo=options.repo, **model)
+                    release = prepare_space(generated, **model, **place)
             print_release(release, console, whole=options.dry_run)
             if options.dry_run:
                 return

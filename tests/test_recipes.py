@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,32 @@ def test_a_verifier_that_is_none_is_found_when_the_recipe_is_read(recipe_file, v
         ValueError, match=rf"verifier: found '.*'; allowed: math, choice, .*, or module:function \({why}"
     ):
         load_recipe(recipe_file(verifier=verifier))
+
+
+def test_whether_a_verifier_is_there_is_found_out_without_running_anything(recipe_file, tmp_path, monkeypatch) -> None:
+    """Not even the packages that contain it."""
+    (tmp_path / "loud" / "inner").mkdir(parents=True)
+    (tmp_path / "quiet" / "deep").mkdir(parents=True)  # namespaces
+    (tmp_path / "quiet" / "deep" / "file.py").write_text("")
+    for file in ("loud/__init__.py", "loud/inner/__init__.py", "loud/inner/leaf.py"):
+        (tmp_path / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("loud", "loud.inner", "loud.inner.leaf", "quiet.deep.file", "tests.misbehaving", "json"):
+        load_recipe(recipe_file(verifier=f"{module}:check"))
+    for module in (
+        "loud.nothing",
+        "loud.inner.leaf.nothing",
+        "quiet.file",
+        "loud.sys",
+        ".loud",
+        "loud.",
+        "loud..inner",
+        "../loud",
+    ):
+        with pytest.raises(ValueError, match=f"there is no module '{re.escape(module)}' on sys.path"):
+            load_recipe(recipe_file(verifier=f"{module}:check"))
+    assert not (tmp_path / "ran").exists()
+    assert not {"loud", "quiet"} & sys.modules.keys()
 
 
 def test_a_gold_that_means_nothing_to_its_verifier_is_a_bad_row(problems, pool) -> None:
@@ -902,3 +930,85 @@ def test_every_shipped_recipe_is_exercised_here() -> None:
         assert recipe.name == (name if name != "judgments" else "judgments-pairwise")
         assert recipe.source.type in ("hub", "factory")  # no path of ours
         assert recipe.license
+
+
+ODD_DATA_FILES = [
+    None,
+    [],
+    5,
+    [5],
+    {"train": 5},
+    [{"split": 5, "path": "a.jsonl"}],
+    [{"split": "train", "path": "**a"}],
+]
+ODD_CARDS = [
+    "configs: 5",
+    "configs: [5]",
+    "configs: [{config_name: 5}]",
+    "configs: [{config_name: a, data_dir: /etc}]",
+    "[",
+]
+
+
+@pytest.fixture
+def odd_repository(tmp_path) -> Path:
+    """A local copy of a dataset's repository, beside a private file."""
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "private.jsonl").write_text('{"a": 2}\n')
+    return tmp_path / "repo"
+
+
+def opened_with(repository: Path, card: str):
+    (repository / "README.md").write_text(f"---\n{card}\n---\n")
+    return open_rows(Source("hub", str(repository)), "train", ["a"])[0]
+
+
+@pytest.mark.parametrize("data_files", ODD_DATA_FILES, ids=str)
+def test_odd_data_files_are_said_to_be(odd_repository, data_files):
+    with pytest.raises((ValueError, OSError)):
+        opened_with(odd_repository, yaml.safe_dump({"configs": [{"config_name": "default", "data_files": data_files}]}))
+
+
+@pytest.mark.parametrize("card", ODD_CARDS)
+def test_odd_cards_are_said_to_be(odd_repository, card):
+    with pytest.raises((ValueError, OSError)):
+        opened_with(odd_repository, card)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "file://{private}",
+        "local://{private}",
+        "{private}",
+        "../private.jsonl",
+        "link.jsonl",
+        "dir://private.jsonl::{up}",
+    ],
+)
+def test_a_dataset_reads_only_files_of_its_own_repository(odd_repository, path):
+    private = odd_repository.parent / "private.jsonl"
+    (odd_repository / "link.jsonl").symlink_to(private)
+    path = path.format(private=private, up=odd_repository.parent)
+    card = "configs: [{{config_name: default, data_files: [{{split: train, path: '{}'}}]}}]"
+    assert list(read_column(opened_with(odd_repository, card.format("a.jsonl")), "a")) == [1]
+    with pytest.raises((ValueError, OSError), match=r"data_files in its README\.md: found .*; allowed: files of"):
+        opened_with(odd_repository, card.format(path))
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_a_repository(odd_repository):
+    snapshot = odd_repository / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (odd_repository / "blobs").mkdir()
+    (odd_repository / "a.jsonl").rename(odd_repository / "blobs" / "1")
+    (snapshot / "a.jsonl").symlink_to("../../blobs/1")
+    rows, _ = open_rows(Source("hub", str(snapshot)), "train", ["a"])
+    assert rows[0] == {"a": 1}
+
+
+@pytest.mark.parametrize("type", ["jsonl", "parquet"])
+@pytest.mark.parametrize("pattern", ["/etc/*", "**a", ""])
+def test_odd_patterns_are_said_to_be(tmp_path, type, pattern):
+    with pytest.raises(ValueError, match=r"allowed: a file or a pattern below|no file"):
+        open_rows(Source(type, str(tmp_path)), pattern, ["a"])

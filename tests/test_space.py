@@ -340,6 +340,25 @@ def test_a_path_on_the_server_is_not_read(url, tmp_path):
     assert "boxed" not in events
 
 
+def test_an_address_is_not_fetched(url, hub):
+    file = {"path": f"{hub.url}/secret.png", "meta": {"_type": "gradio.FileData"}}
+    call = httpx.post(f"{url}gradio_api/call/ask", json={"data": [WRONG["question"], file]}).raise_for_status()
+    assert "event: error" in httpx.get(f"{url}gradio_api/call/ask/{call.json()['event_id']}").text
+    assert not hub.requests
+
+
+def test_what_is_sent_is_bounded(url, client, upload):
+    file = {"files": ("x.png", b"x" * (app.MAX_BYTES + 2**17))}
+    assert httpx.post(f"{url}gradio_api/upload", files=file, timeout=60).status_code == 413
+    chunks = (b"x" * 2**16 for _ in range(100))
+    assert httpx.post(f"{url}gradio_api/call/ask", content=chunks, timeout=60).status_code >= 400
+    assert ask(client, WRONG["question"], upload(WRONG["image"]["bytes"]))[0] == "Done."
+
+
+def test_the_page_says_who_can_reach_it(url):
+    assert "Everybody who can open this page can ask" in httpx.get(url).text
+
+
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"])
 def test_a_question_that_spells_a_special_token_is_a_question(token, client, upload):
     panels = ask(client, f"Which digit {token} is larger?", upload(WRONG["image"]["bytes"]))

@@ -8,17 +8,25 @@ Without options, `space.json` beside this file names model and revision; `spark_
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import gradio as gr
 import torch
 from huggingface_hub import hf_hub_download
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Event
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from spark_vl.answers import last_boxed
@@ -33,6 +41,23 @@ MAX_NEW_TOKENS = 1024
 
 MAX_QUESTION = 4000
 """Characters of a question."""
+
+MAX_STORED_BYTES = 2**30
+"""Of all uploads together, those on their way included."""
+
+MAX_STORED_FILES = 10_000
+
+MAX_AGE_S = 3600
+"""Seconds after which an upload and the turns of a visit are deleted; they are looked for every tenth of it."""
+
+MAX_UPLOAD_S = 120
+"""Seconds in which a request's body must have come."""
+
+MAX_BODY = 2**20
+"""Bytes of a request that is no upload."""
+
+_MAX_UPLOAD = MAX_BYTES + 2**16  # the file, and what is around it
+_FILES_AT_ONCE = 1000  # in one upload, as Starlette allows
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 """Never generated: they stand for an image, and a reply has none."""
@@ -156,6 +181,93 @@ def _chat_message(message: Message) -> dict:
     return {"role": message.role, "content": parts}
 
 
+# ── what is stored ──
+
+
+class Bounds:
+    """Keeps what visitors send within bounds: each request, and the files of all uploads that have not been deleted.
+
+    Args:
+        app: what answers.
+        folder: of the uploads.
+    """
+
+    def __init__(self, app: ASGIApp, folder: Path) -> None:
+        self.app, self.folder = app, folder
+        self._running = 0  # uploads
+        self._counting = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it with 413 (too large), 408 (too slow) or 507 (no room)."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        upload = scope["path"].rstrip("/").endswith("/upload")
+        limit = _MAX_UPLOAD if upload else MAX_BODY
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit:
+            return await _refusal(413, f"At most {limit} bytes are allowed.")(scope, receive, send)
+        if upload:
+            async with self._counting:  # two at once would be given the same room
+                if not await asyncio.to_thread(self._has_room):
+                    return await _refusal(507, "No room for more uploads; try again later.")(scope, receive, send)
+                self._running += 1
+        started = False
+        left = limit
+        until = asyncio.get_running_loop().time() + MAX_UPLOAD_S
+        whole = False
+
+        async def bounded_receive() -> Event:
+            nonlocal left, whole
+            if whole:  # what comes now is that the visitor has gone, whenever that is
+                return await receive()
+            async with asyncio.timeout_at(until):
+                message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise _TooLargeError
+            whole = not message.get("more_body", False)
+            return message
+
+        async def noted_send(message: Event) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, bounded_receive, noted_send)
+        except (_TooLargeError, TimeoutError) as error:
+            if started:
+                raise
+            status = 413 if isinstance(error, _TooLargeError) else 408
+            await _refusal(status, f"{limit} bytes in {MAX_UPLOAD_S} s are allowed.")(scope, receive, send)
+        finally:
+            self._running -= upload
+
+    def _has_room(self) -> bool:
+        """For one more upload, were it and those on their way as large as they may be."""
+        files = [file.stat().st_size for file in self.folder.rglob("*") if file.is_file()]
+        coming = self._running + 1
+        return (
+            sum(files) + coming * _MAX_UPLOAD <= MAX_STORED_BYTES
+            and len(files) + coming * _FILES_AT_ONCE <= MAX_STORED_FILES
+        )
+
+
+class _TooLargeError(Exception):
+    """A request without a declared length."""
+
+
+def _refusal(status: int, words: str) -> PlainTextResponse:
+    return PlainTextResponse(words, status, headers={"Connection": "close"})
+
+
+async def _uploaded(path: str) -> str:
+    """The file of an upload. Gradio would also fetch an address that a visitor names, and store what it finds."""
+    if "://" in path:
+        raise gr.Error("Please upload the image itself.", print_exception=False)
+    return path
+
+
 # ── the page ──
 
 
@@ -239,7 +351,7 @@ def build(assistant: Assistant, name: str) -> gr.Blocks:
         return gr.Button(visible=done and turn.reflection is None)
 
     shown = {"interactive": False, "placeholder": "–", "max_lines": 40, "autoscroll": False}
-    with gr.Blocks(title=f"Ask {name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with gr.Blocks(title=f"Ask {name}", analytics_enabled=False, delete_cache=(MAX_AGE_S // 10, MAX_AGE_S)) as page:
         gr.Markdown(
             f"# Answer, judge, reflect\n**{name}** answers a question about an image, judges its own answer and, "
             "where it finds it wrong, reflects and answers again."
@@ -256,6 +368,7 @@ def build(assistant: Assistant, name: str) -> gr.Blocks:
                 )
                 # Gradio would open the file itself; that is for the kit's loader, which checks more and says why.
                 image.preprocess = lambda payload: None if payload is None else payload.path
+                image.async_move_resource_to_block_cache = _uploaded
                 question = gr.Textbox(label="Question", max_lines=8)
                 ask_button = gr.Button("Ask", variant="primary")
                 status = gr.HTML(label="Status", elem_id="status", js_on_load="element.setAttribute('role', 'status')")
@@ -274,7 +387,11 @@ def build(assistant: Assistant, name: str) -> gr.Blocks:
                     reflection = gr.Textbox(label="Final answer after reflection", elem_classes="final", **shown)
                     reflection_reply = gr.Textbox(label="Whole reply", **shown)
                     reflect_button = gr.Button("Reflect anyway", size="md", visible=False)
-        turn = gr.State(time_to_live=3600)
+        gr.Markdown(
+            "Everybody who can open this page can ask. Images and answers are kept on its server for at most "
+            f"{(MAX_AGE_S + MAX_AGE_S // 10) // 60} minutes; upload nothing that its owner may not see."
+        )
+        turn = gr.State(time_to_live=MAX_AGE_S)
 
         outputs = [status, answer, answer_reply, verdict, judgment_reply, note, reflection, reflection_reply, turn]
         # One model, so one question at a time, from all visitors together.
@@ -332,8 +449,24 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"The model {options.model} cannot be loaded: {error}")
     folder = Path(options.model)
-    page = build(assistant, folder.resolve().name if folder.is_dir() else options.model)
-    page.queue(max_size=32).launch(theme=THEME, css=CSS, max_file_size=MAX_BYTES, ssr_mode=False, run_history=False)
+    name = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    others = (
+        "only from this machine" if name in ("127.0.0.1", "localhost", "::1") else "by all who can reach this machine"
+    )
+    print(f"Listens on {name}: can be used {others}. There is no password.", flush=True)
+    with TemporaryDirectory() as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # its own, so that what others store does not count
+        page = build(assistant, folder.resolve().name if folder.is_dir() else options.model)
+        page.queue(max_size=32).launch(
+            theme=THEME,
+            css=CSS,
+            max_file_size=MAX_BYTES,
+            ssr_mode=False,
+            run_history=False,
+            share=False,
+            state_session_capacity=1000,
+            app_kwargs={"middleware": [Middleware(Bounds, folder=Path(uploads))]},
+        )
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ the query of a URL is).
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
+from importlib.machinery import PathFinder
 from math import inf
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +38,8 @@ from spark_vl.verifiers.base import VERIFIERS, check_settings
 from spark_vl.verifiers.shaping import SHAPING
 
 SPLITS = ("train", "validation", "test")
+RECIPE_NAME = r"[A-Za-z0-9][\w.-]*"
+"""In ASCII. It is part of the ids of rows and of the names of files."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     _check_fields(where, "", raw, Recipe)
     name = _text(where, "name", raw["name"])
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+    if not re.fullmatch(RECIPE_NAME, name, re.ASCII):
         raise ValueError(f"{where}: name: found {name!r}; allowed: letters, digits, '.', '_' and '-'")
     splits = _mapping(where, "splits", raw["splits"])
     if not splits or set(splits) - set(SPLITS):
@@ -301,14 +304,23 @@ def _check_verifier(where: str, name: Any) -> None:
     if name in VERIFIERS:
         return
     module, _, function = name.partition(":")
-    try:
-        found = bool(module and function and importlib.util.find_spec(module))
-    except ImportError:  # of the package that contains it
-        found = False
-    if not found:
+    if not function or not _is_there(module):
         why = f"there is no module {module!r} on sys.path" if function else "this is neither"
         allowed = f"{', '.join(VERIFIERS)}, or module:function"
         raise ValueError(f"{where}: verifier: found {name!r}; allowed: {allowed} ({why})")
+
+
+def _is_there(module: str) -> bool:
+    """Whether `module` can be found. `importlib.util.find_spec` would run the packages that contain it."""
+    first, *inner = parts = module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return False
+    spec = next((spec for finder in sys.meta_path if (spec := finder.find_spec(first, None))), None)
+    for part in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
+    return spec is not None
 
 
 def _verifier(where: str, raw: Any, splits: Mapping[str, str]) -> tuple[Any, dict[str, float]]:

@@ -76,10 +76,7 @@ def open_rows(source: Source, split: str, columns: Sequence[str]) -> tuple[Rows,
             files = [str(file) for file in _files(source.location, split)]
             return _ArrowRows(datasets.Dataset.from_parquet(files), columns), Path(source.location)
         case "hub":
-            import datasets
-
-            rows = datasets.load_dataset(source.location, source.config, split=split, revision=source.revision)
-            return _ArrowRows(rows, columns), None
+            return _ArrowRows(_open_repository(source, split), columns), None
 
 
 def read_column(rows: Rows, name: str) -> Iterator[Any]:
@@ -96,8 +93,50 @@ def read_column(rows: Rows, name: str) -> Iterator[Any]:
             yield row.get(name)
 
 
+def _open_repository(source: Source, split: str) -> datasets.Dataset:
+    """As `datasets.load_dataset`, of files in the repository alone: its README.md can name any other as well.
+
+    Raises:
+        ValueError, OSError: it cannot be opened.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(source.location, source.config, revision=source.revision)
+        for files in (builder.config.data_files or {}).values():
+            for file in files:
+                if not _is_inside(str(file), source.location):
+                    raise ValueError(
+                        f"{source.location!r}: data_files in its README.md: found {str(file)!r:.200}; allowed: files "
+                        "of the same repository"
+                    )
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # datasets has no common class for what odd metadata cause
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source.location!r}: its README.md or its files cannot be read: {reason:.500}") from error
+
+
+def _is_inside(file: str, repository: str) -> bool:
+    """Whether a file is one of a repository, which is an id on the Hub or a folder."""
+    folder = Path(repository)
+    if not folder.is_dir():
+        return file.startswith(f"hf://datasets/{repository}@")
+    if "://" in file:
+        return False
+    folder = folder.resolve()
+    # The Hub's cache keeps the files of a snapshot beside it.
+    places = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    return any(Path(file).resolve().is_relative_to(place) for place in places)
+
+
 def _files(folder: str | Path, pattern: str) -> list[Path]:
-    files = sorted(file for file in Path(folder).glob(pattern) if file.is_file())
+    try:
+        files = sorted(file for file in Path(folder).glob(pattern) if file.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"found {pattern!r}; allowed: a file or a pattern below {str(folder)!r} ({error})") from error
     if not files:
         raise ValueError(f"no file {pattern!r} in {str(folder)!r}")
     return files

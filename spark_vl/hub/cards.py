@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    CardData,
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    RepoCard,
+    eval_result_entries_to_yaml,
+)
 
 from spark_vl import __version__
 from spark_vl.config import dump_config
+from spark_vl.hub.release import ReleaseError, below
 from spark_vl.hub.run import TrainedModel
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import Template
+from spark_vl.run.paths import CONFIG
 
 BASE_LICENSE = ("license", "license_name", "license_link")
 """What the card of a base model says of its license, in the Hub's words."""
@@ -57,21 +69,28 @@ def write_model_card(
     judge, says_right = _judge(model.templater)
     evaluation = model.evaluation
     consistency = None if evaluation is None else evaluation["after"].get("pairwise_consistency")
-    card = ModelCard.from_template(
+    max_new_tokens = config["rollout"]["max_new_tokens"]
+    if not isinstance(max_new_tokens, int):  # it becomes code
+        raise ReleaseError(f"{CONFIG}: rollout.max_new_tokens: found {max_new_tokens!r:.80}; allowed: an integer")
+    config_text = dump_config(config)
+    save_card(
+        ModelCard,
+        path,
         data,
-        template_str=(resources.files("spark_vl.model_cards") / "model.md").read_text(),
+        "model.md",
         name=name,
-        model_id=model_id,
+        model_id=Verbatim(json.dumps(model_id)),
         version=__version__,
-        base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
+        base=Verbatim(f"[{base}](https://huggingface.co/{base})") if on_hub else _code(base),
         base_license=license.get("license_name") or license.get("license"),
         config=config,
-        config_text=dump_config(config),
+        config_text=Verbatim(config_text),
+        fence=Verbatim("`" * max(3, 1 + _longest_ticks(config_text))),
         step=model.step,
         system_messages=_system_messages(config["prompts"]["system"]),
-        suffix=repr(config["prompts"]["reasoning_suffix"]),
+        suffix=Verbatim(repr(config["prompts"]["reasoning_suffix"])),
         judge_parts=_parts(judge),
-        says_right=repr(says_right),
+        says_right=Verbatim(repr(says_right)),
         reflect_parts=_parts(_reflection(model.templater)),
         evaluation=evaluation,
         evaluation_recipes=[recipe["name"] for recipe in model.evaluated_on],
@@ -82,7 +101,43 @@ def write_model_card(
         environments=model.environments,
         recipes=model.trained_on,
     )
-    card.save(path)
+
+
+class Verbatim(str):
+    """A text that `save_card` does not escape."""
+
+    __slots__ = ()
+
+
+def save_card(kind: type[RepoCard], path: Path, data: CardData, template: str, **values: Any) -> None:
+    """Write a card. All that its template shows is escaped, so that it is read as the words that it is and not as
+    Markdown or HTML, but for what is `Verbatim`; `code(…)` quotes a text as code."""
+    text = (resources.files("spark_vl.model_cards") / template).read_text()
+    page = jinja2.Environment(finalize=_escaped).from_string(text)
+    kind(page.render(card_data=Verbatim(data.to_yaml()), code=_code, **values)).save(path)
+
+
+def _escaped(value: Any) -> Any:
+    if not isinstance(value, str) or isinstance(value, Verbatim):
+        return value
+    return re.sub(r"[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", _one_line(value))
+
+
+def _code(text: str) -> Verbatim:
+    """In Markdown; it may stand in a table."""
+    text = _one_line(text).replace("|", "\\|")
+    ticks = "`" * (_longest_ticks(text) + 1)
+    space = " " if "`" in text else ""
+    return Verbatim(f"{ticks}{space}{text}{space}{ticks}")
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without characters that are not seen but change what is."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def write_eval_results(model: TrainedModel, folder: Path) -> None:
@@ -101,7 +156,7 @@ def write_eval_results(model: TrainedModel, folder: Path) -> None:
         )
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
-        (folder / f"{recipe['name']}.yaml").write_text(text)
+        below(folder, f"{recipe['name']}.yaml").write_text(text)
 
 
 def _eval_results(model: TrainedModel) -> Iterator[EvalResult]:
@@ -144,7 +199,7 @@ def _reflection(templater: Templater) -> Template:
     return next((t for t in templates if t.shows == "answer"), templates[0])
 
 
-def _parts(template: Template) -> str:
+def _parts(template: Template) -> Verbatim:
     """`template` as arguments in Python, with the variables `image`, `question` and `answer`."""
     options = dict(zip(("{option_a}", "{option_b}"), template.options or (), strict=False))
     parts: list[list[str]] = [[]]
@@ -158,14 +213,14 @@ def _parts(template: Template) -> str:
                 pass
             case _:
                 parts[-1].append(repr(options.get(piece, piece)))
-    return ", ".join(" + ".join(part) for part in parts if part)
+    return Verbatim(", ".join(" + ".join(part) for part in parts if part))
 
 
-def _system_messages(system: str) -> str:
+def _system_messages(system: str) -> Verbatim:
     """What stands before the user's turn in a list in Python."""
     if not system:
-        return ""
-    return f"[{{'role': 'system', 'content': [{{'type': 'text', 'text': {system!r}}}]}}] + "
+        return Verbatim()
+    return Verbatim(f"[{{'role': 'system', 'content': [{{'type': 'text', 'text': {system!r}}}]}}] + ")
 
 
 def _percent(value: float | None, interval: list[float] | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 import yaml
@@ -14,8 +13,9 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from spark_vl import __version__
 from spark_vl.data.judgments import CONFIGS, features
+from spark_vl.hub.cards import Verbatim, save_card
+from spark_vl.hub.run import facts_of
 from spark_vl.run.paths import CONFIG
-from spark_vl.run.reader import recipe_facts
 from spark_vl.run.shards import Shard, read_shard
 
 _ASKS = {
@@ -46,7 +46,7 @@ def write_judgments_card(
         sizes: (config, split) → bytes of its files.
     """
     config = yaml.safe_load((run / CONFIG).read_text())
-    recipes = recipe_facts(run, config["data"]["recipes"])
+    recipes = facts_of(run, config["data"]["recipes"])
     base = next(read_shard(shards[0].path, ("model",)))["model"]
     configs = [name for name in CONFIGS if any(key[0] == name for key in rows)]
     splits = {name: sorted((key[1] for key in rows if key[0] == name), reverse=True) for name in configs}  # train first
@@ -83,11 +83,13 @@ def write_judgments_card(
             for name in configs
         }
     ).to_dataset_card_data(data)
-    DatasetCard.from_template(
+    save_card(
+        DatasetCard,
+        path,
         data,
-        template_str=(resources.files("spark_vl.model_cards") / "judgments.md").read_text(),
+        "judgments.md",
         name=repo.partition("/")[2],
-        repo_id=repo,
+        repo_id=Verbatim(repo),
         version=__version__,
         example=default,
         base=base,
@@ -99,4 +101,4 @@ def write_judgments_card(
             for split in splits[name]
         ],
         recipes=recipes,
-    ).save(path)
+    )

@@ -15,7 +15,7 @@ from spark_vl.data.judgments import CONFIGS
 from spark_vl.hub.cards import BASE_LICENSE, write_eval_results, write_model_card
 from spark_vl.hub.client import Hub, HubError, check_repo_name, find_token
 from spark_vl.hub.judgments import write_judgments_card
-from spark_vl.hub.release import Release, ReleaseError, Secrets, files_of, make_release
+from spark_vl.hub.release import Release, ReleaseError, Secrets, digest_of, files_of, make_release
 from spark_vl.hub.run import TrainedModel, find_model, run_of
 from spark_vl.hub.space import stage_space
 from spark_vl.hub.upload import Published, upload
@@ -96,7 +96,7 @@ def prepare_model(
         "model",
         f"Step {model.step} of {model.run.name}",
         files_of(model.folder, folder),
-        secrets=_secrets(model.run),
+        secrets=_secrets(model.run, token_from),
         replaces=_OF_MODELS,
     )
 
@@ -122,11 +122,11 @@ def publish_judgments(
         HubError: see `publish_model`.
     """
     with TemporaryDirectory() as folder:
-        release = prepare_judgments(Path(folder), run=run, repo=repo)
+        release = prepare_judgments(Path(folder), run=run, repo=repo, token_from=token_from)
         return upload(release, repo=repo, revision=revision, public=public, token_from=token_from)
 
 
-def prepare_judgments(folder: Path, *, run: Path | str, repo: str) -> Release:
+def prepare_judgments(folder: Path, *, run: Path | str, repo: str, token_from: str | None = None) -> Release:
     """What `publish_judgments` would upload: the shards that were checked, and none that a run has written since.
 
     Args:
@@ -143,24 +143,33 @@ def prepare_judgments(folder: Path, *, run: Path | str, repo: str) -> Release:
     known = {shard.path for shard in shards}
     if foreign := sorted(path for path in (run / JUDGMENTS).rglob("*.parquet") if path not in known):
         raise ReleaseError(f"{foreign[0]}: is not a file that a run writes (CONFIG/SPLIT-FIRST-LAST-RANK.parquet)")
-    secrets = _secrets(run)
+    for shard in shards:
+        if shard.path.resolve() != shard.path:
+            raise ReleaseError(f"{shard.path}: lies behind a symbolic link; only regular files are uploaded")
+    secrets = _secrets(run, token_from)
     rows: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
     proven: set[bytes] = set()
-    for shard in shards:
-        try:
+    digests: dict[str, str] = {}
+    try:
+        for shard in shards:
+            digests[f"{shard.config}/{shard.path.name}"] = digest_of(shard.path)
             rows[shard.config, shard.split] += check_shard(shard.path, proven, lambda row: _fault(row, secrets))
-        except ShardError as error:
-            raise ReleaseError(str(error)) from error
-        sizes[shard.config, shard.split] += shard.path.stat().st_size
-    write_judgments_card(run, folder / "README.md", repo=repo, shards=shards, rows=rows, sizes=sizes)
-    return make_release(
+            sizes[shard.config, shard.split] += shard.path.stat().st_size
+        write_judgments_card(run, folder / "README.md", repo=repo, shards=shards, rows=rows, sizes=sizes)
+    except ShardError as error:
+        raise ReleaseError(str(error)) from error
+    release = make_release(
         "dataset",
         f"Judgments of {run.name}",
         {f"{shard.config}/{shard.path.name}": shard.path for shard in shards} | files_of(folder),
         secrets=secrets,
         replaces=_OF_JUDGMENTS,
     )
+    for file in release.files:
+        if file.sha256 != digests.get(file.path, file.sha256):
+            raise ReleaseError(f"{file.file}: has changed since it was looked through; publish again")
+    return release
 
 
 def publish_space(
@@ -183,12 +192,16 @@ def publish_space(
         HubError: see `publish_model`.
     """
     with TemporaryDirectory() as folder:
-        release = prepare_space(Path(folder), model=model, repo=repo, model_revision=model_revision)
+        release = prepare_space(
+            Path(folder), model=model, repo=repo, model_revision=model_revision, token_from=token_from
+        )
         check_model_is_there(model, model_revision, token_from)
         return upload(release, repo=repo, public=public, token_from=token_from)
 
 
-def prepare_space(folder: Path, *, model: str, repo: str, model_revision: str | None = None) -> Release:
+def prepare_space(
+    folder: Path, *, model: str, repo: str, model_revision: str | None = None, token_from: str | None = None
+) -> Release:
     """What `publish_space` would upload, written into the empty `folder`.
 
     Raises:
@@ -197,7 +210,7 @@ def prepare_space(folder: Path, *, model: str, repo: str, model_revision: str | 
     check_repo_name(repo)
     check_repo_name(model, "--model")
     stage_space(folder, model=model, revision=model_revision)
-    secrets = Secrets([Path.home(), Path.cwd()])
+    secrets = Secrets([Path.home(), Path.cwd()], token_from)
     return make_release("space", f"Demo of {model}", files_of(folder), secrets=secrets, replaces=_OF_SPACES)
 
 
@@ -226,7 +239,7 @@ def _fault(row: Mapping[str, Any], secrets: Secrets) -> str | None:
     """Why a row must not be published; None: it may be. Paths are searched for only where a run writes them: the
     words of people and models may well contain one."""
     for column, value in row.items():
-        text = "\n".join(_texts(value)).encode(errors="replace")
+        text = "\n".join(_texts(value))
         if found := secrets.token_in(text) or (column in _OF_THE_RUN and secrets.path_in(text)):
             return f"{column!r} holds {found}"
     return None
@@ -244,5 +257,5 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(item)
 
 
-def _secrets(run: Path) -> Secrets:
-    return Secrets([Path.home(), Path.cwd(), run])
+def _secrets(run: Path, token_from: str | None) -> Secrets:
+    return Secrets([Path.home(), Path.cwd(), run], token_from)

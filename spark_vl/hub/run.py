@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,12 @@ from urllib.parse import parse_qsl, urlencode
 
 import yaml
 
+from spark_vl.hub.client import check_repo_name
 from spark_vl.hub.release import ReleaseError
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
 from spark_vl.report import comparison
 from spark_vl.run.jsonl import read_lines
-from spark_vl.run.paths import BEST, CONFIG, ENVIRONMENT, LATEST, MODEL, TRAINING_FILE, pointed
+from spark_vl.run.paths import BEST, CONFIG, ENVIRONMENT, LATEST, MODEL, RECIPES, TRAINING_FILE, pointed
 from spark_vl.run.provenance import public_name
 from spark_vl.run.reader import find_run, recipe_facts
 
@@ -83,12 +85,12 @@ class TrainedModel:
     @cached_property
     def trained_on(self) -> list[dict[str, Any]]:
         """Facts about the recipes of `data.recipes` (see `provenance.write_recipes`)."""
-        return recipe_facts(self.run, self._config["data"]["recipes"])
+        return facts_of(self.run, self._config["data"]["recipes"])
 
     @cached_property
     def evaluated_on(self) -> list[dict[str, Any]]:
         """Facts about the recipes of `evaluation.recipes`."""
-        return recipe_facts(self.run, self._config["evaluation"]["recipes"])
+        return facts_of(self.run, self._config["evaluation"]["recipes"])
 
     @cached_property
     def templater(self) -> Templater:
@@ -106,15 +108,24 @@ def find_model(checkpoint: Path) -> TrainedModel:
     Raises:
         ReleaseError: there is no model, or it does not belong to a run.
     """
+    inside = checkpoint.resolve()
     if checkpoint.name in (LATEST, BEST) and checkpoint.is_file():
-        checkpoint = pointed(checkpoint.parent, checkpoint.name) or checkpoint
+        inside = checkpoint.parent.resolve()
+        try:
+            checkpoint = pointed(checkpoint.parent, checkpoint.name) or checkpoint
+        except ValueError as error:
+            raise ReleaseError(str(error)) from error
     folder = checkpoint if (checkpoint / TRAINING_FILE).is_file() else checkpoint / MODEL
     if not (folder / TRAINING_FILE).is_file():
         raise ReleaseError(
             f"{checkpoint}: holds no trained model; allowed: the folder of a finished run, its model/, one of its "
             "checkpoints/step-*/, or its checkpoints/best"
         )
-    facts, run = json.loads((folder / TRAINING_FILE).read_text()), run_of(folder)
+    if not folder.resolve().is_relative_to(inside):
+        raise ReleaseError(f"{folder}: is a symbolic link that leads out of {inside}")
+    run = run_of(folder)
+    _check_regular([folder / TRAINING_FILE, folder.parent / CONFIG])
+    facts = _training_facts(folder / TRAINING_FILE)
     if missing := [name for name in _OF_A_MODEL if not (run / name).is_file()]:
         raise ReleaseError(f"{run}: {' and '.join(missing)}: is missing, and the card is written from nothing else")
     return TrainedModel(folder, run, facts["step"], facts["base"], facts["base_commit"])
@@ -124,12 +135,47 @@ def run_of(path: Path) -> Path:
     """The folder of the run that `path` is in.
 
     Raises:
-        ReleaseError: it is not in one, so there is nothing to write a card from.
+        ReleaseError: it is not in one, so there is nothing to write a card from; or a file that is quoted is a link.
     """
     try:
-        return find_run(path)
+        run = find_run(path)
     except ValueError as error:
         raise ReleaseError(f"{error}, which its card needs") from error
+    _check_regular([run / name for name in (CONFIG, RECIPES, *_OF_A_MODEL, "evaluations.jsonl")])
+    return run
+
+
+def facts_of(run: Path, recipes: Sequence[str]) -> list[dict[str, Any]]:
+    """See `reader.recipe_facts`.
+
+    Raises:
+        ReleaseError: see there.
+    """
+    try:
+        return recipe_facts(run, recipes)
+    except ValueError as error:
+        raise ReleaseError(str(error)) from error
+
+
+def _check_regular(files: Iterable[Path]) -> None:
+    """What is quoted in a card is looked for secrets, but other private words would pass."""
+    for file in files:
+        if file.is_symlink():
+            raise ReleaseError(f"{file}: is a symbolic link; a card quotes only regular files")
+
+
+def _training_facts(file: Path) -> dict[str, Any]:
+    facts = json.loads(file.read_text())
+    match facts:
+        case {"step": int(), "base": str(base), "base_commit": None} if base:
+            return facts
+        case {"step": int(), "base": str(base), "base_commit": str(commit)} if re.fullmatch(r"[0-9a-f]{40}", commit):
+            check_repo_name(base, f"{file}: base")
+            return facts
+    raise ReleaseError(
+        f"{file}: found {facts!r:.200}; allowed: step (an integer), base (a text) and base_commit (40 hexadecimal "
+        "digits or null)"
+    )
 
 
 def _public_recipe(written: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from spark_vl import __version__
 from spark_vl.hub.client import Hub, HubError, Info, check_repo_name, find_token
-from spark_vl.hub.release import Release, ReleaseFile
+from spark_vl.hub.release import Release, ReleaseFile, digest_of
 
 _RACES = 3
 """How often a commit is tried, when another one comes before it."""
@@ -72,7 +72,7 @@ def print_release(release: Release, console: Console, *, whole: bool) -> None:
     """Print how much will be uploaded; if `whole`, each file with its size and SHA-256, and the card."""
     if whole:
         for file in release.files:
-            console.print(f"{file.sha256}  {file.bytes:>14,}  {file.path}", soft_wrap=True, markup=False)
+            console.print(f"{file.sha256}  {file.size:>14,}  {file.path}", soft_wrap=True, markup=False)
     console.print(f"{len(release.files)} files, {release.bytes:,} bytes", soft_wrap=True)
     if release.left_out:
         console.print(f"left out: {', '.join(release.left_out)}", soft_wrap=True, markup=False)
@@ -122,14 +122,16 @@ def _stale(release: Release, head: Info) -> tuple[str, ...]:
 
 def _commit(hub: Hub, release: Release, revision: str | None, parent: str, stale: Sequence[str]) -> CommitInfo | None:
     """Upload what is not there, and commit on top of `parent`. None: somebody else's commit came first."""
+    added = []
+    for file in release.files:
+        added.append(CommitOperationAdd(file.path, file.file if file.content is None else file.content))
+        if added[-1].upload_info.sha256.hex() != file.sha256:
+            raise HubError(f"{file.file}: has changed since it was looked through; publish again")
     try:
         # Not `upload_folder`, which may make several commits of one release.
         return hub.api.create_commit(
             hub.repo,
-            [
-                *(CommitOperationAdd(file.path, file.file) for file in release.files),
-                *(CommitOperationDelete(path) for path in stale),
-            ],
+            [*added, *(CommitOperationDelete(path) for path in stale)],
             repo_type=hub.repo_type,
             revision=revision,
             commit_message=release.title,
@@ -143,11 +145,18 @@ def _commit(hub: Hub, release: Release, revision: str | None, parent: str, stale
 
 
 def _verify(hub: Hub, commit: str, files: Sequence[ReleaseFile]) -> None:
-    """Compare the hashes of what the Hub stored with those of what was meant.
+    """Compare the hashes of what the Hub stored with those of what was meant. A large file is hashed once more: the
+    Hub may know only the hash that it was told before the file was sent.
 
     Raises:
-        HubError: a file is missing or another one.
+        HubError: a file is missing or another one, or it changed while it was sent.
     """
+    for file in files:
+        if file.content is None and digest_of(file.file) != file.sha256:
+            raise HubError(
+                f"{file.file}: changed while it was uploaded, and what {hub.repo} now holds at commit {commit} was not "
+                "looked through; delete that commit, and publish again"
+            )
     there: dict[str, RepoFile] = {}
     for start in range(0, len(files), _PATHS_AT_ONCE):
         paths = [file.path for file in files[start : start + _PATHS_AT_ONCE]]
@@ -165,5 +174,5 @@ def _verify(hub: Hub, commit: str, files: Sequence[ReleaseFile]) -> None:
 def _same(there: RepoFile, file: ReleaseFile) -> bool:
     if there.lfs is not None:
         return there.lfs.sha256 == file.sha256
-    content = file.file.read_bytes()
+    content = file.file.read_bytes() if file.content is None else file.content
     return there.blob_id == hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from spark_vl.data.judgments import completions_column
+from spark_vl.data.recipes import RECIPE_NAME
 from spark_vl.data.sources import Row
 from spark_vl.run.paths import CONFIG, JUDGMENTS, RECIPES
 from spark_vl.run.shards import Shard, find_shards, read_shard
@@ -31,9 +33,46 @@ def find_run(path: Path) -> Path:
 
 
 def recipe_facts(run: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What `provenance.write_recipes` noted about recipes, by their names in the configuration."""
-    facts = json.loads((run / RECIPES).read_text())
+    """What `provenance.write_recipes` noted about recipes, by their names in the configuration. The run may be somebody
+    else's: names become parts of paths and addresses, so they are checked here.
+
+    Raises:
+        ValueError: a recipe or one of its facts is missing or not of the form that is written; names file and field.
+    """
+    file = run / RECIPES
+    try:
+        facts = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file}: found {facts!r:.80}; allowed: an object of recipes")
+    for name in names:
+        _check_facts(f"{file}: {name!r:.200}", facts.get(name))
     return [facts[name] for name in names]
+
+
+def _check_facts(where: str, facts: Any) -> None:
+    def check(field: str, found: Any, pattern: str, allowed: str) -> None:
+        if not isinstance(found, str) or not re.fullmatch(pattern, found, re.ASCII):
+            raise ValueError(f"{where}: {field}: found {found!r:.80}; allowed: {allowed}")
+
+    if not isinstance(facts, dict):
+        raise ValueError(f"{where}: found {facts!r:.80}; allowed: an object of facts")
+    check("name", facts.get("name"), RECIPE_NAME, "letters, digits, '.', '_' and '-'")
+    check("license", facts.get("license"), r"(?s).+", "text that is not empty")
+    splits = facts.get("splits")
+    if not isinstance(splits, dict) or not all(isinstance(split, str) for split in splits.values()):
+        raise ValueError(f"{where}: splits: found {splits!r:.80}; allowed: an object of texts")
+    match facts.get("dataset"):
+        case None:
+            pass
+        case {"id": id, "config": config, "revision": revision}:
+            check("dataset.id", id, r"[\w-][\w.-]*(/[\w-][\w.-]*)?", "OWNER/NAME of a dataset of the Hub")
+            for field, text in (("config", config), ("revision", revision)):
+                if text is not None:
+                    check(f"dataset.{field}", text, r"(?s).+", "text or null")
+        case other:
+            raise ValueError(f"{where}: dataset: found {other!r:.80}; allowed: null, or id, config and revision")
 
 
 def find_stored(path: Path) -> list[Shard]:

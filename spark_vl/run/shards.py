@@ -50,7 +50,7 @@ def find_shards(folder: Path) -> list[Shard]:
     found = []
     for config in CONFIGS:
         for path in (folder / config).glob("*.parquet"):
-            if match := re.fullmatch(r"(train|test)-(\d{6,})-(\d{6,})-(\d+)\.parquet", path.name):
+            if match := re.fullmatch(r"(train|test)-(\d{6,})-(\d{6,})-(\d+)\.parquet", path.name, re.ASCII):
                 found.append(Shard(path, config, match[1], int(match[2]), int(match[3]), int(match[4])))
     return sorted(found, key=lambda shard: (shard.config, shard.split, shard.rank, shard.first_step))
 
