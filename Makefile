@@ -50,11 +50,13 @@ fuzz: .venv/.installed-test
 	$(BIN)/python -m tests.fuzz
 
 # Asks PyPI's list of known vulnerabilities about each package that is installed; needs the network. Not part of `lint`
-# or of CI: a new entry there says nothing about a change here. pip-audit has a folder of its own.
+# or of CI: a new entry there says nothing about a change here. pip-audit has a folder
+# of its own, and a package that it cannot ask about is an error.
 audit: .venv/.installed
 	$(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/python -m pip install --quiet pip-audit
-	.venv/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > .venv/audit/installed.txt
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .venv/audit/installed.txt
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

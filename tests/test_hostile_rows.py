@@ -108,21 +108,14 @@ def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path: Path, values: list[An
         open_rows(Source("parquet", str(tmp_path)), "t.parquet", ("a",), limits)
 
 
-def test_a_row_group_is_read_in_parts(tmp_path: Path, monkeypatch) -> None:
-    """What is one value in the file is a text for each row in memory."""
-    import datasets
-
-    asked = []
-    read = datasets.Dataset.from_parquet
-
-    def from_parquet(files, **options):
-        asked.append(options["batch_size"])
-        return read(files, **options)
-
-    monkeypatch.setattr(datasets.Dataset, "from_parquet", from_parquet)
-    pq.write_table(pa.table({"a": ["x"] * 5000}), tmp_path / "t.parquet")
-    found, _ = open_rows(Source("parquet", str(tmp_path)), "t.parquet", ("a",))
-    assert (len(found), found[4999], asked) == (5000, {"a": "x"}, [1000])
+def test_one_value_that_stands_for_many_is_refused_before_it_is_expanded(tmp_path: Path, monkeypatch) -> None:
+    """Five kilobytes in the file, a gigabyte in memory."""
+    cells = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), ["x" * 100_000])
+    pq.write_table(pa.table({"a": cells}), tmp_path / "t.parquet", row_group_size=10_000, store_schema=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 10_000
+    monkeypatch.setattr("datasets.Dataset.from_parquet", None)  # the file is not expanded
+    with pytest.raises(ValueError, match=r"t.parquet: row group 0 has \d+ bytes and expands to more than 536870912"):
+        open_rows(Source("parquet", str(tmp_path)), "t.parquet", ("a",))
 
 
 def test_a_long_line_is_neither_held_nor_read(tmp_path: Path) -> None:

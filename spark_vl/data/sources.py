@@ -128,8 +128,7 @@ def open_rows(
             files = _files(source.location, split)
             for file in files:
                 _check_parquet(file, limits)
-            # By default a whole row group, which may be tiny in the file, would be held in memory.
-            table = datasets.Dataset.from_parquet([str(file) for file in files], batch_size=_ROWS_AT_ONCE)
+            table = datasets.Dataset.from_parquet([str(file) for file in files])
             return _ArrowRows(table, columns, limits), Path(source.location)
         case "hub":
             import datasets
@@ -164,24 +163,41 @@ def _call_factory(location: str, split: str) -> Rows:
     return getattr(importlib.import_module(module), function)(split=split)
 
 
-_ROWS_AT_ONCE = 1000
+_MAX_EXPANDED_BYTES = 2**29
+"""Largest size in memory of what is small in a parquet file; `datasets` holds nearly twice as much at a time."""
+_SMALL_BYTES = 16 * 2**20
+"""A column of a row group is small if it has at most so many bytes in the file. Of larger ones the size is believed."""
 
 
 def _check_parquet(file: Path, limits: RowLimits) -> None:
-    """Refuse a file whose rows, as it says itself, are too large, before they are expanded."""
+    """Refuse a file whose rows, as it says itself, are too large, and one that is much larger in memory than on disk: a
+    value that is stored once may stand for all cells of a row group, which is expanded as a whole."""
     import pyarrow.parquet as pq
 
     try:
         metadata = pq.read_metadata(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: is not a parquet file: {error}") from error
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        rows = max(1, group.num_rows)
-        values = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        rows, values = max(1, group.num_rows), max((column.num_values for column in columns), default=0)
         try:
             limits.check_size(group.total_byte_size // rows, values // rows)
         except ValueError as error:
             raise ValueError(f"{file}: on average, {error}") from error
+        expanded, small = (
+            0,
+            [column.path_in_schema for column in columns if column.total_compressed_size <= _SMALL_BYTES],
+        )
+        with pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parts:
+            for batch in parts.iter_batches(100, row_groups=[number], columns=small):
+                expanded += batch.nbytes
+                if expanded > _MAX_EXPANDED_BYTES:
+                    raise ValueError(
+                        f"{file}: row group {number} has {group.total_byte_size} bytes and expands to more than "
+                        f"{_MAX_EXPANDED_BYTES}, which are allowed; write smaller row groups"
+                    )
 
 
 def _values(array: pa.Array) -> int:
