@@ -1,6 +1,7 @@
 # make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
 # make test: the test suite; make test-distributed: the tests that start several processes; make test-slow: long ones;
-# make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and types.
+# make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and types;
+# make audit: known vulnerabilities of what is installed.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ WITH_BIN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # One thread a process: small tensors gain nothing from more.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-zero3 test test-distributed test-slow test-browser fuzz lint format checkpoint clean
+.PHONY: demo demo-zero3 test test-distributed test-slow test-browser fuzz audit lint format checkpoint clean
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -47,6 +48,15 @@ test-browser: .venv/.installed-test
 # FUZZ_SECONDS is 60 if not given. Other inputs each time; FUZZ_SEED, which is said with each finding, brings the same ones back.
 fuzz: .venv/.installed-test
 	$(BIN)/python -m tests.fuzz
+
+# Asks PyPI's list of known vulnerabilities about each package that is installed; needs the network. Not part of `lint`
+# or of CI: a new entry there says nothing about a change here. pip-audit has a folder
+# of its own, and a package that it cannot ask about is an error.
+audit: .venv/.installed
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > .venv/audit/installed.txt
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .venv/audit/installed.txt
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -91,6 +91,15 @@ class DataConfig:
     """Problems in a step, over all processes."""
     max_prompt_tokens: PositiveInt = 8192
     """Records whose prompt is longer are quarantined."""
+    max_row_bytes: PositiveInt = 2**27
+    """Bytes of a row, its images among them, as they are stored; larger rows are quarantined. 128 MiB: two of the
+    largest images that are read."""
+    max_row_images: PositiveInt = 256
+    """Images of a row; rows with more are quarantined. The default `max_prompt_tokens` has room for that many of 32
+    tokens."""
+    max_row_chars: PositiveInt = 1_000_000
+    """Characters of all texts of a row, and values in it; rows with more are quarantined. A hundred times what fits
+    into a prompt of the default length. Lines of JSON may have four bytes for each."""
     max_quarantined_fraction: ClosedUnitInterval = 0.05
     """The run stops when more of the rows seen cannot be used than chance would give with this share."""
 

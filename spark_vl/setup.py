@@ -18,6 +18,7 @@ from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differen
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
 from spark_vl.data.sampler import PromptSampler
+from spark_vl.data.sources import RowLimits
 from spark_vl.distributed.launch import describe_launch, start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
@@ -83,8 +84,9 @@ def load_trainer(
     # What is asked.
     rank = accelerator.process_index
     templater = Templater.from_config(config.prompts, family.reserved)
+    limits = RowLimits(config.data.max_row_bytes, config.data.max_row_chars, config.data.max_row_images)
     with blamed_on("data.recipes"):
-        problems = [open_recipe(recipe, "train", templater) for recipe in load_recipes(config.data.recipes)]
+        problems = [open_recipe(recipe, "train", templater, limits) for recipe in load_recipes(config.data.recipes)]
     sampler = PromptSampler(problems, seed=config.seed)
     quarantine = Quarantine(
         folder / (f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"), config.data.max_quarantined_fraction

@@ -60,6 +60,18 @@ def one_line(text: str) -> str:
     return " ".join(_SPACE.sub(" ", unstyled(text)).split())
 
 
+MAX_MARKS = 30
+"""Most marks on one letter that are meant (UAX #15, stream-safe text). Putting more in order takes quadratic time."""
+
+
+def composed(text: str) -> str:
+    """`text` in Unicode's normal form C; unchanged if more than `MAX_MARKS` marks follow one another in it."""
+    marks = "".join(c for c in set(text) if unicodedata.combining(unicodedata.normalize("NFD", c)[0]))
+    if marks and re.search(f"[{re.escape(marks)}]{{{MAX_MARKS + 1}}}", text):
+        return text
+    return unicodedata.normalize("NFC", text)
+
+
 _ESCAPED = re.compile(r"\\([%&#_$])")
 _STRAIGHT = str.maketrans("‘’′“”″", "'''\"\"\"")
 MATH_MARKS = "$*`"
@@ -104,7 +116,7 @@ def plain(text: str) -> str:
     Pairs of quotes, parentheses, asterisks, underscores, backticks or dollar signs around all of it are removed, and so
     are periods at its end.
     """
-    text = _ESCAPED.sub(r"\1", one_line(unicodedata.normalize("NFC", text)))
+    text = _ESCAPED.sub(r"\1", one_line(composed(text)))
     return unmarked(text.translate(_STRAIGHT), _MARKS)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from string import ascii_uppercase
 
 from spark_vl.answers.boxed import MAX_CHARS, compact, last_boxed, normalized, plain
-from spark_vl.answers.quantities import agrees, parse_quantity
+from spark_vl.answers.quantities import Quantity, agrees, parse_quantity
 
 
 def match_label(reply: str, labels: tuple[str, ...]) -> str | None:
@@ -47,13 +48,14 @@ def match_choice(text: str, choices: tuple[str, ...] = (), *, letter_first: bool
 
     def saying(words: str) -> set[str]:
         """The letters of the options with this text or, if there are none, with this number."""
-        for form in (normalized, compact):
+        texts, compacts, quantities = _readings(choices)
+        for form, forms in ((normalized, texts), (compact, compacts)):
             said = form(words)
-            if same := {letter for letter, choice in zip(letters, choices, strict=False) if form(choice) == said}:
+            if same := {letter for letter, choice in zip(letters, forms, strict=False) if choice == said}:
                 return same
         if (number := parse_quantity(words)) is None:
             return set()
-        numbers = zip(letters, map(parse_quantity, choices), strict=False)
+        numbers = zip(letters, quantities, strict=False)
         return {letter for letter, value in numbers if value is not None and agrees(number, value)}
 
     if len(text) > MAX_CHARS:
@@ -77,6 +79,12 @@ def match_choice(text: str, choices: tuple[str, ...] = (), *, letter_first: bool
     elif not named and (match := _CHOICE_AND_TEXT.fullmatch(words)) and (letter := match[1].upper()) in letters:
         return letter if saying(match[2]) | saying(match[3]) == {letter} else None  # a dash may be a minus sign
     return named.pop() if len(named) == 1 else None
+
+
+@lru_cache(maxsize=64)  # an answer may have hundreds of parts, and each is compared with all options
+def _readings(choices: tuple[str, ...]) -> tuple[list[str], list[str], list[Quantity | None]]:
+    """The options as `normalized` and as `compact` text, and as numbers."""
+    return [*map(normalized, choices)], [*map(compact, choices)], [*map(parse_quantity, choices)]
 
 
 _BEFORE_CHOICES = re.compile(r"(?:both )?(?:(?:options|choices|answers)\b ?:? ?)?", re.IGNORECASE)

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from spark_vl.answers.boxed import normalized, one_line, plain, unmarked
+from spark_vl.answers.boxed import composed, normalized, one_line, plain, unmarked
 
 # ── units ──
 
@@ -209,7 +209,7 @@ def parse_quantity(text: str, *, nouns: bool = False) -> Quantity | None:
         text = spelling.sub(standard, text)
     if len(_DOLLAR.findall(text)) % 2 == 0:  # a pair encloses a formula; a single one is a currency
         text = _DOLLAR.sub(" ", text)
-    text = one_line(unicodedata.normalize("NFC", text))
+    text = one_line(composed(text))
     for spelling, standard in _SPELLINGS:
         text = spelling.sub(standard, text)
     text = unmarked(" ".join(text.replace(r"\$", "$").split()), "*`(").strip()

@@ -54,11 +54,13 @@ def unicode(value: Any, column: str) -> str:
 
 
 def identifier(row: Row, column: str) -> str:
-    """An integer, or a printable text that is not blank."""
+    """An integer, or a printable text of at most 1000 characters that is not blank."""
     value = cell(row, column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     value = text(row, column)
+    if len(value) > 1000:  # the ids of all rows are held in memory
+        raise ValueError(f"{column!r} has {len(value)} characters; 1000 are allowed")
     if not value.isprintable():
         raise ValueError(f"{column!r} is {value!r}; printable text is allowed")
     return value

@@ -15,7 +15,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,20 @@ MAX_ASPECT = 200
 
 MAX_SCANS = 100
 """Most passes over the pixels of a JPEG. A progressive one has about ten; each costs as much as decoding the image."""
+
+MAX_PARTS = 1000
+"""Most segments of a JPEG, padding included, and most chunks of a PNG besides those with pixels. Photographs have about
+twenty, panoramas with depth maps some hundreds; Pillow takes time for each, and more for each than for the last."""
+
+MAX_PIXEL_CHUNKS = 100_000
+"""Most chunks with pixels in a PNG. A writer that makes them small gives each some kilobytes."""
+
+MAX_METADATA_BYTES = 16 * 2**20
+"""Most bytes besides the pixels in a JPEG, before them, and in a PNG."""
+
+MAX_EXIF_BYTES = 2**16
+"""Most bytes of EXIF, what one segment of a JPEG holds. Each of its entries may stand for all of them, and Pillow makes
+a copy for each."""
 
 
 class ImageError(ValueError):
@@ -82,8 +95,8 @@ def load_image(ref: ImageRef) -> Image.Image:
 
     Raises:
         ImageError: the file cannot be reached (`image_path`) or read, is not one whole single image in one of
-            `FORMATS`, is larger than `MAX_BYTES`, `MAX_PIXELS` or `MAX_ASPECT` allow, or has more than `MAX_SCANS`
-            scans.
+            `FORMATS`, is larger than `MAX_BYTES`, `MAX_PIXELS` or `MAX_ASPECT` allow, has more scans, parts, chunks,
+            metadata or EXIF than the other limits of this module allow, or is a BMP with run lengths.
     """
     return _load(ref)[0]
 
@@ -159,22 +172,73 @@ def _check_bytes(size: int) -> None:
 
 
 def _check_cost(data: bytes) -> None:
-    """Refuse a JPEG that the other limits allow and that would keep Pillow busy for hours."""
-    if data[:2] == b"\xff\xd8" and sum(1 for _ in islice(_jpeg_scans(data), MAX_SCANS + 1)) > MAX_SCANS:
-        raise ImageError(f"the JPEG has more than {MAX_SCANS} scans")
+    """Refuse a file that the other limits allow and that would keep Pillow busy for seconds or hours. Nothing of it has
+    been read yet; these checks take linear time, and stop at a limit."""
+    if data[:2] == b"\xff\xd8":
+        _check_jpeg_cost(data)
+    elif data.startswith(_PNG_SIGNATURE):
+        _check_png_cost(data)
 
 
+_JPEG_PART = re.compile(rb"\xff(?:[\0\xc8\xd0-\xd9\xf0-\xfd]|(?=\xff)|(?P<marker>[^\xff]))")
+"""Before the first pixels, as Pillow reads it: a marker without a length, a byte of padding, or a segment's marker."""
 _JPEG_MARKER = re.compile(rb"\xff([^\0\x01\xd0-\xd8\xff])")
-"""Of a segment with a length. What else follows an 0xFF is padding, stands alone, or belongs to the pixels."""
+"""Of a segment with a length, behind the first pixels. What else follows an 0xFF there is padding, stands alone, or
+belongs to the pixels."""
 
 
-def _jpeg_scans(data: bytes) -> Iterator[int]:
-    """Where each scan begins."""
-    place = 2
+def _check_jpeg_cost(data: bytes) -> None:
+    place, parts, exif = 2, 0, 0
+    while (part := _JPEG_PART.search(data, place)) and part["marker"] != b"\xda":
+        parts += 1 + part.start() - place  # Pillow skips other bytes one by one
+        place = part.end()
+        if part["marker"]:
+            exif += (part["marker"] == b"\xe1" and data[place + 2 : place + 6] == b"Exif") and _length(data, place)
+            place += _length(data, place)
+        _check_metadata("JPEG", parts, place, exif)
+    metadata, scans = place, 0
     while (found := _JPEG_MARKER.search(data, place)) and found[1] != b"\xd9":
-        if found[1] == b"\xda":
-            yield found.start()
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+        place = found.end() + _length(data, found.end())
+        scans += found[1] == b"\xda"
+        if scans > MAX_SCANS:
+            raise ImageError(f"the JPEG has more than {MAX_SCANS} scans")
+        parts += 1
+        _check_metadata("JPEG", parts, metadata, exif)
+
+
+def _length(data: bytes, place: int) -> int:
+    return int.from_bytes(data[place : place + 2])
+
+
+def _check_png_cost(data: bytes) -> None:
+    place, parts, pixels, metadata, exif, profiles = len(_PNG_SIGNATURE), 0, 0, 0, 0, 0
+    while place < len(data) and (name := data[place + 4 : place + 8]) != b"IEND":
+        size = int.from_bytes(data[place : place + 4])
+        place += 12 + size
+        if name == b"IDAT":
+            pixels += 1
+        else:
+            parts, metadata = parts + 1, metadata + size
+            exif += size if name == b"eXIf" else 0
+            profiles += name == b"iCCP"
+        _check_metadata("PNG", parts, metadata, exif)
+        if pixels > MAX_PIXEL_CHUNKS:
+            raise ImageError(f"the PNG has more than {MAX_PIXEL_CHUNKS} chunks of pixels")
+        if profiles > 1:  # Pillow expands each
+            raise ImageError("the PNG has more than one color profile")
+
+
+def _check_metadata(format: str, parts: int, size: int, exif: int) -> None:
+    if parts > MAX_PARTS:
+        raise ImageError(f"the {format} has more than {MAX_PARTS} parts besides its pixels")
+    if size > MAX_METADATA_BYTES:
+        raise ImageError(f"the {format} has {size} bytes or more besides its pixels; {MAX_METADATA_BYTES} are allowed")
+    _check_exif(exif)
+
+
+def _check_exif(size: int) -> None:
+    if size > MAX_EXIF_BYTES:
+        raise ImageError(f"the image has {size} bytes of EXIF; {MAX_EXIF_BYTES} are allowed")
 
 
 def _check_header(image: Image.Image) -> None:
@@ -184,6 +248,9 @@ def _check_header(image: Image.Image) -> None:
         raise ImageError(f"{width}×{height} is more than {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"the sides {width}×{height} are in a ratio of more than {MAX_ASPECT}")
+    if image.format == "BMP" and image.tile[0].codec_name == "bmp_rle":  # type: ignore[attr-defined]  # of an ImageFile
+        # Pillow expands them in Python: a file of three kilobytes takes ten seconds.
+        raise ImageError("a BMP with run lengths is not supported; convert it to PNG")
     if image.format == "MPO":  # the first frame is the photograph, and nothing else is read
         return
     try:
@@ -197,6 +264,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """`image`, just opened, as `load_image` returns it. All modes of `FORMATS` but `I;16` convert to 8-bit RGB."""
     if image.format == "PNG" and "transparency" in image.info:
         image.info["transparency"] = _color_key(image)
+    image.load()  # in a PNG EXIF may follow the pixels
+    # As text, after three lines, in hexadecimal digits, is how ImageMagick once wrote it.
+    _check_exif(len(image.info.get("exif", b"")) or len(image.info.get("Raw profile type exif", "")) // 2)
     with suppress(SyntaxError):  # EXIF that cannot be read tells no orientation; from here on Pillow takes it for empty
         image.getexif()
     if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():

@@ -19,7 +19,7 @@ from spark_vl.data.cells import answer, cell, identifier, items, options, text, 
 from spark_vl.data.images import ImageError, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe
-from spark_vl.data.sources import Row, Rows, open_rows, read_column
+from spark_vl.data.sources import DEFAULT_LIMITS, Row, RowLimits, Rows, open_rows, read_column
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 64
 
 
-def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
+def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLimits = DEFAULT_LIMITS) -> ProblemSet:
     """The problems of one split (`train`, `validation`, `test`).
+
+    Args:
+        limits: larger rows cannot be used.
 
     Raises:
         ValueError: the recipe has no such split, or its source has no such file, split or column.
@@ -38,13 +41,13 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater) -> ProblemSet:
     if split not in recipe.splits:
         raise ValueError(f"recipe {recipe.name}: splits: found {split!r}; allowed: {', '.join(recipe.splits)}")
     try:
-        rows, root = open_rows(recipe.source, recipe.splits[split], recipe.columns.used)
+        rows, root = open_rows(recipe.source, recipe.splits[split], recipe.columns.used, limits)
     except ValueError as error:
         raise ValueError(f"recipe {recipe.name}: source: {error}") from error
     root = root if recipe.media_root is None else Path(recipe.media_root)
     if root is not None and not root.is_dir():
         raise ValueError(f"recipe {recipe.name}: media_root: found {str(root)!r}, which is not a folder")
-    problems = ProblemSet(recipe, split, templater, rows, root)
+    problems = ProblemSet(recipe, split, templater, rows, root, limits)
     if recipe.source.type in ("hub", "factory") and root is None and problems.has_image_paths:
         raise ValueError(
             f"recipe {recipe.name}: media_root: is missing, and the column {recipe.columns.images!r} holds paths; "
@@ -59,11 +62,20 @@ class ProblemSet:
     Args:
         rows: the rows; one that cannot be read raises ValueError.
         root: folder that image paths are relative to; None: paths are refused.
+        limits: larger rows cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, split: str, templater: Templater, rows: Rows, root: Path | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        split: str,
+        templater: Templater,
+        rows: Rows,
+        root: Path | None,
+        limits: RowLimits = DEFAULT_LIMITS,
+    ) -> None:
         self.recipe, self.split = recipe, split
-        self._templater, self._rows, self.root = templater, rows, root
+        self._templater, self._rows, self.root, self._limits = templater, rows, root, limits
         self.verifiers = frozenset({*VERIFIERS, *({own} if (own := recipe.verifier_of(split)) else ())})
         """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only the
         recipe's own `module:function`."""
@@ -93,6 +105,8 @@ class ProblemSet:
         record_id = f"{self.recipe.name}/{self.split}/#{index}"
         try:
             row = self._rows[index]
+            columns = self.recipe.columns
+            self._limits.check(row, "images" if isinstance(columns, JudgmentColumns) else columns.images)
             if self.recipe.columns.id is not None:
                 name = self.renamed.get(index) or identifier(row, self.recipe.columns.id)
                 record_id = f"{self.recipe.name}/{self.split}/{name}"

@@ -8,10 +8,11 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 Row = Mapping[str, Any]
 
@@ -32,6 +33,53 @@ class ColumnarRows(Rows, Protocol):
         """See `read_column`."""
 
 
+@dataclass(frozen=True)
+class RowLimits:
+    """The most that a row may hold. `DataConfig` says why; the defaults are the same."""
+
+    bytes: int = 2**27
+    chars: int = 1_000_000
+    images: int = 256
+
+    def check(self, row: Row, images: str | None) -> None:
+        """Refuse a row that holds more.
+
+        Args:
+            images: the column with the images.
+
+        Raises:
+            ValueError: says which limit, what was found and what is allowed.
+        """
+        if images is not None and isinstance(found := row.get(images), list | tuple) and len(found) > self.images:
+            raise ValueError(
+                f"{images!r} holds {len(found)} images; {self.images} are allowed in a row (data.max_row_images)"
+            )
+        size, chars, waiting = 0, 0, [list(row.values())]
+        while waiting:
+            for value in waiting.pop():
+                if isinstance(value, str):
+                    chars += len(value)
+                elif isinstance(value, bytes):
+                    size += len(value)
+                elif isinstance(value, Mapping):
+                    waiting.append([*value, *value.values()])
+                elif isinstance(value, list | tuple):
+                    waiting.append(list(value))
+                chars += 1
+            self.check_size(size, chars)
+
+    def check_size(self, size: int, chars: int = 0) -> None:
+        """Refuse a row of `size` bytes, or of `chars` characters and values."""
+        if size > self.bytes:
+            raise ValueError(f"the row has {size} bytes or more; {self.bytes} are allowed (data.max_row_bytes)")
+        if chars > self.chars:
+            raise ValueError(
+                f"the row has {chars} characters and values or more; {self.chars} are allowed (data.max_row_chars)"
+            )
+
+
+DEFAULT_LIMITS = RowLimits()
+
 SourceType = Literal["hub", "jsonl", "parquet", "folder", "factory"]
 
 
@@ -51,32 +99,39 @@ class Source:
     """`hub`: commit, tag or branch."""
 
 
-def open_rows(source: Source, split: str, columns: Sequence[str]) -> tuple[Rows, Path | None]:
+def open_rows(
+    source: Source, split: str, columns: Sequence[str], limits: RowLimits = DEFAULT_LIMITS
+) -> tuple[Rows, Path | None]:
     """The rows of `split`, and the folder that their image paths are relative to (None: they have no such folder).
 
     Args:
         split: `hub`, `factory`: the source's name of the split. `jsonl`: its file. `parquet`: its file, or a pattern
             such as `data/train-*.parquet`. `folder`: its folder.
         columns: the columns that are read; the others of a `hub` or `parquet` source are left alone.
+        limits: a row of a file that is larger raises ValueError when it is asked for, and is not expanded.
 
     Raises:
-        ValueError: the file, split, column or function is not there.
+        ValueError: the file, split, column or function is not there; or a parquet file's rows are on average
+            larger than `limits` allow.
     """
     match source.type:
         case "factory":
             return _call_factory(source.location, split), None
         case "jsonl":
-            return _JsonLines(_files(source.location, split)[0]), Path(source.location)
+            return _JsonLines(_files(source.location, split)[0], limits), Path(source.location)
         case "folder":
             folder = Path(source.location, split)
-            return _JsonLines(_files(folder, "metadata.jsonl")[0]), folder
+            return _JsonLines(_files(folder, "metadata.jsonl")[0], limits), folder
         case "parquet":
             import datasets  # slow to import
 
-            files = [str(file) for file in _files(source.location, split)]
-            return _ArrowRows(datasets.Dataset.from_parquet(files), columns), Path(source.location)
+            files = _files(source.location, split)
+            for file in files:
+                _check_parquet(file, limits)
+            table = datasets.Dataset.from_parquet([str(file) for file in files])
+            return _ArrowRows(table, columns, limits), Path(source.location)
         case "hub":
-            return _ArrowRows(_open_repository(source, split), columns), None
+            return _ArrowRows(_open_repository(source, split), columns, limits), None
 
 
 def read_column(rows: Rows, name: str) -> Iterator[Any]:
@@ -147,19 +202,81 @@ def _call_factory(location: str, split: str) -> Rows:
     return getattr(importlib.import_module(module), function)(split=split)
 
 
+_MAX_EXPANDED_BYTES = 2**29
+"""Largest size in memory of what is small in a parquet file; `datasets` holds nearly twice as much at a time."""
+_SMALL_BYTES = 16 * 2**20
+"""A column of a row group is small if it has at most so many bytes in the file. Of larger ones the size is believed."""
+
+
+def _check_parquet(file: Path, limits: RowLimits) -> None:
+    """Refuse a file whose rows, as it says itself, are too large, and one that is much larger in memory than on disk: a
+    value that is stored once may stand for all cells of a row group, which is expanded as a whole."""
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: is not a parquet file: {error}") from error
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        rows, values = max(1, group.num_rows), max((column.num_values for column in columns), default=0)
+        try:
+            limits.check_size(group.total_byte_size // rows, values // rows)
+        except ValueError as error:
+            raise ValueError(f"{file}: on average, {error}") from error
+        expanded, small = (
+            0,
+            [column.path_in_schema for column in columns if column.total_compressed_size <= _SMALL_BYTES],
+        )
+        with pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parts:
+            for batch in parts.iter_batches(100, row_groups=[number], columns=small):
+                expanded += batch.nbytes
+                if expanded > _MAX_EXPANDED_BYTES:
+                    raise ValueError(
+                        f"{file}: row group {number} has {group.total_byte_size} bytes and expands to more than "
+                        f"{_MAX_EXPANDED_BYTES}, which are allowed; write smaller row groups"
+                    )
+
+
+def _values(array: pa.Array) -> int:
+    """How many values an array expands to, its lists and the items in them counted."""
+    import pyarrow as pa
+
+    if isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray | pa.MapArray):
+        items = (
+            array.flatten()
+            if not isinstance(array, pa.MapArray)
+            else pa.StructArray.from_arrays([array.keys, array.items], ["key", "value"])
+        )
+        return len(array) + _values(items)
+    if isinstance(array, pa.StructArray):
+        return len(array) + sum(map(_values, array.flatten()))
+    return len(array)
+
+
 class _ArrowRows:
     """A memory-mapped table. Rows come as they are stored: images are neither decoded nor looked up on disk."""
 
-    def __init__(self, table: datasets.Dataset, columns: Sequence[str]) -> None:
+    def __init__(self, table: datasets.Dataset, columns: Sequence[str], limits: RowLimits) -> None:
         if missing := set(columns) - set(table.column_names):
             raise ValueError(f"no column {', '.join(sorted(missing))}; the columns are {', '.join(table.column_names)}")
+        self._limits = limits
         self._table = table.select_columns(list(columns)).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Row:
-        return self._table[index].to_pylist()[0]
+        """The row.
+
+        Raises:
+            ValueError: it is larger than the limits allow.
+        """
+        row = self._table[index]
+        # Texts count as bytes here, since they are not characters yet.
+        self._limits.check_size(row.nbytes, sum(_values(chunk) for column in row.columns for chunk in column.chunks))
+        return row.to_pylist()[0]
 
     def column(self, name: str) -> Iterator[Any]:
         """See `read_column`."""
@@ -170,15 +287,28 @@ class _ArrowRows:
 class _JsonLines:
     """One JSON object a line; only the offsets of the lines are held in memory."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, limits: RowLimits) -> None:
         self._file = file
+        self._most = 4 * limits.chars  # bytes of a line: a character has at most four, and there are no images in it
         self._offsets = array("q")
         with file.open("rb") as lines:
-            offset = 0
-            for line in lines:
+            for offset, line in self._lines(lines):
                 if line.strip():
                     self._offsets.append(offset)
-                offset += len(line)
+
+    def _lines(self, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+        """Where each line begins, and its first `_most` + 1 bytes. The rest of a longer line is skipped."""
+        offset = 0
+        while line := file.readline(self._most + 1):
+            yield offset, line
+            while len(line) > self._most and not line.endswith(b"\n"):
+                line = file.readline(2**20) or b"\n"
+            offset = file.tell()
+
+    def _row(self, line: bytes) -> Row:
+        if len(line) > self._most:
+            raise ValueError(f"the line has more than {self._most} bytes (4 × data.max_row_chars)")
+        return _json_object(line)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -187,19 +317,19 @@ class _JsonLines:
         """The row.
 
         Raises:
-            ValueError: the line is not a JSON object.
+            ValueError: the line is not a JSON object, or is longer than the limits allow.
         """
         with self._file.open("rb") as lines:
             lines.seek(self._offsets[index])
-            return _json_object(lines.readline())
+            return self._row(lines.readline(self._most + 1))
 
     def column(self, name: str) -> Iterator[Any]:
         """See `read_column`. Reads the file once, from its beginning to its end."""
         with self._file.open("rb") as lines:
-            for line in lines:
+            for _, line in self._lines(lines):
                 if line.strip():
                     try:
-                        row = _json_object(line)
+                        row = self._row(line)
                     except ValueError:
                         yield None
                     else:

@@ -2,12 +2,19 @@
 
 Each process writes to a store, once a second, that it is alive, and its step and phase. When one dies, the others hang
 in a collective call, or fail with a message about sockets. From the store they learn which one it was, and where.
+
+The store listens on the main process's address alone. Whoever reaches it can read and write without a password, so the
+processes sign what they write, and no other value ends a process. The network between them has to be trusted all the
+same: torch.distributed itself takes anybody's word.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -64,6 +71,8 @@ class Watch:
         self._here = Place()
         self._seen: dict[int, _Seen] = {}
         self._store_lost = False
+        self.foreign = 0
+        """How often a value was found that no process of the run has written."""
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -101,18 +110,44 @@ class Watch:
     def _open_store(self) -> TCPStore:
         """Held by the main process, on a port that the system chooses and the existing group tells the others."""
 
-        def store(port: int, is_master: bool) -> TCPStore:
-            timeout = timedelta(seconds=_SILENT_S)
-            return TCPStore(
-                os.environ["MASTER_ADDR"], port, is_master=is_master, wait_for_workers=False, timeout=timeout
-            )
-
+        host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=_SILENT_S)
         if self.accelerator.is_main_process:
-            mine = store(0, is_master=True)
-            broadcast_object_list([mine.port])
-            return mine
-        [port] = broadcast_object_list([0])
-        return store(port, is_master=False)
+            listener = _listen(host)
+            port = listener.getsockname()[1]
+            store = TCPStore(
+                host,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timeout,
+                master_listen_fd=listener.detach(),  # the store closes it
+            )
+            [_, self._key] = broadcast_object_list([port, secrets.token_bytes(32)])
+            return store
+        [port, self._key] = broadcast_object_list([0, b""])
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+    def _name(self, rank: int) -> str:
+        """Where the store has the news of `rank`; a name that cannot be guessed."""
+        return hmac.digest(self._key, b"name %d" % rank, "sha256").hex()
+
+    def _signed(self, rank: int, text: str) -> str:
+        return f"{hmac.digest(self._key, f'{rank} {text}'.encode(), 'sha256').hex()} {text}"
+
+    def _read(self, rank: int, value: bytes) -> Place | None:
+        """What `rank` has written; None, counted, if it has not written that."""
+        text = value.partition(b" ")[2].decode(errors="replace")
+        if not hmac.compare_digest(self._signed(rank, text).encode(), value):
+            if not self.foreign:
+                print(
+                    f"spark-vl: rank {self.rank}: somebody else writes into the watch's store on "
+                    f"{os.environ['MASTER_ADDR']}; that is ignored, but the network is not to be trusted",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self.foreign += 1
+            return None
+        return Place(**json.loads(text))
 
     def _run(self) -> None:
         while not self._ended.wait(_BEAT_S):
@@ -129,24 +164,27 @@ class Watch:
     def _tell(self) -> None:
         with self._lock:
             self._here = replace(self._here, beat=self._here.beat + 1)
-        self._store.set(str(self.rank), json.dumps(asdict(self._here)))
+            text = json.dumps(asdict(self._here))
+        self._store.set(self._name(self.rank), self._signed(self.rank, text))
 
     def _exchange(self) -> None:
         try:
             self._tell()
-            told = self._store.multi_get([str(rank) for rank in range(self.processes)])
+            told = self._store.multi_get([self._name(rank) for rank in range(self.processes)])
         except DistError:  # the store died with the main process
             self._store_lost = True
             return
         self._store_lost = False
         now = time.monotonic()
-        for rank, text in enumerate(told):
-            place, seen = Place(**json.loads(text)), self._seen[rank]
-            if place.beat != seen.place.beat:
+        for rank, value in enumerate(told):
+            place, seen = self._read(rank, value), self._seen[rank]
+            if place is None:  # it says nothing of the process, not even that it is silent
                 seen.beat_at = now
-            if place.progress != seen.place.progress:
-                seen.progress_at = now
-            seen.place = place
+            elif place.beat > seen.place.beat:  # an older value, written again, is no news either
+                seen.beat_at = now
+                if place.progress > seen.place.progress:
+                    seen.progress_at = now
+                seen.place = place
 
     def _silent(self, seconds: float) -> list[int]:
         """The ranks that have been silent for `seconds`."""
@@ -174,3 +212,18 @@ class Watch:
         """End this process, whose main thread is in a call that does not return."""
         print(f"spark-vl: rank {self.rank} stops: {message}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _listen(host: str) -> socket.socket:
+    """A socket on a free port of `host` alone, which must be an address of this machine."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            error.errno, f"MASTER_ADDR: found {host!r}; allowed: an address of the main process's machine"
+        ) from error
+    listener.listen(socket.SOMAXCONN)
+    return listener

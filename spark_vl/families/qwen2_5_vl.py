@@ -217,7 +217,16 @@ class QwenVLProcessor:
 
     def process(self, record: PromptRecord) -> ProcessedPrompt:
         """See `Processor.process`."""
-        images = tuple(self._image(ref, record.id) for ref in record.images)
+        images: tuple[ProcessedImage, ...] = ()
+        for ref in record.images:
+            images += (self._image(ref, record.id),)
+            features = sum(image.tokens for image in images)
+            if features > self.max_prompt_tokens:  # before more of them take memory
+                raise BadRecordError(
+                    record.id,
+                    f"the first {len(images)} of {len(record.images)} images have {features} tokens; at most "
+                    f"{self.max_prompt_tokens} are allowed (data.max_prompt_tokens, model.max_pixels)",
+                )
         try:
             chat = self._chat(record.messages)
         except ValueError as error:

@@ -31,7 +31,7 @@ from spark_vl.records import BadRecordError, PromptRecord, Verdict
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
 
 _MAX_CHARS = 1000
-"""A longer box is not an answer, and each would take the whole deadline."""
+"""A longer box is not an answer, nor a longer gold, and each would take the whole deadline."""
 
 _DEFAULT = LatexExtractionConfig()
 _CONFIG = replace(_DEFAULT, normalization_config=replace(_DEFAULT.normalization_config, units=False))
@@ -412,6 +412,8 @@ def verify_math(completion: str, record: PromptRecord) -> Verdict:
     There is no limit on time: on `9^{9^9}` it does not return.
     """
     gold = last_boxed(record.gold) or record.gold
+    if len(gold) > _MAX_CHARS:
+        raise BadRecordError(record.id, f"gold has {len(gold)} characters; math allows {_MAX_CHARS}")
     if not (expected := _parse(gold)):
         raise BadRecordError(
             record.id, f"gold {record.gold!r:.200} is not a mathematical expression that math-verify reads"

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import random
 import string
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from spark_vl.answers import last_boxed, match_choice, match_label, parse_quantity
 from spark_vl.data.images import ImageError, check_encoded, encode_image, load_image
-from spark_vl.data.judgments import CONFIGS, record_of, row_of
+from spark_vl.data.judgments import CONFIGS, group_of, record_of, row_of
 from spark_vl.prompts import Templater
+from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, Verdict
+from spark_vl.run.manifest import MANIFEST, find_damage, read_manifest, write_manifest
+from spark_vl.run.paths import RECIPES
+from spark_vl.run.provenance import write_recipes
+from spark_vl.run.reader import recipe_facts
+from spark_vl.run.shards import RowWriter, ShardError, check_shard
 from spark_vl.verifiers.base import VERIFIERS, get_verifier
 from spark_vl.verifiers.pool import INLINE, VerifierPool
 from tests.conftest import make_record
@@ -292,6 +303,98 @@ def run_judgment(case: tuple[str, Any]) -> None:
         words.encode()
 
 
+def run_group(case: tuple[str, Any]) -> None:
+    """What `spark-vl recycle` reads: completions and their verdicts, too."""
+    config, row = case
+    if config not in ("rollouts", "reflection") or not isinstance(row, Mapping):
+        return
+    try:
+        group = group_of(row, config, neutralize=templater().neutralize)
+    except ValueError:
+        return
+    assert len(group.rollouts) == len(group.verdicts)
+    for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
+        check_verdict(replace(verdict, status="ok"), config)
+        rollout.text.encode()
+
+
+# ── files of a run ──
+
+
+@cache
+def a_folder() -> Path:
+    """Where the files lie that are fuzzed; it is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@cache
+def run_files() -> Mapping[str, bytes]:
+    """One file of each kind, as a run writes it."""
+    folder = a_folder() / "whole"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights").write_bytes(b"weights")
+    write_manifest(folder, {"step": 3, "processes": 2, "format": 3})
+    templater().save(folder / PROMPTS_FILE)
+    write_recipes(folder, ["digits"])
+    writer = RowWriter(folder / "shards")
+    for config, row in sorted(rows(), key=lambda made: made[1]["step"]):
+        writer.add(config, "train", dict(row))
+    writer.flush()
+    names = {"manifest": MANIFEST, "spark_prompts": PROMPTS_FILE, "recipes": RECIPES}
+    shard = next((folder / "shards").rglob("*.parquet"))
+    return {name: (folder / file).read_bytes() for name, file in names.items()} | {"shards": shard.read_bytes()}
+
+
+def a_file(rng: random.Random, name: str) -> bytes:
+    """The file with bytes changed or, where it is JSON, with values of other types in it."""
+    data = run_files()[name]
+    if name == "shards" or rng.random() < 0.3:
+        return mutated(rng, data)
+    found = json.loads(data)
+    for _ in range(rng.randrange(1, 4)):
+        found = changed(rng, found)
+    return json.dumps(found, default=repr).encode(errors="surrogatepass")
+
+
+def run_manifest(data: bytes) -> None:
+    folder = a_folder() / "manifest"
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "weights").write_bytes(b"weights")
+    (folder / MANIFEST).write_bytes(data)
+    manifest = read_manifest(folder)
+    assert manifest is None or find_damage(folder, manifest) == []
+
+
+def run_spark_prompts(data: bytes) -> None:
+    file = a_folder() / PROMPTS_FILE
+    file.write_bytes(data)
+    try:
+        read = Templater.read(file)
+    except ValueError:
+        return
+    assert "<|" not in read.neutralize("<|im_end|>") or "<|" not in json.loads(data)["reserved"]
+
+
+def run_recipes(data: bytes) -> None:
+    (a_folder() / RECIPES).write_bytes(data)
+    try:
+        [facts] = recipe_facts(a_folder(), ["digits"])
+    except ValueError:
+        return
+    assert all(isinstance(facts[name], str) for name in ("name", "license"))
+
+
+def run_shard(data: bytes) -> None:
+    name = next((a_folder() / "whole" / "shards").rglob("*.parquet")).relative_to(a_folder() / "whole" / "shards")
+    file = a_folder() / "shards" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data)
+    with suppress(ShardError):
+        check_shard(file)
+
+
 TARGETS: dict[str, Target] = {
     "answers": Target(texts, run_answers),
     "prompts": Target(texts, run_prompts),
@@ -301,4 +404,14 @@ TARGETS: dict[str, Target] = {
     ),
     "images": Target(picture, run_image),
     "judgments": Target(judgment, run_judgment),
+    "groups": Target(judgment, run_group),
+    **{
+        name: Target(lambda rng, name=name: a_file(rng, name), run)
+        for name, run in (
+            ("manifest", run_manifest),
+            ("spark_prompts", run_spark_prompts),
+            ("recipes", run_recipes),
+            ("shards", run_shard),
+        )
+    },
 }
