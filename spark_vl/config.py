@@ -2,8 +2,8 @@
 
 `spark-vl train --config run.yaml --optimizer.lr 1e-6`: unknown keys, wrong types and values out of range fail here,
 before anything is loaded, with the path of the field. The defaults are ours; where the released code (arXiv 2509.22624)
-does otherwise, and the difference is of interest, a docstring says so. `scripts/configs/qwen2_5_vl_7b/released.yaml`
-has the settings of the released SPARK-VL-7B run. Docstrings become the help of the command line.
+does otherwise, and the difference is of interest, a docstring says so. `released.yaml` in `scripts/configs` has the
+settings of the released 7B run. Docstrings become the help of the command line.
 """
 
 from __future__ import annotations

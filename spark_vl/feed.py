@@ -223,10 +223,14 @@ class PromptFeed:
     def deal_out(states: Sequence[Mapping[str, Any]], rank: int, processes: int) -> dict[str, Any]:
         """The state of process `rank` of `processes`, from those of another number of processes: what waits is dealt
         out anew, and rank 0 takes over the counts of the quarantine."""
-        dealt = {
-            name: sorted((w for state in states for w in state[name]), key=lambda w: w["number"])[rank::processes]
-            for name in ("waiting", "surplus")
-        }
+        dealt: dict[str, list[Any]] = {"waiting": [], "surplus": []}
+        for name, mine in dealt.items():
+            loads = [0] * processes
+            for waiting in sorted((w for state in states for w in state[name]), key=lambda w: w["number"]):
+                to = loads.index(min(loads))
+                loads[to] += len(waiting["records"])
+                if to == rank:
+                    mine.append(waiting)
         counts = Quarantine.merge([state["quarantine"] for state in states] if rank == 0 else [])
         return {**states[0], "quarantine": counts, **dealt}
 

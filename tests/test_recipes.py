@@ -924,7 +924,9 @@ def test_digits_run_out_of_the_box() -> None:
 
 
 def test_every_shipped_recipe_is_exercised_here() -> None:
-    assert recipes() == sorted({*FIXTURES, "digits", "judgments"})  # judgments: tests/test_judgments.py
+    # judgments: tests/test_judgments.py; the released training sets: tests/test_spark_data.py
+    elsewhere = {"judgments", "spark_virl_19k", "spark_virl_hard_24k"}
+    assert recipes() == sorted({*FIXTURES, "digits", *elsewhere})
     for name in recipes():
         recipe = load_recipe(usage(name))
         assert recipe.name == (name if name != "judgments" else "judgments-pairwise")

@@ -165,7 +165,7 @@ def test_the_scores_of_the_policy_that_sampled_are_without_dropout(folder, proce
     )
     [batch] = make_batches(list(zip(prompts, groups, strict=True)), [[1.0, -1.0]] * 3, seed="0")
     [pack] = batch.passes
-    [once], [twice] = updater._scores(batch), updater._scores(batch)
+    [once], [twice] = updater.score(batch.passes), updater.score(batch.passes)
     assert torch.equal(once, twice)
     torch.testing.assert_close(once, batch.sampler_logprobs_of(pack), rtol=0, atol=1e-5)
     assert all(module.training for module in policy.modules()), "the update itself is with dropout"

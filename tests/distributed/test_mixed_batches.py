@@ -33,12 +33,16 @@ def recipe(tmp_path_factory) -> Path:
     return file
 
 
+ONE_EACH = ("--recycle.pointwise=one_per_group",)
+"""So that a step in which every group is all right or all wrong gives judge prompts, too."""
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
 @pytest.mark.parametrize(
     ("problems", "settings"),
     [
         # An odd number: one process has a problem more, and the only judge and reflection prompts.
-        (3, ("--recycle.max_judge=1", "--recycle.max_reflection=1", "--recycle.schedule=sequential")),
+        (3, ("--recycle.max_judge=1", "--recycle.max_reflection=1", *ONE_EACH, "--recycle.schedule=sequential")),
         # One process has none at all; zero-variance groups are sampled again on one of them.
         (1, ("--objective.refill_rounds={problem: 2, pointwise: 1}", "--rollout.gather=layer")),
     ],
