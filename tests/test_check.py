@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_wrong_positions_in_the_sampler(trainer, monkeypatch):
 )
 def test_what_differs_is_named_with_its_place(trainer, monkeypatch, packed, alone, meaning):
     scored = sample(trainer)
-    shown = min(scored, key=lambda pair: len(pair[0].input_ids))
+    shown = min(scored, key=lambda pair: fmean(p for rollout in pair[1].rollouts for p in rollout.logprobs))
     lengths = [len(rollout.token_ids) for rollout in shown[1].rollouts]
     score = trainer.updater.score
 
