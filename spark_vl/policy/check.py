@@ -143,8 +143,10 @@ class LogprobCheck(Sink):
         logprobs = updater.score([*passes, *[None] * (most - len(passes))])
         if not scored:
             return None
+        # A group that was cut may lie in its packs in another order; tokens of one completion stay together.
+        in_order = torch.cat([pack.row_N for pack in packs]).argsort(stable=True)
         scores = {
-            "packed": torch.cat(logprobs[: len(packs)]).cpu(),
+            "packed": torch.cat(logprobs[: len(packs)]).cpu()[in_order],
             "alone": torch.cat(logprobs[len(packs) : len(passes)]).cpu(),
             "sampler": torch.tensor([value for rollout in group.rollouts for value in rollout.logprobs]),
         }
