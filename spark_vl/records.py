@@ -200,6 +200,11 @@ class Verdict:
     shaping: tuple[tuple[str, float], ...] = ()
     """Name and unweighted value of each shaping term of the record."""
 
+    @property
+    def is_correct(self) -> bool | None:
+        """Whether the score says right (1) or wrong (0), to 1e-6; None: it is partial."""
+        return None if 1e-6 < self.score < 1 - 1e-6 else self.score > 0.5
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState
 
 from spark_vl.policy import policy as policy_module
 from spark_vl.policy.check import LogprobCheck, LogprobGapError
+from spark_vl.policy.packing import PackItem, make_pack
 from spark_vl.rollout import Sampling
 from spark_vl.run.sinks import Sink
 from spark_vl.setup import load_trainer
@@ -120,7 +122,7 @@ def test_wrong_positions_in_the_sampler(trainer, monkeypatch):
 )
 def test_what_differs_is_named_with_its_place(trainer, monkeypatch, packed, alone, meaning):
     scored = sample(trainer)
-    shown = min(scored, key=lambda pair: len(pair[0].input_ids))
+    shown = min(scored, key=lambda pair: fmean(p for rollout in pair[1].rollouts for p in rollout.logprobs))
     lengths = [len(rollout.token_ids) for rollout in shown[1].rollouts]
     score = trainer.updater.score
 
@@ -139,6 +141,20 @@ def test_what_differs_is_named_with_its_place(trainer, monkeypatch, packed, alon
     assert f"most in completion 3 of 4 of {shown[0].record.id}; allowed are" in str(e.value)
     if packed == alone == 1.0:
         assert gaps(str(e.value))["alone-sampler"] == pytest.approx(lengths[2] / sum(lengths), abs=0.01)
+
+
+def test_a_group_that_was_cut_may_lie_in_its_packs_in_any_order(trainer, monkeypatch):
+    """As first fit leaves it, where a late short part goes into an early pack that has room."""
+
+    def cut_backward(items, *, tokens_per_pack, padding):
+        [whole] = items
+        parts = [PackItem(whole.prompt, [ids], [row]) for ids, row in zip(whole.completions, whole.rows, strict=True)]
+        return [make_pack([part], padding=padding) for part in reversed(parts)]
+
+    monkeypatch.setattr("spark_vl.policy.check.pack_items", cut_backward)
+    said = []
+    make_check(trainer, said)(1, sample(trainer))
+    assert "passed" in said[0]
 
 
 def test_the_bound_can_be_set_and_the_check_switched_off(trainer, monkeypatch):

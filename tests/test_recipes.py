@@ -687,6 +687,24 @@ def test_a_factory_makes_rows(tmp_path: Path, recipe_file, monkeypatch: pytest.M
     assert reason(opened, 1) == "row 1 is out"
 
 
+def test_a_first_row_that_cannot_be_made_is_an_error_of_that_row(
+    tmp_path: Path, recipe_file, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late_rows.py").write_text(
+        "class Rows(list):\n"
+        "    def __getitem__(self, index):\n"
+        "        if index == 0:\n"
+        "            raise ValueError('row 0 is out')\n"
+        "        return {'q': 'Easy?', 'a': '1'}\n"
+        "def make(split):\n"
+        "    return Rows(range(2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = load_recipe(recipe_file(source={"factory": "late_rows:make"}, splits={"train": "easy"}, columns=PLAIN))
+    opened = open_recipe(recipe, "train", TEMPLATER)
+    assert reason(opened, 0) == "row 0 is out"
+
+
 def test_json_lines_are_not_held_in_memory(tmp_path: Path, recipe_file) -> None:
     lines(tmp_path / "data" / "train.jsonl", [ROW | {"q": f"{n} {'x' * 10_000}"} for n in range(300)])
     rows, root = open_rows(load_recipe(recipe_file()).source, "train.jsonl", ())

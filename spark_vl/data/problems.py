@@ -118,7 +118,13 @@ class ProblemSet:
     def has_image_paths(self) -> bool:
         """Whether the first row holds its images as paths."""
         column = self.recipe.columns.images
-        return column is not None and len(self) > 0 and any(isinstance(i, str) for i in items(self._rows[0][column]))
+        if column is None or not len(self):
+            return False
+        try:
+            row = self._rows[0]
+        except ValueError:  # which is said when the row is drawn
+            return False
+        return any(isinstance(item, str) for item in items(row.get(column)))
 
     def _record(self, row: Row, record_id: str) -> PromptRecord:
         recipe, columns = self.recipe, self.recipe.columns

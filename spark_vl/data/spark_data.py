@@ -68,11 +68,11 @@ def rows(split: str) -> SparkRows:
         ValueError: the file cannot be had, or is not a JSON list.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         file = Path(hf_hub_download(REPO, split, repo_type="dataset"))
-    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (EntryNotFoundError, OSError) as error:  # what the Hub answers is an OSError, too
         raise ValueError(f"{split} of the dataset {REPO}: {error}") from error
     try:
         found = json.loads(file.read_bytes())

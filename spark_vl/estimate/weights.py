@@ -143,9 +143,8 @@ def held(shape: Shape, model: ModelConfig, setup: Setup) -> dict[str, Phases]:
 
 
 def reference(shape: Shape, model: ModelConfig, beta: float, setup: Setup) -> Phases:
-    """The frozen policy of the KL term, w P bytes, sharded where the policy is. Its embedding is float32 under
-    autocast. None with adapters: without them the policy is the reference."""
-    if beta == 0 or model.lora:
+    """The frozen policy of the KL term: w P bytes (embedding: float32 under autocast), sharded where the policy is."""
+    if beta == 0 or model.lora:  # without its adapters the policy is the reference
         return Phases()
     held = low_bytes(model) * shape.parameters + (2 * shape.embedding if autocast(model, setup) else 0)
     return Phases.always(held // (setup.gpus if setup.sharded else 1))

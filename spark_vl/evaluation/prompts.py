@@ -22,11 +22,10 @@ from spark_vl.data.problems import ProblemSet
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RecycledRecord, RolloutGroup, plain_text
+from spark_vl.recycle.evidence import quotable_answer
 from spark_vl.verifiers import VerifierPool, boxed_gold, check_golds
 
 logger = logging.getLogger(__name__)
-
-_EPS = 1e-6
 
 
 def draw_problems(
@@ -154,11 +153,9 @@ def judge_own(sampled: RolloutGroup, templater: Templater) -> list[RecycledRecor
     problem = sampled.record
     answers: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
     for index, (rollout, verdict) in enumerate(zip(sampled.rollouts, sampled.verdicts, strict=True)):
-        # Some verifiers read answers outside boxes: then quote what they found and scored.
-        answer = (last_boxed(rollout.text) or verdict.parsed or "").strip()
-        clear = verdict.status == "ok" and min(verdict.score, 1 - verdict.score) <= _EPS
-        if rollout.finish_reason == "stop" and answer and clear:
-            answers[verdict.score > 0.5].append((index, answer))
+        answer, is_correct = quotable_answer(rollout.text, verdict).strip(), verdict.is_correct
+        if rollout.finish_reason == "stop" and verdict.status == "ok" and answer and is_correct is not None:
+            answers[is_correct].append((index, answer))
     ambiguous = {answer for _, answer in answers[True]} & {answer for _, answer in answers[False]}
     rng = random.Random(f"{problem.id}/own")
     records = []

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate.utils import gather_object
@@ -28,6 +29,7 @@ from spark_vl.log import RunLog
 from spark_vl.policy.batch import Scored
 from spark_vl.policy.packing import PackItem, make_pack, pack_items
 from spark_vl.policy.update import GAP, Updater
+from spark_vl.records import RolloutGroup
 from spark_vl.run.paths import LATEST, pointed
 from spark_vl.run.sinks import Sink
 
@@ -129,8 +131,9 @@ class LogprobCheck(Sink):
         updater, padding = self.updater, self.updater.processor.padding
         packs, alone = [], []
         if scored:
-            # A group with images if there is one, since their positions are the hardest; the cheapest of these.
-            prompt, group = min(scored, key=lambda pair: (not pair[0].images, len(pair[0].input_ids)))
+            # A group with images if there is one, since their positions are the hardest; of these the one whose tokens
+            # were the least certain: where each has a probability of 1, nothing can differ.
+            prompt, group = min(scored, key=lambda pair: (not pair[0].images, _mean_logprob(pair[1])))
             completions = [rollout.token_ids for rollout in group.rollouts]
             whole = PackItem(prompt, completions, range(len(completions)))
             packs = pack_items([whole], tokens_per_pack=updater.settings.tokens_per_pack, padding=padding)
@@ -140,8 +143,10 @@ class LogprobCheck(Sink):
         logprobs = updater.score([*passes, *[None] * (most - len(passes))])
         if not scored:
             return None
+        # A group that was cut may lie in its packs in another order; tokens of one completion stay together.
+        in_order = torch.cat([pack.row_N for pack in packs]).argsort(stable=True)
         scores = {
-            "packed": torch.cat(logprobs[: len(packs)]).cpu(),
+            "packed": torch.cat(logprobs[: len(packs)]).cpu()[in_order],
             "alone": torch.cat(logprobs[len(packs) : len(passes)]).cpu(),
             "sampler": torch.tensor([value for rollout in group.rollouts for value in rollout.logprobs]),
         }
@@ -152,6 +157,11 @@ class LogprobCheck(Sink):
             {pair: float(gap.mean()) for pair, gap in gaps.items()},
             f"completion {worst + 1} of {len(completions)} of {prompt.record.id}",
         )
+
+
+def _mean_logprob(group: RolloutGroup) -> float:
+    """Of the tokens of a group, as the sampler gave it."""
+    return fmean(value for rollout in group.rollouts for value in rollout.logprobs)
 
 
 def _meaning(packed_alone: bool, packed_sampler: bool, alone_sampler: bool) -> str:

@@ -98,7 +98,7 @@ def choose(candidates: Sequence[Sequence[Candidate]], config: RecycleConfig, *, 
     counts |= {"pairwise": 0, "groups_repeated": repeated}
     for unit in judge + reflection:
         for part in unit.parts:
-            counts[_name(unit.kind, part.quoted_correct)] += 1
+            counts[named(unit.kind, part.quoted_correct)] += 1
     # A phase that sampled no problems (`sequential`) has nothing to fill places with.
     counts["judge_unfilled"] = config.max_judge - sum(len(unit.parts) for unit in judge) if places else 0
     return Choice(judge, reflection, judge_surplus + reflection_surplus, counts)
@@ -107,7 +107,8 @@ def choose(candidates: Sequence[Sequence[Candidate]], config: RecycleConfig, *, 
 _SIDES = {True: "correct", False: "incorrect"}
 
 
-def _name(kind: RecycledKind, quoted_correct: bool | None) -> str:
+def named(kind: RecycledKind, quoted_correct: bool | None) -> str:
+    """The kind with the side that is quoted, such as `pointwise_correct`; None: without."""
     return kind if quoted_correct is None else f"{kind}_{_SIDES[quoted_correct]}"
 
 

@@ -10,9 +10,8 @@ from typing import Literal
 
 from spark_vl.answers import last_boxed
 from spark_vl.config import RecycleConfig
-from spark_vl.records import Kind, PromptRecord, RolloutGroup
+from spark_vl.records import Kind, PromptRecord, RolloutGroup, Verdict
 
-_EPS = 1e-6
 _COT_SHARE = {"answer": 0.0, "mixed": 0.5, "cot": 1.0}
 _OUTCOMES = {  # (any right evidence, any wrong evidence)
     (True, True): "groups_mixed",
@@ -155,12 +154,18 @@ def _sides(group: RolloutGroup, config: RecycleConfig, counts: dict[str, int]) -
             counts["rollouts_truncated"] += 1
         elif verdict.status not in ("ok", "unparsable"):
             counts["rollouts_unverified"] += 1
-        elif _EPS < verdict.score < 1 - _EPS:
+        elif (is_correct := verdict.is_correct) is None:
             counts["rollouts_partial"] += 1
         else:
-            correct[index] = verdict.score > 0.5
+            correct[index] = is_correct
     counts[_OUTCOMES[True in correct.values(), False in correct.values()]] += 1
     return correct
+
+
+def quotable_answer(completion: str, verdict: Verdict) -> str:
+    """The final answer of a completion, empty if it has none: that in its last box or, since some verifiers read
+    answers outside boxes, what they found and scored."""
+    return last_boxed(completion) or verdict.parsed or ""
 
 
 def _quotes(group: RolloutGroup, sides: dict[int, bool], shows: Shows) -> Quotes:
@@ -168,8 +173,7 @@ def _quotes(group: RolloutGroup, sides: dict[int, bool], shows: Shows) -> Quotes
     quotes: dict[bool, list[Quote]] = {True: [], False: []}
     for index, is_correct in sides.items():
         completion = group.rollouts[index].text
-        # Some verifiers read answers outside boxes: then quote what they found and scored.
-        text = completion if shows == "cot" else last_boxed(completion) or group.verdicts[index].parsed or ""
+        text = completion if shows == "cot" else quotable_answer(completion, group.verdicts[index])
         if text.strip():
             quotes[is_correct].append(Quote(index, text, completion))
     return Quotes(shows, quotes[True], quotes[False])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from spark_vl.config import RecycleConfig
 from spark_vl.prompts.templater import Rendered, Templater
 from spark_vl.records import RecycledRecord
-from spark_vl.recycle.choose import Part, Unit
+from spark_vl.recycle.choose import Part, Unit, named
 from spark_vl.recycle.evidence import Evidence, Quote
 
 
@@ -47,11 +47,11 @@ def word(
 def _record(
     part: Part, unit: Unit, source: Evidence, rendered: Rendered, quotes: tuple[Quote, ...], step: int
 ) -> RecycledRecord:
-    side = {True: "_correct", False: "_incorrect", None: ""}[part.quoted_correct if unit.kind == "pointwise" else None]
+    name = named(unit.kind, part.quoted_correct if unit.kind == "pointwise" else None)
     return rendered.record(
         source.record,
         unit.kind,
-        id=f"{source.record.id}@{step}#{unit.kind}{side}",
+        id=f"{source.record.id}@{step}#{name}",
         step=step,
         rollouts=tuple(quote.index for quote in quotes),
         quoted_correct=part.quoted_correct,
