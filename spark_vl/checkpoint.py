@@ -43,9 +43,10 @@ from spark_vl.run.manifest import MANIFEST, find_damage, read_manifest, write_ma
 from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.run.provenance import public_name
 
-FORMAT = 3
+FORMAT = 4
 """Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own. 2: before recycled
-prompts came in pairs, and before norms and biases were a group of their own in the optimizer."""
+prompts came in pairs, and before norms and biases were a group of their own in the optimizer. 3: optimizer and random
+generators were pickled."""
 
 _SAME_FILES = {"single", "ddp"}
 """Ways of holding weights whose checkpoints do not depend on the number of processes."""

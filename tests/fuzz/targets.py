@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_vl.answers import last_boxed, match_choice, match_label, parse_quantity
+from spark_vl.checkpoint import FORMAT
 from spark_vl.data.images import ImageError, check_encoded, encode_image, load_image
 from spark_vl.data.judgments import CONFIGS, group_of, record_of, row_of
 from spark_vl.prompts import Templater
@@ -335,7 +336,7 @@ def run_files() -> Mapping[str, bytes]:
     folder = a_folder() / "whole"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "weights").write_bytes(b"weights")
-    write_manifest(folder, {"step": 3, "processes": 2, "format": 3})
+    write_manifest(folder, {"step": 3, "processes": 2, "format": FORMAT})
     templater().save(folder / PROMPTS_FILE)
     write_recipes(folder, ["digits"])
     writer = RowWriter(folder / "shards")
