@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the table below, for type checkers
+    from spark_vl.answers import last_boxed as last_boxed
     from spark_vl.cli import train as train
     from spark_vl.config import CheckpointConfig as CheckpointConfig
     from spark_vl.config import DataConfig as DataConfig
@@ -65,6 +66,7 @@ PUBLIC = {
         "spark_vl.trainer": "Trainer",
         "spark_vl.run.sinks": "Sink",
         "spark_vl.evaluation": "Evaluator evaluate_checkpoint",
+        "spark_vl.answers": "last_boxed",
         "spark_vl.verifiers": "as_trl_reward verify",
         "spark_vl.data.recipes": "Recipe load_recipe recipes",
         "spark_vl.prompts": "Templater",

@@ -32,8 +32,8 @@ class Counting:
         return Verdict(1.0, str(self.seen))
 
 
-def not_a_verdict(completion: str, record: PromptRecord) -> float:
-    return 1.0
+def not_a_verdict(completion: str, record: PromptRecord) -> str:
+    return "1.0"
 
 
 def too_good(completion: str, record: PromptRecord) -> Verdict:

@@ -29,8 +29,8 @@ def tree(tmp_path) -> Path:
 
 
 def run(tree: Path, *arguments: str) -> str:
-    """The output of `python ARGUMENTS`, called in `tree` with the examples on the path."""
-    environment = os.environ | {"PYTHONPATH": f"{tree}/scripts/examples:{ROOT}"}
+    """The output of `python ARGUMENTS`, called in `tree`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -54,13 +54,16 @@ def test_a_dataset_of_ones_own_is_trained_on_with_plain_grpo(tree):
 
 
 def test_the_verifier_of_ones_own_gives_half_marks_to_a_neighbor(tree):
-    """Under the name that its recipe gives it."""
+    """Under the name that its recipe gives it, and that a script does."""
     code = r"""
 from spark_vl import load_recipe, verify
 verifier = load_recipe("scripts/examples/own_verifier.yaml").verifier
-print(*[verify(verifier, rf"\boxed{{{answer}}}", "4").score for answer in (4, 5, 3, 6, "four")])
+print(*[verify(verifier, rf"\boxed{{{answer}}}", 4).score for answer in (4, 5, 3, 6, "four")])
+print(*[verify("scripts/examples/own_verifier.py:exactly", rf"\boxed{{{answer}}}", 4).score for answer in (4, 5)])
 """
-    assert run(tree, "-c", code).split() == ["1.0", "0.5", "0.5", "0.0", "0.0"]
+    assert run(tree, "-c", code).split() == ["1.0", "0.5", "0.5", "0.0", "0.0", "1.0", "0.0"]
+    checked = run(tree, "-m", "spark_vl", "recipes", "scripts/examples/own_verifier.yaml", "--split=test", "--show=1")
+    assert "own_verifier.py:nearly)" in checked
 
 
 def test_the_judge_gives_a_verdict_in_the_words_that_its_model_was_trained_on(tree):

@@ -546,7 +546,9 @@ def test_a_verifier_that_workers_cannot_import_is_an_error_not_a_score(monkeypat
     module.f = lambda completion, record: Verdict(1.0, "x")
     monkeypatch.setitem(sys.modules, "only_in_the_parent", module)
     with VerifierPool(workers=2) as own:
-        with pytest.raises(RuntimeError, match=r"did not start: ValueError: .*there is no module 'only_in_the_parent'"):
+        with pytest.raises(
+            RuntimeError, match=r"did not start: UnknownVerifierError: .*there is no module 'only_in_the_parent'"
+        ):
             own.verify([*obey("sleep 0.2", "sleep 0.2", "sleep 0.2"), ("x", record("only_in_the_parent:f"))])
         # Answers to the call that failed are not taken for answers to the next.
         assert [verdict.parsed for verdict in own.verify(obey("one", "two"))] == ["one", "two"]

@@ -320,7 +320,7 @@ def test_registered_names() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", "unknown verifier 'maths'; allowed: choice, .*math, .*or 'module:function'"),
+        ("maths", "unknown verifier 'maths'; allowed: choice, .*math, .*'module:function', or './file.py:function'"),
         ("", "unknown verifier ''"),
         (":f", "unknown verifier ':f'"),
         ("m:", "unknown verifier 'm:'"),
@@ -328,6 +328,8 @@ def test_registered_names() -> None:
         ("spark_vl.no_such_module:f", r"no module 'spark_vl\.no_such_module'"),
         ("spark_vl.answers:no_such_function", "module 'spark_vl.answers' has no 'no_such_function'"),
         ("spark_vl.verifiers.number:TOLERANCE", "not callable"),
+        ("/nowhere/check.py:f", "there is no file '/nowhere/check.py'"),
+        (f"{__file__}:f", "file '.*test_verifiers.py' has no 'f'"),
     ],
 )
 def test_unknown_verifiers_say_what_is_allowed(name: str, message: str) -> None:

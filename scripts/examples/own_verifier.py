@@ -1,12 +1,13 @@
-"""Your own verifier: a function of a completion and its record. `own_verifier.yaml` names it, as `module:function`.
+"""Your own verifier: a function of a completion and its record, in a file beside the recipe that names it.
 
-    PYTHONPATH=scripts/examples spark-vl recipes scripts/examples/own_verifier.yaml
-    PYTHONPATH=scripts/examples spark-vl train --config scripts/configs/digits/spark.yaml \
+    spark-vl recipes scripts/examples/own_verifier.yaml
+    spark-vl train --config scripts/configs/digits/spark.yaml \
         --data.recipes '[scripts/examples/own_verifier.yaml]' --output_dir runs/own-verifier
 """
 
-from spark_vl import PromptRecord, Verdict
-from spark_vl.answers import last_boxed
+from spark_vl import PromptRecord, Verdict, last_boxed
+
+SETTINGS = {"neighbor": 0.5}  # what recipes may set, and the defaults; leave it out if there is nothing to set
 
 
 def nearly(completion: str, record: PromptRecord) -> Verdict:
@@ -14,5 +15,11 @@ def nearly(completion: str, record: PromptRecord) -> Verdict:
     answer = last_boxed(completion)
     if answer is None or not answer.isdecimal():
         return Verdict(0.0, answer, "unparsable", "there is no whole number in the last box")
+    neighbor = (SETTINGS | dict(record.settings))["neighbor"]
     distance = abs(int(answer) - int(record.gold))
-    return Verdict({0: 1.0, 1: 0.5}.get(distance, 0.0), answer)
+    return Verdict({0: 1.0, 1: neighbor}.get(distance, 0.0), answer)
+
+
+def exactly(completion: str, record: PromptRecord) -> bool:
+    """Where there is no more to say than right or wrong, a bool will do, or a number from 0 to 1."""
+    return last_boxed(completion) == record.gold

@@ -20,6 +20,11 @@ def cell(row: Row, column: str) -> Any:
     return row[column]
 
 
+def optional(row: Row, column: str | None) -> Any:
+    """The value of `column`, of any type; None where there is no such column, or the row leaves it out."""
+    return None if column is None else row.get(column)
+
+
 def text(row: Row, column: str) -> str:
     """A text that is not blank, unchanged."""
     value = unicode(cell(row, column), column)
@@ -29,12 +34,13 @@ def text(row: Row, column: str) -> str:
 
 
 def answer(row: Row, column: str) -> str:
-    """A text unchanged; a number, or a list or mapping that is not empty, as JSON."""
+    """A text unchanged; a number, true or false, or a list or mapping that is not empty, as JSON."""
     value = cell(row, column)
     if isinstance(value, str):
         return text(row, column)
-    if isinstance(value, bool | None) or (isinstance(value, float) and not math.isfinite(value)) or value in ([], {}):
-        raise ValueError(f"{column!r} is {type_name(value)}; a text, a finite number, a list or a mapping is allowed")
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or value in ([], {}):
+        allowed = "a text, a finite number, true, false, a list or a mapping is allowed"
+        raise ValueError(f"{column!r} is {type_name(value)}; {allowed}")
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -67,13 +73,14 @@ def identifier(row: Row, column: str) -> str:
 
 
 def items(value: Any) -> list[Any]:
-    """The items of a list; null is an empty list; anything else is one item."""
+    """The items of a list, which may also be written as JSON; null is an empty list; anything else is one item."""
+    value = _listed(value)
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def options(row: Row, column: str) -> tuple[str, ...]:
-    """2 to 26 texts that are not blank, or none."""
-    found = cell(row, column)
+    """2 to 26 texts that are not blank, or none. They may also be written as JSON."""
+    found = _listed(cell(row, column))
     if found is None or found == []:
         return ()
     if not isinstance(found, list | tuple) or not all(isinstance(item, str) and item.strip() for item in found):
@@ -81,6 +88,16 @@ def options(row: Row, column: str) -> tuple[str, ...]:
     if not 2 <= len(found) <= len(ascii_uppercase):
         raise ValueError(f"{column!r} has {len(found)} options; 2 to {len(ascii_uppercase)} are allowed")
     return tuple(unicode(item.strip(), column) for item in found)
+
+
+def _listed(value: Any) -> Any:
+    """`value`, or where it is the text of a JSON list, as all are in CSV, that list."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def type_name(value: Any) -> str:

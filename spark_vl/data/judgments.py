@@ -34,7 +34,7 @@ from spark_vl.records import (
     Verdict,
     plain_text,
 )
-from spark_vl.verifiers.base import VERIFIERS, check_settings
+from spark_vl.verifiers.base import VERIFIERS, check_settings, one_of, public_name
 
 if TYPE_CHECKING:
     import datasets
@@ -173,7 +173,7 @@ def row_of(
         "parsed": [verdict.parsed for verdict in group.verdicts],
         "status": [verdict.status for verdict in group.verdicts],
         "finish_reason": [rollout.finish_reason for rollout in group.rollouts],
-        "verifier": record.verifier,
+        "verifier": public_name(record.verifier),
         "settings": json.dumps(dict(record.settings)),
         "parent_id": record.parent_id,
         "recipe": record.recipe,
@@ -227,8 +227,9 @@ def record_of(
     images = _images(row)
     gold, choices, verifier = text(row, "label"), options(row, "choices"), text(row, "verifier")
     allowed = ("judgment",) if config in JUDGMENTS else verifiers
-    if verifier not in allowed:
-        raise ValueError(f"'verifier' is {verifier!r}; allowed: {', '.join(sorted(allowed))}")
+    if (known := one_of(verifier, allowed)) is None:
+        raise ValueError(f"'verifier' is {verifier!r:.200}; allowed: {', '.join(sorted(map(public_name, allowed)))}")
+    verifier = known
     if verifier == "judgment" and gold not in choices:
         raise ValueError(f"'label' is {gold!r}; allowed are the choices {list(choices)}")
     if verifier == "choice" and ", ".join(match_choices(gold, choices)) != gold:

@@ -15,14 +15,15 @@ from string import ascii_uppercase
 from typing import Any
 
 from spark_vl.answers import last_boxed, match_choices
-from spark_vl.data.cells import answer, cell, identifier, items, options, text, type_name
+from spark_vl.data.cells import answer, identifier, items, optional, options, text, type_name
 from spark_vl.data.images import ImageError, image_path, load_image
 from spark_vl.data.judgments import record_of
-from spark_vl.data.recipes import JudgmentColumns, Recipe
+from spark_vl.data.recipes import JudgmentColumns, Recipe, check_verifiers
 from spark_vl.data.sources import DEFAULT_LIMITS, Row, RowLimits, Rows, open_rows, read_column
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
+from spark_vl.verifiers.base import one_of, public_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,10 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLim
         limits: larger rows cannot be used.
 
     Raises:
-        ValueError: the recipe has no such split, or its source has no such file, split or column.
+        ValueError: the recipe has no such split, its source has no such file, split or column, or a verifier of the
+            user's own cannot be used (`check_verifiers`).
     """
+    check_verifiers(recipe)
     if split not in recipe.splits:
         raise ValueError(f"recipe {recipe.name}: splits: found {split!r}; allowed: {', '.join(recipe.splits)}")
     try:
@@ -76,9 +79,9 @@ class ProblemSet:
     ) -> None:
         self.recipe, self.split = recipe, split
         self._templater, self._rows, self.root, self._limits = templater, rows, root, limits
-        self.verifiers = frozenset({*VERIFIERS, *({own} if (own := recipe.verifier_of(split)) else ())})
-        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only the
-        recipe's own `module:function`."""
+        self.verifiers = recipe.own_verifiers | VERIFIERS.keys()
+        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only what the
+        recipe itself names."""
         column = recipe.columns.id
         self.renamed: dict[int, str] = {} if column is None else _ids_of_repeats(read_column(rows, column), column)
         """Row → the id of its own that it has in place of the one in its cell, which an earlier row has."""
@@ -108,7 +111,7 @@ class ProblemSet:
             columns = self.recipe.columns
             self._limits.check(row, "images" if isinstance(columns, JudgmentColumns) else columns.images)
             if self.recipe.columns.id is not None:
-                name = self.renamed.get(index) or identifier(row, self.recipe.columns.id)
+                name = self.renamed.get(index) or _name(row.get(self.recipe.columns.id), self.recipe.columns.id, index)
                 record_id = f"{self.recipe.name}/{self.split}/{name}"
             return self._record(row, record_id)
         except ValueError as error:
@@ -138,18 +141,19 @@ class ProblemSet:
                 neutralize=self._templater.neutralize,
             )
         question, gold = text(row, columns.question).strip(), _gold(answer(row, columns.answer))
-        choices = () if columns.choices is None else options(row, columns.choices)
-        if columns.verifier is not None and cell(row, columns.verifier) is not None:
-            verifier = text(row, columns.verifier)
-            if verifier not in self.verifiers:
-                raise ValueError(
-                    f"{columns.verifier!r} is {verifier!r}; allowed: null, {', '.join(sorted(self.verifiers))}"
-                )
-        elif choices or (recipe.verifier_of(self.split) == "math" and _is_lettered(question, gold)):
+        choices = () if optional(row, columns.choices) is None else options(row, str(columns.choices))
+        default = recipe.verifier_of(self.split)
+        if columns.verifier is not None and optional(row, columns.verifier) is not None:
+            named = text(row, columns.verifier)
+            if (verifier := one_of(named, self.verifiers)) is None:
+                allowed = ", ".join(sorted(map(public_name, self.verifiers)))
+                raise ValueError(f"{columns.verifier!r} is {named!r:.200}; allowed: null, {allowed}")
+        elif choices or (default == "math" and _is_lettered(question, gold)):
             verifier = "choice"
         else:
-            # A recipe of problems names one (`load_recipe`); only a judgment dataset's rows name theirs.
-            verifier = str(recipe.verifier_of(self.split))
+            if default is None:
+                raise ValueError(f"{columns.verifier!r} is null, and the recipe has no verifier")
+            verifier = default
         if verifier == "choice":
             text(row, columns.answer)  # a number may count the options from 0 or from 1
             gold = _letters(gold, choices)
@@ -166,7 +170,7 @@ class ProblemSet:
             verifier=verifier,
             recipe=recipe.name,
             choices=choices,
-            settings=tuple(recipe.settings.items()) if verifier == recipe.verifier else (),
+            settings=tuple(recipe.settings.get(verifier, {}).items()),
             weight=recipe.weight,
             shaping=tuple(recipe.shaping.items()),
             license=recipe.license,
@@ -174,7 +178,10 @@ class ProblemSet:
 
     def _images(self, row: Row) -> list[ImageRef]:
         column = self.recipe.columns.images
-        return [] if column is None else [self._image(item) for item in items(cell(row, column))]
+        images = items(optional(row, column))
+        if column is not None:
+            self._limits.check({column: images}, column)  # a list that was the text of one
+        return [self._image(item) for item in images]
 
     def _image(self, item: Any) -> ImageRef:
         match item:
@@ -190,6 +197,8 @@ class ProblemSet:
             raise ValueError(
                 f"an image is the path {path!r}, but the recipe has no media_root that paths are relative to"
             )
+        if Path(path).is_absolute():
+            path = _below(path, self.root)
         ref = ImageRef(path=path, root=str(self.root))
         image_path(ref)
         return ref
@@ -242,7 +251,7 @@ def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:
     repeats: dict[int, str] = {}
     for index, value in enumerate(cells):
         try:
-            name = identifier({column: value}, column)
+            name = _name(value, column, index)
         except ValueError:
             continue
         if name in taken:
@@ -253,6 +262,23 @@ def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:
         while repeats[index] in taken:  # as a cell; two repeats differ, since they end in the numbers of their rows
             repeats[index] += f"#{index}"
     return repeats
+
+
+def _name(value: Any, column: str, index: int) -> str:
+    """The id of row `index`, whose cell of `column` is `value`: its number where it has none."""
+    return f"#{index}" if value is None else identifier({column: value}, column)
+
+
+def _below(path: str, root: Path) -> str:
+    """`path`, which is absolute, from `root`. A folder of which either is a link may be written as it is or as it is
+    called; where the file really is decides `image_path`."""
+    for folder in dict.fromkeys((root.absolute(), root.resolve())):
+        if Path(path).is_relative_to(folder):
+            return str(Path(path).relative_to(folder))
+    raise ValueError(
+        f"an image is the path {path!r:.200}, which is not below the media root {str(root)!r}; set media_root to a "
+        "folder that all images are in"
+    )
 
 
 def _shows(question: str, options: tuple[str, ...]) -> bool:

@@ -3,10 +3,12 @@
     name: geometry3k
     description: Plane geometry with diagrams
     license: MIT
-    source: {hub: {id: hiyouga/geometry3k}}       # or jsonl, parquet, folder: a path; or factory: module:function
+    source: {hub: {id: hiyouga/geometry3k}}       # or jsonl, csv, parquet, folder: a path; or factory: module:function
     splits: {train: train, test: test}            # ours → the split's name at the source, or its file or folder
     columns: {question: problem, answer: answer, images: images}
     verifier: math                                # or one for each split: {train: math, test: choice}
+
+`docs/your_data.md` shows each field with rows that go with it.
 
 A file that starts from another recipe names it as its `base` and holds only what differs, for example where the images
 of ViRL39K were unpacked: `{base: virl39k, media_root: /data/ViRL39K}`. Paths are relative to the recipe file.
@@ -33,8 +35,8 @@ from urllib.parse import parse_qsl
 import yaml
 
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
-from spark_vl.data.sources import Source, SourceType
-from spark_vl.verifiers.base import VERIFIERS, check_settings
+from spark_vl.data.sources import FILES, Source, SourceType
+from spark_vl.verifiers.base import VERIFIERS, absolute_name, check_own_verifier, check_settings, file_of
 from spark_vl.verifiers.shaping import SHAPING
 
 SPLITS = ("train", "validation", "test")
@@ -44,23 +46,26 @@ RECIPE_NAME = r"[A-Za-z0-9][\w.-]*"
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is what. Those named here must be in every row; the cells of the optional ones may be null."""
+    """Which column is what. The question and the answer must be in every row. A cell of the others may be null, and a
+    row of JSON may leave it out; but a column that no row has is an error."""
 
     question: str
     """Text, in which the image placeholder stands where an image belongs; without placeholders, images go first."""
     answer: str
-    r"""Text; where it holds a `\boxed{}`, the content of the last one is the gold answer. Or a number, or a list or
-    mapping, which is taken as JSON: `[12, 30, 80, 90]` for a box, `["colour", "color"]` for the verifier `text`."""
+    r"""Text; where it holds a `\boxed{}`, the content of the last one is the gold answer. Or a number, true, false, a
+    list or a mapping, which are taken as JSON: `[12, 30, 80, 90]` for a box, `["colour", "color"]` for `text`."""
     images: str | None = None
-    """One image or a list: encoded bytes, `{"bytes", "path"}`, or a path relative to the media root."""
+    """One image or a list: encoded bytes, `{"bytes", "path"}`, or a path below the media root, relative or absolute. A
+    text that is a JSON list is a list, here and in `choices`."""
     choices: str | None = None
     """List of options. Where it is not empty, they are shown after the question (unless it shows them already), the
     answer may be the letter or the text of the right one, and the verifier is `choice`."""
     id: str | None = None
-    """Text or integer; without it, rows are numbered. Of rows that share one, the first keeps it, and the others get
-    the number of their row added: `ID#17`."""
+    """Text or integer; a row without one has its number (`#17`). Of rows that share one, the first keeps it, and the
+    others get the number of their row added: `ID#17`."""
     verifier: str | None = None
-    """Name of the row's verifier: one of `VERIFIERS`, or that of the recipe; null: the recipe's."""
+    """Name of the row's verifier: one of `VERIFIERS`, or one that the recipe names under `verifier` or `settings`.
+    null: the recipe's."""
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -97,15 +102,16 @@ class Recipe:
     """train, validation or test → the split at the source (see `sources.open_rows`)."""
     columns: Columns | JudgmentColumns
     verifier: str | Mapping[str, str] | None = None
-    """Name of the verifier of every row, or one for each split. `math` gives way to `choice` in rows whose answer is
-    one capital letter and whose question letters its options. Rows of judgment datasets name theirs: None, or the
-    `module:function` that they may name besides `VERIFIERS`."""
+    """Name of the verifier of the rows that name none, or one for each split: one of `VERIFIERS`, `module:function`, or
+    `./file.py:function`, relative to the recipe file. `math` gives way to `choice` in rows whose answer is one capital
+    letter and whose question letters its options. None: each row names its own (`columns.verifier`), as those of
+    judgment datasets do, which may name this one besides `VERIFIERS`."""
     media_root: str | None = None
     """Folder that image paths are relative to and cannot leave. None: that of a local source; no paths for others."""
     image_placeholder: str = "<image>"
     """What stands in a question where an image belongs."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of `verifier`, such as `{relative: 0.05}`; not of another one that a row is given."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Verifier → its settings, such as `{number: {relative: 0.05}, iou: {coordinates: thousand}}`."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of the score and of shaping terms (`verifiers.shaping`) in the reward. In a file they replace the
     verifier's name: `verifier: {math: 1.0, format: 0.1}`."""
@@ -123,6 +129,12 @@ class Recipe:
     def verifier_of(self, split: str) -> str | None:
         """The verifier of the rows of `split` that name none."""
         return self.verifier[split] if isinstance(self.verifier, Mapping) else self.verifier
+
+    @property
+    def own_verifiers(self) -> frozenset[str]:
+        """The verifiers that it names, besides `VERIFIERS`. They are the user's code."""
+        named = self.verifier.values() if isinstance(self.verifier, Mapping) else [self.verifier]
+        return frozenset({*named, *self.settings} - {*VERIFIERS, None})
 
 
 def recipes() -> list[str]:
@@ -161,12 +173,29 @@ def load_recipes(names: Iterable[str]) -> list[Recipe]:
     """Recipes that are used together.
 
     Raises:
-        ValueError: see `load_recipe`; or two have the same name, which the ids of their rows start with.
+        ValueError: see `load_recipe` and `check_verifiers`; or two have the same name, which the ids of their rows
+            start with.
     """
     loaded = [load_recipe(name) for name in names]
+    for recipe in loaded:
+        check_verifiers(recipe)
     if repeated := [name for name, count in Counter(recipe.name for recipe in loaded).items() if count > 1]:
         raise ValueError(f"more than one is named {', '.join(repeated)}; names are unique")
     return loaded
+
+
+def check_verifiers(recipe: Recipe) -> None:
+    """Import the user's own verifiers that `recipe` names, and check that they can be called, and their settings.
+
+    Raises:
+        ValueError: names the recipe, the verifier, and what is wrong.
+    """
+    for name in sorted(recipe.own_verifiers):
+        try:
+            check_own_verifier(name)
+            check_settings(name, recipe.settings.get(name, {}))
+        except ValueError as error:
+            raise ValueError(f"recipe {recipe.name}: {error}") from error
 
 
 def _shipped(name: str) -> str:
@@ -248,11 +277,20 @@ def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         raw["media_root"] = str(folder / Path(raw["media_root"]).expanduser())
     if isinstance(raw.get("source"), dict):
         raw["source"] = {
-            kind: str(folder / Path(value).expanduser())
-            if kind in ("jsonl", "parquet", "folder") and isinstance(value, str)
-            else value
+            kind: str(folder / Path(value).expanduser()) if kind in FILES and isinstance(value, str) else value
             for kind, value in raw["source"].items()
         }
+    match raw.get("verifier"):
+        case str(name):
+            raw["verifier"] = absolute_name(name, folder)
+        case {**names} if set(names) & set(SPLITS):
+            raw["verifier"] = {
+                split: absolute_name(name, folder) if isinstance(name, str) else name for split, name in names.items()
+            }
+        case {**names}:
+            raw["verifier"] = {absolute_name(str(name), folder): weight for name, weight in names.items()}
+    if isinstance(raw.get("settings"), dict):
+        raw["settings"] = {absolute_name(str(name), folder): value for name, value in raw["settings"].items()}
     return raw
 
 
@@ -265,25 +303,18 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     if not splits or set(splits) - set(SPLITS):
         raise ValueError(f"{where}: splits: found {_shown(splits)}; allowed: one or more of {', '.join(SPLITS)}")
     verifier, weights = _verifier(where, raw.get("verifier"), splits)
-    settings = raw.get("settings", {})
-    if not isinstance(settings, dict) or (settings and not isinstance(verifier, str)):
-        raise ValueError(f"{where}: settings: found {_shown(settings)}; allowed: a mapping, beside one verifier")
-    if verifier is not None:
-        for of_split in verifier.values() if isinstance(verifier, dict) else [verifier]:
-            _check_verifier(where, of_split)
-    if settings:
-        try:
-            check_settings(verifier, settings)
-        except ValueError as error:
-            raise ValueError(f"{where}: settings: {error}") from error
     columns = _columns(where, raw["columns"])
     optional = {
         key: _text(where, key, raw[key]) for key in ("media_root", "image_placeholder") if raw.get(key) is not None
     }
     if isinstance(columns, JudgmentColumns) and optional:
         raise ValueError(f"{where}: {next(iter(optional))}: does not apply to a judgment dataset; leave it out")
-    if isinstance(columns, Columns) and verifier is None:
-        raise ValueError(f"{where}: verifier: is missing")
+    if isinstance(columns, Columns) and verifier is None and columns.verifier is None:
+        raise ValueError(f"{where}: verifier: is missing, and so is columns.verifier, which may name one in each row")
+    named = [] if verifier is None else list(verifier.values()) if isinstance(verifier, dict) else [verifier]
+    for name_of_verifier in named:
+        _check_verifier(where, "verifier", name_of_verifier)
+    settings = _settings(where, raw.get("settings", {}), columns, named)
     return Recipe(
         name=name,
         description=_text(where, "description", raw["description"]),
@@ -298,16 +329,57 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     )
 
 
-def _check_verifier(where: str, name: Any) -> None:
-    """A name of `VERIFIERS`, or `module:function` of a module that is there. It is not imported."""
-    name = _text(where, "verifier", name)
+def _settings(where: str, raw: Any, columns: Columns | JudgmentColumns, named: list[str]) -> dict[str, dict[str, Any]]:
+    """Verifier → its settings. Those of the user's own verifiers are left to `check_verifiers`.
+
+    Args:
+        named: the verifiers that the recipe names elsewhere.
+    """
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: settings: found {_shown(raw)}; allowed: a mapping of verifiers to their settings")
+    if raw and isinstance(columns, JudgmentColumns):
+        raise ValueError(
+            f"{where}: settings: does not apply to a judgment dataset, whose rows have theirs; leave it out"
+        )
+    for name, settings in raw.items():
+        if not isinstance(settings, dict):
+            of = next(iter(named), "number")
+            raise ValueError(
+                f"{where}: settings.{name}: found {_shown(settings)}; settings stand below the name of their verifier: "
+                f"settings: {{{of}: {{{name}: {settings}}}}}"
+            )
+        _check_verifier(where, "settings", name)
+        if name in VERIFIERS:
+            try:
+                check_settings(name, settings)
+            except ValueError as error:
+                raise ValueError(f"{where}: settings: {error}") from error
+        if isinstance(columns, Columns) and columns.verifier is None and name not in {*named, "choice"}:
+            raise ValueError(
+                f"{where}: settings: no row has the verifier {name!r}; it has to be named in `verifier`, or "
+                "`columns.verifier` has to say which column names it"
+            )
+    return raw
+
+
+def _check_verifier(where: str, field: str, name: Any) -> None:
+    """A name of `VERIFIERS`, or a function of a module or file that is there. It is not imported."""
+    name = _text(where, field, name)
     if name in VERIFIERS:
         return
-    module, _, function = name.partition(":")
-    if not function or not _is_there(module):
-        why = f"there is no module {module!r} on sys.path" if function else "this is neither"
-        allowed = f"{', '.join(VERIFIERS)}, or module:function"
-        raise ValueError(f"{where}: verifier: found {name!r}; allowed: {allowed} ({why})")
+    place, _, function = name.rpartition(":")
+    if not place or not function:
+        why = "this is none of them"
+    elif (file := file_of(name)) is not None:
+        if file.is_file():
+            return
+        why = f"there is no file {place}"
+    elif not _is_there(place):
+        why = f"there is no module {place!r} on sys.path; of a file beside the recipe, write ./file.py:{function}"
+    else:
+        return
+    allowed = f"{', '.join(VERIFIERS)}, module:function, or ./file.py:function"
+    raise ValueError(f"{where}: {field}: found {name!r}; allowed: {allowed} ({why})")
 
 
 def _is_there(module: str) -> bool:
@@ -371,6 +443,12 @@ def _source(where: str, raw: Any) -> Source:
             )
         return Source(kind, value["id"], value.get("config"), value.get("revision"))
     location = _text(where, f"source.{kind}", value)
+    if kind in FILES and Path(location).is_file():
+        folder, file = Path(location).parent, Path(location).name
+        raise ValueError(
+            f"{where}: source.{kind}: {location!r} is a file; name its folder here, and the file as a split: "
+            f"source: {{{kind}: {folder}}}, splits: {{train: {file}}}"
+        )
     if kind == "factory" and not re.fullmatch(r"[\w.]+:\w+", location):
         raise ValueError(f"{where}: source.factory: found {location!r}; allowed: module:function")
     return Source(kind, location)

@@ -7,6 +7,7 @@ import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -80,7 +81,9 @@ class RowLimits:
 
 DEFAULT_LIMITS = RowLimits()
 
-SourceType = Literal["hub", "jsonl", "parquet", "folder", "factory"]
+SourceType = Literal["hub", "jsonl", "csv", "parquet", "folder", "factory"]
+FILES = ("jsonl", "csv", "parquet", "folder")
+"""Those whose location is a folder here."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,10 @@ class Source:
 
     type: SourceType
     location: str
-    """`hub`: id of a dataset, or a local copy of its repository. `jsonl`, `parquet`: the folder of the files. `folder`:
-    the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`, called
-    with `split=`, which returns a sequence of rows; one that cannot be made raises ValueError. Where making a row is
-    slow, the sequence should be `ColumnarRows`: the ids of all rows are read when the split is opened."""
+    """`hub`: id of a dataset, or a local copy of its repository. `jsonl`, `csv`, `parquet`: the folder of the files.
+    `folder`: the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`,
+    called with `split=`, which returns a sequence of rows; one that cannot be made raises ValueError. Where making a
+    row is slow, the sequence should be `ColumnarRows`: the ids of all rows are read when the split is opened."""
     config: str | None = None
     """`hub`: name of the dataset's configuration."""
     revision: str | None = None
@@ -105,9 +108,9 @@ def open_rows(
     """The rows of `split`, and the folder that their image paths are relative to (None: they have no such folder).
 
     Args:
-        split: `hub`, `factory`: the source's name of the split. `jsonl`: its file. `parquet`: its file, or a pattern
-            such as `data/train-*.parquet`. `folder`: its folder.
-        columns: the columns that are read; the others of a `hub` or `parquet` source are left alone.
+        split: `hub`, `factory`: the source's name of the split. `jsonl`, `csv`: its file. `parquet`: its file, or a
+            pattern such as `data/train-*.parquet`. `folder`: its folder.
+        columns: the columns that are read; the others of a `hub`, `csv` or `parquet` source are left alone.
         limits: a row of a file that is larger raises ValueError when it is asked for, and is not expanded.
 
     Raises:
@@ -116,12 +119,15 @@ def open_rows(
     """
     match source.type:
         case "factory":
-            return _call_factory(source.location, split), None
+            return _with_columns(_call_factory(source.location, split), columns), None
         case "jsonl":
-            return _JsonLines(_files(source.location, split)[0], limits), Path(source.location)
+            rows = _JsonLines(_files(source.location, split)[0], limits)
+            return _with_columns(rows, columns), Path(source.location)
         case "folder":
             folder = Path(source.location, split)
-            return _JsonLines(_files(folder, "metadata.jsonl")[0], limits), folder
+            return _with_columns(_JsonLines(_files(folder, "metadata.jsonl")[0], limits), columns), folder
+        case "csv":
+            return _ArrowRows(_read_csv(_files(source.location, split)[0]), columns, limits), Path(source.location)
         case "parquet":
             import datasets  # slow to import
 
@@ -132,6 +138,28 @@ def open_rows(
             return _ArrowRows(table, columns, limits), Path(source.location)
         case "hub":
             return _ArrowRows(_open_repository(source, split), columns, limits), None
+
+
+def _with_columns(rows: Rows, columns: Sequence[str]) -> Rows:
+    """`rows`, in each of which a column may be missing, but not in all of them: its name would be wrong.
+
+    Raises:
+        ValueError: no row that can be read has one of `columns`.
+    """
+    missing, found = set(columns), dict[str, None]()
+    for index in range(len(rows)):  # mostly, the first row has all of them
+        if not missing:
+            return rows
+        try:
+            row = rows[index]
+        except ValueError:  # which is said when the row is drawn
+            continue
+        missing -= set(row)
+        found |= dict.fromkeys(islice(row, 100))
+    if found and missing:
+        names = ", ".join(islice(found, 100))
+        raise ValueError(f"no row has a column {', '.join(sorted(missing))}; the columns are {names:.500}")
+    return rows
 
 
 def read_column(rows: Rows, name: str) -> Iterator[Any]:
@@ -237,6 +265,33 @@ def _check_parquet(file: Path, limits: RowLimits) -> None:
                         f"{file}: row group {number} has {group.total_byte_size} bytes and expands to more than "
                         f"{_MAX_EXPANDED_BYTES}, which are allowed; write smaller row groups"
                     )
+
+
+def _read_csv(file: Path) -> datasets.Dataset:
+    """A table of texts, as RFC 4180 has them: commas, double quotes, a first line with the names of the columns. An
+    empty cell is null. It is held in memory, since it has no images in it.
+
+    Raises:
+        ValueError: it is not such a table; says which row.
+    """
+    import datasets
+    import pyarrow as pa
+    from pyarrow import csv
+
+    options = {
+        "read_options": csv.ReadOptions(block_size=2**24),  # a row must fit
+        "parse_options": csv.ParseOptions(newlines_in_values=True),
+    }
+    try:
+        with csv.open_csv(file, **options) as reader:
+            texts = dict.fromkeys(reader.schema.names, pa.string())
+        convert = csv.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
+        table = csv.read_csv(file, **options, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: is not a CSV file: {error}") from error
+    if len(texts) < len(table.column_names):
+        raise ValueError(f"{file}: two columns have the same name; the columns are {', '.join(table.column_names)}")
+    return datasets.Dataset(table)
 
 
 def _values(array: pa.Array) -> int:

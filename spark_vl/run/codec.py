@@ -22,7 +22,7 @@ from spark_vl.records import (
     RolloutGroup,
     Verdict,
 )
-from spark_vl.verifiers.base import VERIFIERS, check_settings
+from spark_vl.verifiers.base import VERIFIERS, check_settings, one_of
 
 
 def record_to_json(record: PromptRecord) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def record_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIER
     Raises:
         ValueError: it names another verifier, or settings that its verifier does not have.
     """
-    if (verifier := data["verifier"]) not in verifiers:
+    if (verifier := one_of(data["verifier"], verifiers)) is None:
         allowed = ", ".join(sorted(verifiers))
-        raise ValueError(f"record {data['id']}: verifier: found {verifier!r:.200}; allowed: {allowed}")
+        raise ValueError(f"record {data['id']}: verifier: found {data['verifier']!r:.200}; allowed: {allowed}")
     if verifier in VERIFIERS:
         try:
             check_settings(verifier, data["settings"])
@@ -66,6 +66,7 @@ def record_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIER
             raise ValueError(f"record {data['id']}: settings: {error}") from error
     fields = {
         **data,
+        "verifier": verifier,
         "messages": tuple(Message(m["role"], _content_from_json(m["content"])) for m in data["messages"]),
         "question": _content_from_json(data["question"]),
         "choices": tuple(data["choices"]),

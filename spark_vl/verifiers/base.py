@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from math import inf
+from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any, Protocol, SupportsFloat, cast
 
@@ -15,7 +20,8 @@ from spark_vl.records import PromptRecord, Status, Verdict
 
 
 class Verifier(Protocol):
-    """Scores one completion. Raises `BadRecordError` if it cannot use the record's own gold."""
+    """Scores one completion. Raises `BadRecordError` if it cannot use the record's own gold. A user's own may return
+    the score alone: a bool, a number in [0, 1], of NumPy too, or a tensor with one element."""
 
     def __call__(self, completion: str, record: PromptRecord) -> Verdict: ...
 
@@ -38,53 +44,123 @@ VERIFIERS: dict[str, str] = {
 """Registered name → `module:function`, imported on first use."""
 
 
+class UnknownVerifierError(ValueError):
+    """There is no verifier of that name; the message says what is allowed."""
+
+
 @cache
 def get_verifier(name: str) -> Verifier:
-    """The verifier called `name`: a key of `VERIFIERS`, or any `module:function` that can be imported.
+    """The verifier called `name`: a key of `VERIFIERS`, `module:function`, or `folder/file.py:function`.
 
     A class is instantiated once in each process, without arguments, and its instance is called.
 
     Raises:
-        ValueError: `name` is neither. An exception that the user's module raises on import is not caught.
+        UnknownVerifierError: `name` is none of them. An exception that the user's module raises on import is not
+            caught.
     """
-    module_name, colon, function_name = VERIFIERS.get(name, name).partition(":")
-    if not (module_name and colon and function_name):
-        raise ValueError(f"unknown verifier {name!r}; allowed: {', '.join(sorted(VERIFIERS))}, or 'module:function'")
+    place, colon, function = VERIFIERS.get(name, name).rpartition(":")
+    if not (place and colon and function):
+        allowed = f"{', '.join(sorted(VERIFIERS))}, 'module:function', or './file.py:function'"
+        raise UnknownVerifierError(f"unknown verifier {name!r}; allowed: {allowed}")
     try:
-        verifier = vars(importlib.import_module(module_name))[function_name]
+        verifier = vars(_import(place))[function]
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not
-        raise ValueError(f"verifier {name!r}: there is no module {error.name!r} on sys.path") from None
+        raise UnknownVerifierError(f"verifier {name!r}: there is no module {error.name!r} on sys.path") from None
     except KeyError:
-        raise ValueError(f"verifier {name!r}: module {module_name!r} has no {function_name!r}") from None
+        kind = "module" if file_of(name) is None else "file"
+        raise UnknownVerifierError(f"verifier {name!r}: {kind} {place!r} has no {function!r}") from None
     if isinstance(verifier, type):
         verifier = verifier()
     if not callable(verifier):
-        raise ValueError(f"verifier {name!r}: {function_name!r} is not callable but {verifier!r}")
+        raise UnknownVerifierError(f"verifier {name!r}: {function!r} is not callable but {verifier!r}")
     return verifier
+
+
+def file_of(verifier: str) -> Path | None:
+    """The file of a verifier `folder/file.py:function`; None for any other."""
+    place = verifier.rpartition(":")[0]
+    return Path(place) if place.endswith(".py") else None
+
+
+def absolute_name(verifier: str, folder: Path) -> str:
+    """`verifier`; where it is in a file, with the file's absolute path, which it gives from `folder`."""
+    file = file_of(verifier)
+    return verifier if file is None else f"{(folder / file.expanduser()).resolve()}:{verifier.rpartition(':')[2]}"
+
+
+def public_name(verifier: str) -> str:
+    """`verifier`; where it is in a file, without the file's folder, which means nothing on another machine."""
+    file = file_of(verifier)
+    return verifier if file is None else f"{file.name}:{verifier.rpartition(':')[2]}"
+
+
+def one_of(verifier: str, allowed: Collection[str]) -> str | None:
+    """The one of `allowed` that `verifier`, a name from a row or a checkpoint, means; None if it means none. The folder
+    of a file does not count, since rows and checkpoints come from other machines, unless two files have one name."""
+    if verifier in allowed:
+        return verifier
+    alike = [name for name in allowed if file_of(name) and public_name(name) == public_name(verifier)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def check_own_verifier(name: str) -> None:
+    """Import the verifier `name`, a user's own, and look whether it can be called with a completion and a record.
+
+    Raises:
+        ValueError: it cannot be imported, is not there, or takes other arguments; says why, and in which line.
+    """
+    try:
+        verifier = get_verifier(name)
+    except UnknownVerifierError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a module does when it is run
+        raise ValueError(f"verifier {name!r}: cannot be loaded: {_with_line(error)}") from error
+    try:
+        signature = inspect.signature(verifier)
+    except ValueError:  # of some functions that are written in C
+        return
+    try:
+        signature.bind("", None)
+    except TypeError as error:
+        found = f"{name.rpartition(':')[2]}{signature}"
+        raise ValueError(f"verifier {name!r}: found {found}; it is called with (completion, record)") from error
+
+
+def _with_line(error: BaseException) -> str:
+    """What was raised, and in which line of which file outside of the kit."""
+    frames = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    file, line = frames[-1].filename, frames[-1].lineno
+    if isinstance(error, SyntaxError):
+        file, line = error.filename or file, error.lineno
+    return f"{type(error).__name__}: {error}" + (f" ({file}, line {line})" if file != __file__ else "")
 
 
 def run_verifier(completion: str, record: PromptRecord) -> Verdict:
     """The verdict of the record's verifier, in this process and without a deadline; its values are plain Python types.
 
-    An exception (a bug in the verifier, a bad gold, a result that is not a verdict) becomes status `error`, score 0.
+    A verifier that returns a score alone has read the last box. An exception (a bug in the verifier, a bad gold, a
+    result that is neither) becomes status `error`, score 0.
     """
+    name = public_name(record.verifier)
     try:
-        verdict = get_verifier(record.verifier)(completion, record)
+        verdict: Any = get_verifier(record.verifier)(completion, record)
         if not isinstance(verdict, Verdict):
-            raise TypeError(f"verifier {record.verifier!r} returned {verdict!r:.200}, not a Verdict")
+            if not isinstance(verdict, SupportsFloat):  # a text, which `float` would read, is not one
+                raise TypeError(f"verifier {name!r}: found {verdict!r:.200}; allowed: a Verdict, or a score in [0, 1]")
+            verdict = Verdict(float(verdict), last_boxed(completion))
         score, parsed, status, detail = verdict.score, verdict.parsed, verdict.status, verdict.detail
         statuses = ("ok", "unparsable", "timeout", "error")
         for field, value, fits, allowed in (
-            # A score may be a NumPy number or a tensor with one element, but not a text, which `float` would read.
+            # A score may be a NumPy number or a tensor with one element.
             ("score", score, isinstance(score, SupportsFloat) and 0 <= float(score) <= 1, "a number in [0, 1]"),
             ("parsed", parsed, parsed is None or isinstance(parsed, str), "a text or None"),
             ("status", status, isinstance(status, str) and status in statuses, ", ".join(statuses)),
             ("detail", detail, isinstance(detail, str), "a text"),
         ):
             if not fits:
-                raise TypeError(f"verifier {record.verifier!r}: {field}: found {value!r:.200}; allowed: {allowed}")
+                raise TypeError(f"verifier {name!r}: {field}: found {value!r:.200}; allowed: {allowed}")
         plain = str.__str__  # makes a str of an instance of a subclass
         parsed = None if parsed is None else plain(parsed)
         return Verdict(float(score), parsed, cast(Status, plain(status)), plain(detail), verdict.shaping)
@@ -137,7 +213,29 @@ def _settings(verifier: str) -> Mapping[str, Any] | None:
 def _module(verifier: str) -> ModuleType:
     """The module that defines `verifier`."""
     get_verifier(verifier)  # raises on an unknown name
-    return sys.modules[VERIFIERS.get(verifier, verifier).partition(":")[0]]
+    return _import(VERIFIERS.get(verifier, verifier).rpartition(":")[0])
+
+
+@cache
+def _import(place: str) -> ModuleType:
+    """The module of that name, or the file `….py`, run under a name of its own: its folder, which may hold a `json.py`,
+    does not join `sys.path`."""
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    file = Path(place).resolve()
+    if not file.is_file():
+        raise UnknownVerifierError(f"verifier: there is no file {str(file)!r}")
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    spec = spec_from_file_location(name, file)
+    assert spec is not None  # of a file that ends in .py
+    assert spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)  # there dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def boxed_gold(record: PromptRecord) -> str:

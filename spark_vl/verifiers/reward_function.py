@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from spark_vl.verifiers.base import check_settings
+from spark_vl.verifiers.base import absolute_name, check_settings
 from spark_vl.verifiers.pool import VerifierPool
 from spark_vl.verifiers.standalone import bare_record
 
@@ -29,6 +29,7 @@ class RewardFunction:
     """
 
     def __init__(self, verifier: str, column: str, pool: VerifierPool, settings: Mapping[str, Any]) -> None:
+        verifier = absolute_name(verifier, Path.cwd())
         check_settings(verifier, settings)
         self.verifier, self.column, self.pool = verifier, column, pool
         self.settings = settings
@@ -71,7 +72,7 @@ class RewardFunction:
             gold, choices, image_size, processed_size = rows[i]
             record = bare_record(
                 self.verifier,
-                json.dumps(gold, ensure_ascii=False) if isinstance(gold, list | Mapping) else str(gold),
+                gold,
                 choices=choices or (),
                 image_size=image_size,
                 processed_size=processed_size,
@@ -93,11 +94,11 @@ def as_trl_reward(
         GRPOTrainer(..., reward_funcs=as_trl_reward("math", column="answer"))
         as_trl_reward("math")([r"\boxed{0.5}"], [r"\frac{1}{2}"]) == [1.0]
 
-    Right answers are texts, lists and mappings (read as JSON), or numbers. A completion on which the verifier exceeds
-    the deadline of the pool (10 s by default) scores 0.
+    Right answers are texts, numbers, or bools, lists and mappings, which are taken as JSON. A completion on which the
+    verifier exceeds the deadline of the pool (10 s by default) scores 0.
 
     Args:
-        verifier: its name: a key of `VERIFIERS`, or `module:function`.
+        verifier: its name: a key of `VERIFIERS`, `module:function`, or `./file.py:function`.
         column: name of the dataset's column of right answers.
         pool: runs the verifier; the caller closes it. None: a `VerifierPool()` of its own, whose processes start when
             the first completion needs one and end with this process.

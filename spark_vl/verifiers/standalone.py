@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from spark_vl.records import BadRecordError, ImageSize, PromptRecord, Verdict
-from spark_vl.verifiers.base import check_settings
+from spark_vl.verifiers.base import absolute_name, check_settings
 from spark_vl.verifiers.pool import VerifierPool
 
 
@@ -16,7 +18,7 @@ def verify(
     verifier: str,
     /,
     completion: str,
-    gold: str,
+    gold: Any,
     *,
     choices: Sequence[str] = (),
     image_size: tuple[int, int] | None = None,
@@ -31,9 +33,9 @@ def verify(
     `timeout_s` in use has a worker of its own. For many completions use a `VerifierPool`, which has several workers.
 
     Args:
-        verifier: its name: a key of `VERIFIERS`, or `module:function`.
+        verifier: its name: a key of `VERIFIERS`, `module:function`, or `./file.py:function`.
         completion: the model's whole reply.
-        gold: the right answer.
+        gold: the right answer: a text, or a number, bool, list or mapping, which is taken as JSON.
         choices: options of a choice question in order, or the labels of a judgment.
         image_size: [width, height] of the image as it was given, upright.
         processed_size: [width, height] as the model saw it. None: as `image_size`.
@@ -48,6 +50,7 @@ def verify(
         BadRecordError: the verifier cannot use `gold`, or a setting.
         RuntimeError: the worker cannot start, or cannot import the verifier.
     """
+    verifier = absolute_name(verifier, Path.cwd())
     check_settings(verifier, settings)
     record = bare_record(
         verifier, gold, choices=choices, image_size=image_size, processed_size=processed_size, settings=settings
@@ -68,7 +71,7 @@ def _pool(timeout_s: float) -> VerifierPool:
 
 def bare_record(
     verifier: str,
-    gold: str,
+    gold: Any,
     *,
     choices: Sequence[str] = (),
     image_size: Sequence[int] | None = None,
@@ -85,7 +88,7 @@ def bare_record(
         kind="problem",
         messages=(),
         question=(),
-        gold=gold,
+        gold=json.dumps(gold, ensure_ascii=False) if isinstance(gold, bool | list | Mapping) else str(gold),
         verifier=verifier,
         recipe="",
         choices=tuple(choices),
