@@ -20,6 +20,7 @@ from spark_vl.records import BadRecordError, ImageRef, Kind, PromptRecord
 from spark_vl.recycle import DifficultyAuc, choose, deal, find_evidence, word
 from spark_vl.run.codec import record_from_json, record_to_json
 from spark_vl.run.quarantine import Quarantine, TooManyBadRowsError
+from spark_vl.verifiers.base import public_name
 
 Phase = Literal["problems", "recycled", "both"]
 """What is sampled together and trained on together: new problems, recycled prompts that wait, or both."""
@@ -153,7 +154,8 @@ class PromptFeed:
         groups = [group for _, group in scored]
         for group in groups:
             if group.record.kind == "problem" and all(verdict.status == "error" for verdict in group.verdicts):
-                reason = f"the {group.record.verifier} verifier fails on every completion: {group.verdicts[0].detail}"
+                verifier, detail = public_name(group.record.verifier), group.verdicts[0].detail
+                reason = f"the {verifier} verifier fails on every completion: {detail}"
                 self.quarantine.add(BadRecordError(group.record.id, reason))
         if self._config.schedule == "none":
             return {}
@@ -186,6 +188,10 @@ class PromptFeed:
     def counts(self) -> dict[str, int]:
         """For the metrics: rows and prompts of this process that could not be used, since the run began."""
         return {"quarantined": self.quarantine.rows_bad, "quarantined_prompts": self.quarantine.prompts_bad}
+
+    def first_fault(self) -> str:
+        """The first row that could not be used on any process, and why; empty if all could. Collective."""
+        return next((first for first in gather_object([self.quarantine.first]) if first), "")
 
     def metrics(self) -> dict[str, float]:
         """For the metrics, the same on all processes: epochs, and how well the pass rate of a group predicts the label

@@ -18,10 +18,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RecycledRecord, RolloutGroup
+from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RecycledRecord, RolloutGroup, Verdict
 from spark_vl.run.codec import group_to_json
 from spark_vl.run.jsonl import append_lines, drop_lines_after
 from spark_vl.run.sinks import Sink
+from spark_vl.verifiers.base import public_name
 
 
 class Means:
@@ -160,6 +161,9 @@ class RunLog(Sink):
         self._means = Means()
         self._seconds: dict[str, float] = defaultdict(float)
         self._step = resumed or 0
+        self._failed: set[str] = set()
+        """Verifiers of which it has been said that they fail."""
+        self._first_fault = ""
         self._steps = steps
         self._bar = Progress(
             TextColumn("{task.description:<26}"),
@@ -226,8 +230,25 @@ class RunLog(Sink):
         for name, n in counts.items():
             self._means.count(f"{group}/{name}", n)
 
-    def end_step(self, last: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of the step over all processes, with `last`, which are the same on all. Collective."""
+    def verified(self, groups: Sequence[RolloutGroup]) -> None:
+        """Say at once, and once, which verifiers failed on every completion that they were given: learning from them
+        is in vain."""
+        verdicts: dict[str, list[Verdict]] = defaultdict(list)
+        for group in groups:
+            verdicts[group.record.verifier] += group.verdicts
+        for name, given in verdicts.items():
+            if name not in self._failed and all(verdict.status in ("timeout", "error") for verdict in given):
+                self._failed.add(name)
+                failed = f"step {self._step}: the verifier {public_name(name)} failed on all {len(given)} completions"
+                self.say(f"{failed}; the first: {given[0].status}: {_one_line(given[0].detail)}")
+
+    def end_step(self, last: Mapping[str, float], first_fault: str = "") -> dict[str, float]:
+        """The metrics of the step over all processes, with `last`, which are the same on all. Collective.
+
+        Args:
+            first_fault: the first row that could not be used since the run began, and why; the step's line shows it.
+        """
+        self._first_fault = first_fault
         metrics = self._means.over_processes().result()
         add_balanced_accuracy(metrics)
         return metrics | dict(last) | {f"time/{name}": seconds for name, seconds in self._seconds.items()}
@@ -244,9 +265,14 @@ class RunLog(Sink):
         self.accelerator.log(dict(metrics), step=step)
         rewards = "  ".join(f"{kind} {metrics[f'{kind}/reward']:.2f}" for kind in KINDS if f"{kind}/reward" in metrics)
         self._bar.update(self._task, completed=step)
-        self._rewards.plain = f"reward  {rewards}"
+        bad = (
+            f"  quarantined: {n:.0f}, the first: {_one_line(self._first_fault)}"
+            if (n := metrics.get("data/quarantined"))
+            else ""
+        )
+        self._rewards.plain = f"reward  {rewards}{bad}"
         if not self._live:
-            self.say(f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s")
+            self.say(f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s{bad}")
 
     # ── beside the steps ──
 
@@ -259,7 +285,7 @@ class RunLog(Sink):
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        self.console.print(line, soft_wrap=True)
+        self.console.print(line, soft_wrap=True, markup=False)
 
     def dump(self, step: int, groups: Sequence[RolloutGroup]) -> Path:
         """Write all of the groups of this process whose update of `step` went wrong, to study. Returns the file."""
@@ -275,3 +301,8 @@ class RunLog(Sink):
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             append_lines(self._path(name), [line])
+
+
+def _one_line(reason: str) -> str:
+    """The beginning of a reason that may quote a row or an exception, as a terminal can show it."""
+    return "".join(character if character.isprintable() else " " for character in reason[:200])

@@ -141,7 +141,7 @@ class Trainer:
                     for sink in self.sinks:
                         sink.on_groups(step, scored)
         self.log.count("data", self.feed.counts())
-        metrics = self.log.end_step(self.feed.metrics())
+        metrics = self.log.end_step(self.feed.metrics(), self.feed.first_fault())
         for sink in self.sinks:
             sink.on_metrics(step, metrics)
         return True

@@ -258,3 +258,44 @@ def test_a_terminal_shows_the_progress(open_log, capsys, monkeypatch):
     assert "sampling 3/4" in shown
     assert "problem 0.25  pairwise 0.50" in shown
     assert "step 3/9" not in shown
+
+
+def test_a_verifier_that_fails_everywhere_is_said_once(open_log, capsys):
+    """With the first reason, on one line, whatever the verifier wrote. One that worked somewhere is not said."""
+    fails = [
+        Verdict(0.0, None, "error", f"{'x' * 50}[/red]\n\ud83d\x1b[31m{'y' * 500}"),
+        Verdict(0.0, None, "timeout", "late"),
+    ]
+    works = [Verdict(0.0, None, "error", "once"), Verdict(1.0, "5")]
+    broken = [
+        RolloutGroup(make_record(name, "?", verifier=verifier), (), tuple(verdicts))
+        for name, verifier, verdicts in (
+            ("a", "/home/me/check.py:near", fails),
+            ("b", "math", works),
+            ("c", "math", works[:1]),
+            ("d", "/home/me/check.py:near", fails),
+        )
+    ]
+    log = open_log()
+    log.begin_step(3)
+    log.verified(broken)
+    log.verified(broken)
+    [line] = capsys.readouterr().out.splitlines()
+    start = (
+        f"step 3: the verifier check.py:near failed on all 4 completions; the first: error: {'x' * 50}[/red]   [31myyy"
+    )
+    assert line.startswith(start)
+    assert len(line) < 300
+    log.verified([])
+    log.verified(broken[2:3])
+    assert "the verifier math failed on all 1 completions; the first: error: once" in capsys.readouterr().out
+
+
+def test_a_steps_line_says_how_many_rows_were_bad_and_why_the_first(open_log, capsys):
+    log = open_log()
+    log.end_step({}, "mine/train/#7: an image is null")
+    log.on_metrics(3, STEP | {"data/quarantined": 12})
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.endswith("1.3 s  quarantined: 12, the first: mine/train/#7: an image is null")
+    log.on_metrics(4, STEP | {"data/quarantined": 0})
+    assert "quarantined" not in capsys.readouterr().out

@@ -74,6 +74,7 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
         resumed.add(BadRecordError(f"a/{n}", "x"))
     assert [row["id"] for row in listed(file)] == ["a/0", "a/1", "a/2", "a/3"]
     assert resumed.rows_bad == 4
+    assert resumed.first == "a/0: x"
 
 
 # Expectation and four standard deviations of a binomial distribution: 0.1 · 100 + 4 · √(100 · 0.1 · 0.9) = 22.

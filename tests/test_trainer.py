@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -395,3 +396,44 @@ def test_rows_whose_verifier_fails_on_every_completion_are_bad(tmp_path):
         load_trainer(make_config(tmp_path / "run", *settings)).train()
     listed = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {line["id"] for line in listed} <= {f"mine/train/#{i}" for i in (1, 3, 5, 7)}
+
+
+OWN = {"lucky": "return len(completion) % 2", "broken": "raise KeyError('my [bug]\\n' + record.gold)"}
+
+
+def test_a_verifier_of_ones_own_is_found_again_on_resume(tmp_path):
+    """What waits in the checkpoint names it, too."""
+    rows = [{"question": f"Which is larger, 3 or {i}?", "answer": i} for i in range(4, 8)]
+    recipe = write_rows(tmp_path, rows, verifier="./own.py:lucky")
+    (tmp_path / "own.py").write_text(f"def lucky(completion, record): {OWN['lucky']}")
+    settings = (f"--data.recipes=[{recipe}]", "--recycle.recycle_truncated=true")
+    for resume, steps in (("none", 1), ("auto", 2)):
+        config = make_config(tmp_path / "run", *settings, f"--steps={steps}")
+        assert load_trainer(config, resume=resume, allow_config_change=True).train()
+    first, second = metrics(tmp_path / "run")
+    assert 0 < first["problem/score"] < 1
+    assert second["reflection/failed"] == 0
+    assert first["data/quarantined"] == second["data/quarantined"] == 0
+
+
+def test_a_verifier_that_always_fails_is_said_at_once_and_in_each_steps_line(tmp_path, capsys):
+    rows = [{"question": f"Which is larger, 3 or {i}?", "answer": i} for i in range(4, 8)]
+    recipe = write_rows(tmp_path, rows, verifier="./own.py:broken")
+    (tmp_path / "own.py").write_text(f"def broken(completion, record): {OWN['broken']}")
+    settings = (
+        f"--data.recipes=[{recipe}]",
+        "--steps=2",
+        "--data.max_quarantined_fraction=1",
+        "--recycle.schedule=none",
+    )
+    load_trainer(make_config(tmp_path / "run", *settings)).train()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    n = int(metrics(tmp_path / "run")[0]["rollout/completions"])
+    why = r"KeyError: .*my \[bug\].*"
+    assert len(said) == 3
+    assert re.fullmatch(
+        f"step 1: the verifier own.py:broken failed on all {n} completions; the first: error: {why}", said[0]
+    )
+    bad = r"quarantined: \d, the first: mine/train/#\d: the own.py:broken verifier fails on every completion: " + why
+    for step, line in enumerate(said[1:], 1):
+        assert re.fullmatch(rf"step {step}/2 .* s  {bad}", line)

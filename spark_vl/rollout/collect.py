@@ -26,7 +26,7 @@ class Collector:
     verifiers: VerifierPool
     accelerator: Accelerator
     log: RunLog
-    """Is told of progress and times."""
+    """Is told of progress, times, and verifiers that fail."""
     sampling: Sampling
     """Temperature, top-p and length; each call has a seed of its own."""
     n: int
@@ -43,6 +43,7 @@ class Collector:
         with self.log.timed("verify"):
             self.log.phase("verifying")
             groups = verify_groups(self.verifiers, groups, sampling.max_new_tokens)
+        self.log.verified(groups)
         return list(zip(prompts, groups, strict=True))
 
     def refill(

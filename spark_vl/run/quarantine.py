@@ -43,7 +43,10 @@ class Quarantine:
         """Those of them that were bad; a row that is drawn again counts again."""
         self.prompts_bad = 0
         """Recycled prompts that could not be used, or not be written down: not a fault of the data."""
-        self._listed = {line["id"] for line in read_lines(self.path)}
+        listed = read_lines(self.path)
+        self.first = f"{listed[0]['id']}: {listed[0]['reason']}" if listed else ""
+        """The first row that was bad since the run began, and why; empty if none was."""
+        self._listed = {line["id"] for line in listed}
 
     def seen(self, n: int) -> None:
         """`n` more rows were drawn, good or bad.
@@ -64,6 +67,7 @@ class Quarantine:
             TooManyBadRowsError: see `max_fraction`.
         """
         self.rows_bad += 1
+        self.first = self.first or str(error)
         self._list(error)
         self._check(f"; the last one: {error}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
-from spark_vl.verifiers.base import boxed_gold
+from spark_vl.verifiers.base import boxed_gold, public_name
 from spark_vl.verifiers.pool import VerifierPool
 
 
@@ -32,5 +32,7 @@ def gold_fault(record: PromptRecord, verdict: Verdict) -> BadRecordError | None:
     """The error in the record's own gold, on which its verifier gave `verdict`. None: full marks."""
     if verdict.score == 1:
         return None
-    reason = f"the {record.verifier} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
+    reason = (
+        f"the {public_name(record.verifier)} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
+    )
     return BadRecordError(record.id, f"{reason} ({verdict.status}{verdict.detail and ': ' + verdict.detail})")
