@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
@@ -31,6 +32,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` and exit with status 2."""
         advice = "".join(f"\n{old}: {new}" for old, new in _RENAMED.items() if _names(message, old))
+        if found := re.search(r"key \"([\w.]+)\":\s+Expected a <class 'list'>. Got value: (\S.*)", message):
+            advice += f"\nA list is written in brackets: --{found[1]} '[{found[2]}]'"
         self.exit(2, f"{self.prog}: error: {message}{advice}\n(all settings: {self.prog} --help)\n")
 
 

@@ -354,3 +354,11 @@ def test_settings_of_earlier_versions_are_refused_with_what_to_write_instead(old
     group, name = old.split(".")
     file.write_text(f"{group}:\n  {name}: 4\n")
     assert advice in error_of(capsys, RECIPE, "--config", str(file))
+
+
+def test_a_list_without_brackets_is_answered_with_brackets(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("data: {recipes: mine.yaml}")
+    for arguments in (["--data.recipes", "mine.yaml"], ["--config", str(tmp_path / "run.yaml")]):
+        with pytest.raises(SystemExit):
+            parse_train_config(arguments)
+        assert "A list is written in brackets: --data.recipes '[mine.yaml]'" in capsys.readouterr().err

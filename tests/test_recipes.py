@@ -163,6 +163,10 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"media_root": 3}, "media_root: found 3"),
         ({"verifier": ..., "columns": PLAIN}, "verifier: is missing, and so is columns.verifier"),
         ({"settings": {"relative": 0.05}}, r"settings\.relative: found 0\.05; .* settings: {math: {relative: 0\.05}}"),
+        ({"filter": ["k"]}, "filter: found .*; allowed: a mapping of columns to values"),
+        ({"filter": {"k": []}}, r"filter\.k: found \[\]; allowed: a text, a number"),
+        ({"filter": {"k": {"a": 1}}}, r"filter\.k: found {'a': 1}; allowed: a text, a number"),
+        ({"columns": {"judgments": "pairwise"}, "filter": {"k": 1}}, "filter: does not apply to a judgment dataset"),
         ({"settings": []}, "settings: found .*; allowed: a mapping of verifiers to their settings"),
         ({"settings": {"numbr": {}}}, "settings: found 'numbr'; allowed: math, choice"),
         ({"settings": {"number": {"relativ": 1}}}, "settings: number: 'relativ' is not a setting"),
@@ -735,6 +739,138 @@ def test_a_first_row_that_cannot_be_made_is_an_error_of_that_row(
     )
     opened = open_recipe(recipe, "train", TEMPLATER)
     assert reason(opened, 0) == "row 0 is out"
+
+
+def test_parquet_may_hold_paths_of_images_as_texts(tmp_path: Path, recipe_file) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    table = {"q": ["one", "two", "none"], "a": [1, 2, 3], "image": ["a.png", str(tmp_path / "data" / "a.png"), None]}
+    pq.write_table(pa.table(table), tmp_path / "data" / "t.parquet")
+    recipe = load_recipe(recipe_file(source={"parquet": "data"}, splits={"train": "t.parquet"}, columns=PLAIN))
+    opened = open_recipe(recipe, "train", TEMPLATER)
+    ref = ImageRef(path="a.png", root=str(tmp_path / "data"))
+    assert [record.question for record in opened] == [(ref, "one"), (ref, "two"), ("none",)]
+
+
+def test_absolute_paths_of_images_may_be_used_below_the_media_root(problems, tmp_path: Path) -> None:
+    """Also where either is called by a link to it; never outside, whatever they look like."""
+    for folder in ("pictures/deep", "pictures2"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.png").write_bytes(png())
+    (tmp_path / "link").symlink_to("pictures")
+    (tmp_path / "pictures" / "out").symlink_to(tmp_path / "pictures2")
+    names = ["pictures/deep", "link/deep", "pictures2", "pictures/deep/../../pictures2", "pictures/out", "."]
+    rows = [{"images": f"{tmp_path}/{name}/a.png"} for name in names]
+    opened = problems(*rows, media_root="pictures")
+    assert opened[0].images == (ImageRef(path="deep/a.png", root=str(tmp_path / "pictures")),)
+    for index in (1, 2, 5):
+        expected = (
+            rf"path '{tmp_path}/.*a\.png', which is not below the media root '{tmp_path}/pictures'; set media_root"
+        )
+        assert re.search(expected, reason(opened, index))
+    assert "'..'" in reason(opened, 3)
+    assert "leads out of the media root" in reason(opened, 4)
+    opened = problems(*rows[:2], media_root="link")
+    assert [load_image(record.images[0]).size for record in opened] == [(8, 6)] * 2
+
+
+CSV = """q,a,images,choices,v,n
+"What is shown,
+here?",5,a.png,,,x
+Which?,B,"[""a.png"", ""a.png""]","[""5 cm"", ""6, or 7""]",,
+Box?,"[1, 2, 3, 4]",,,number,07
+,1,,,,
+"""
+
+
+def test_a_csv_file_holds_texts_and_lists_as_json(tmp_path: Path, recipe_file) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    file = tmp_path / "data" / "t.csv"
+    columns = FIELDS["columns"] | {"id": "n"}
+    recipe = load_recipe(recipe_file(source={"csv": "data"}, splits={"train": "t.csv"}, columns=columns))
+    for prefix in ("", "\ufeff"):  # which Excel writes
+        file.write_text(prefix + CSV, encoding="utf-8")
+        opened = open_recipe(recipe, "train", TEMPLATER)
+        first, second, third = (opened[i] for i in range(3))
+        assert (first.id, first.gold, plain_text(first.question)) == (
+            "mine/train/x",
+            "5",
+            "<image>What is shown,\nhere?",
+        )
+        assert (second.id, second.gold, second.verifier) == ("mine/train/#1", "B", "choice")
+        assert (second.choices, len(second.images)) == (("5 cm", "6, or 7"), 2)
+        assert (third.id, third.gold, third.verifier, third.images) == ("mine/train/07", "[1, 2, 3, 4]", "number", ())
+        assert reason(opened, 3) == "'q' is null; text is allowed"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is not a CSV file: Empty CSV"),
+        (b"q,a\n1,2\n1,2,3\n", "is not a CSV file: .*Row #3: Expected 2 columns, got 3"),
+        (b"q,a\n\xff,2\n", "is not a CSV file: .*invalid UTF8"),
+        (b"q,a,q\n1,2,3\n", "two columns have the same name; the columns are q, a, q"),
+        (b"q;a\n1;2\n", "no column a, q; the columns are q;a"),
+    ],
+)
+def test_a_file_that_is_no_csv_is_an_error_in_words(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "t.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        open_rows(Source("csv", str(tmp_path)), "t.csv", ("q", "a"))
+
+
+def test_lists_that_are_texts_of_json_have_the_limits_of_lists(problems) -> None:
+    opened = problems({"images": json.dumps(["a.png"] * 257)}, {"choices": '["A", 5]'}, {"choices": "[A"})
+    assert reason(opened, 0).startswith("'images' holds 257 images; 256 are allowed")
+    assert reason(opened, 1) == "'choices' is ['A', 5]; a list of texts that are not empty is allowed"
+    assert reason(opened, 2) == "'choices' is '[A'; a list of texts that are not empty is allowed"
+
+
+# ── some of the rows ──
+
+KINDS = [{"k": "chart", "n": 1}, {"k": "map", "n": 2}, 5, {"k": "chart", "n": None}, {"n": 1}, {"k": ["chart"], "n": 3}]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"k": "chart"}, [0, 2, 3]),
+        ({"k": ["map", "chart"]}, [0, 1, 2, 3]),
+        ({"k": "chart", "n": [1, 3]}, [0, 2]),
+        ({"n": None}, [2, 3]),
+        ({"k": None}, [2, 4]),
+        ({"n": 2.0}, [1, 2]),
+    ],
+)
+def test_a_filter_keeps_rows_by_their_values(problems, wanted, rows: list[int]) -> None:
+    """A row that cannot be read stays, as a bad row: nobody knows what is in it. Ids count all rows."""
+    opened = problems(*KINDS, filter=wanted)
+    assert len(opened) == len(rows)
+    for place, row in enumerate(rows):
+        if row == 2:
+            assert reason(opened, place) == "the line is a JSON int; an object is allowed"
+        else:
+            assert opened[place].id == f"mine/train/#{row}"
+
+
+def test_a_filter_reads_columns_that_nothing_else_does(tmp_path: Path, recipe_file) -> None:
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"q": ["x", "y"], "a": [1, 2], "k": [True, False]}), tmp_path / "data" / "t.parquet")
+    fields = {"source": {"parquet": "data"}, "splits": {"train": "t.parquet"}, "filter": {"k": False}}
+    columns = {"question": "q", "answer": "a"}
+    [record] = open_recipe(load_recipe(recipe_file(**fields, columns=columns)), "train", TEMPLATER)
+    assert record.id == "mine/train/#1"
+
+
+def test_a_filter_that_leaves_nothing_says_what_there_is(problems) -> None:
+    with pytest.raises(
+        ValueError, match=r"^recipe mine: filter: none of 2 rows has in 'k' one of \['graph'\]; found: 'ch"
+    ):
+        problems(KINDS[0], KINDS[1], filter={"k": "graph"})
+    with pytest.raises(ValueError, match=r"source: no row has a column kind; the columns are q, a"):
+        problems(KINDS[0], filter={"kind": "graph"})
 
 
 def test_json_lines_are_not_held_in_memory(tmp_path: Path, recipe_file) -> None:

@@ -9,10 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spark_vl.records import BadRecordError, Verdict
-from spark_vl.verifiers import verify
+from spark_vl.verifiers import as_trl_reward, verify
 
 ENDLESS = r"\boxed{9^{9^{9^9}}}"
 
@@ -67,6 +68,23 @@ def test_a_hang_ends_in_a_script_without_a_guard_in_a_session_and_in_a_thread(wa
     while is_alive(int(worker.removeprefix("worker "))):  # it ends with the process that started it
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "completion", "gold"),
+    [
+        ("number", r"\boxed{104}", 104),
+        ("number", r"\boxed{0.5}", np.float32(0.5)),
+        ("text", r"\boxed{True}", True),
+        ("text", r"\boxed{NYC}", ["New York", "NYC"]),
+        ("set", r"\boxed{b, a}", ("a", "b")),
+        ("json_field", r'\boxed{{"answer": "yes"}}', {"answer": "yes"}),
+    ],
+)
+def test_right_answers_need_not_be_texts(verifier: str, completion: str, gold) -> None:
+    assert verify(verifier, completion, gold).score == 1
+    assert as_trl_reward(verifier)([completion], [gold]) == [1.0]
+    assert verify(verifier, r"\boxed{no}", gold).score == 0
 
 
 def test_calls_share_one_worker() -> None:

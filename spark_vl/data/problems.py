@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -44,7 +46,7 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLim
     if split not in recipe.splits:
         raise ValueError(f"recipe {recipe.name}: splits: found {split!r}; allowed: {', '.join(recipe.splits)}")
     try:
-        rows, root = open_rows(recipe.source, recipe.splits[split], recipe.columns.used, limits)
+        rows, root = open_rows(recipe.source, recipe.splits[split], recipe.columns_read, limits)
     except ValueError as error:
         raise ValueError(f"recipe {recipe.name}: source: {error}") from error
     root = root if recipe.media_root is None else Path(recipe.media_root)
@@ -66,6 +68,9 @@ class ProblemSet:
         rows: the rows; one that cannot be read raises ValueError.
         root: folder that image paths are relative to; None: paths are refused.
         limits: larger rows cannot be used.
+
+    Raises:
+        ValueError: the recipe's filter leaves no row.
     """
 
     def __init__(
@@ -79,12 +84,16 @@ class ProblemSet:
     ) -> None:
         self.recipe, self.split = recipe, split
         self._templater, self._rows, self.root, self._limits = templater, rows, root, limits
+        try:
+            self._chosen = _chosen(rows, recipe.filter)
+        except ValueError as error:
+            raise ValueError(f"recipe {recipe.name}: {error}") from error
         self.verifiers = recipe.own_verifiers | VERIFIERS.keys()
         """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only what the
         recipe itself names."""
         column = recipe.columns.id
         self.renamed: dict[int, str] = {} if column is None else _ids_of_repeats(read_column(rows, column), column)
-        """Row → the id of its own that it has in place of the one in its cell, which an earlier row has."""
+        """Row of the source → the id that it has in place of the one in its cell, which an earlier row has."""
         if self.renamed:
             row, name = next(iter(self.renamed.items()))
             logger.warning(
@@ -94,10 +103,10 @@ class ProblemSet:
             )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._chosen)
 
     def __getitem__(self, index: int) -> PromptRecord:
-        """The problem in row `index`.
+        """The problem in row `index`, of those that the recipe's filter leaves.
 
         Raises:
             BadRecordError: the row cannot be used. Its images are looked for, but not opened.
@@ -105,6 +114,7 @@ class ProblemSet:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} of {self.recipe.name}/{self.split}")
+        index = self._chosen[index]
         record_id = f"{self.recipe.name}/{self.split}/#{index}"
         try:
             row = self._rows[index]
@@ -124,7 +134,7 @@ class ProblemSet:
         if column is None or not len(self):
             return False
         try:
-            row = self._rows[0]
+            row = self._rows[self._chosen[0]]
         except ValueError:  # which is said when the row is drawn
             return False
         return any(isinstance(item, str) for item in items(row.get(column)))
@@ -239,6 +249,34 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
         faults = iter(check_golds(verifiers, sized))
         for row in rows:
             yield row if isinstance(row, BadRecordError) else next(faults) or row
+
+
+def _chosen(rows: Rows, wanted: Mapping[str, tuple[Any, ...]]) -> Sequence[int]:
+    """The numbers of the rows that have one of the wanted values in each column. A row that cannot be read is among
+    them: it is a bad row, not one that nobody wanted.
+
+    Raises:
+        ValueError: there are rows, but none of those.
+    """
+    chosen: Sequence[int] = range(len(rows))
+    for column, values in wanted.items():
+        cells = list(read_column(rows, column))
+        left = array("q", (i for i in chosen if cells[i] in values or (cells[i] is None and not _is_readable(rows, i))))
+        if chosen and not left:
+            found = ", ".join(islice(dict.fromkeys(f"{cells[i]!r:.40}" for i in chosen), 10))
+            raise ValueError(
+                f"filter: none of {len(chosen)} rows has in {column!r} one of {list(values)}; found: {found}"
+            )
+        chosen = left
+    return chosen
+
+
+def _is_readable(rows: Rows, index: int) -> bool:
+    try:
+        rows[index]
+    except ValueError:
+        return False
+    return True
 
 
 def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:

@@ -69,7 +69,7 @@ class Columns:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """The names of all columns that are read, each once."""
+        """The names of all columns of rows, each once."""
         return tuple(dict.fromkeys(name for name in vars(self).values() if name is not None))
 
 
@@ -85,7 +85,7 @@ class JudgmentColumns:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """The names of all columns that are read."""
+        """The names of all columns of rows."""
         return record_columns(self.judgments)
 
 
@@ -112,6 +112,9 @@ class Recipe:
     """What stands in a question where an image belongs."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Verifier → its settings, such as `{number: {relative: 0.05}, iou: {coordinates: thousand}}`."""
+    filter: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Column → the values that a row may have there; rows with another one are no part of the dataset. In a file, one
+    value or a list: `{subject: [algebra, geometry], has_image: true}`. Ids count all rows of the source."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of the score and of shaping terms (`verifiers.shaping`) in the reward. In a file they replace the
     verifier's name: `verifier: {math: 1.0, format: 0.1}`."""
@@ -129,6 +132,11 @@ class Recipe:
     def verifier_of(self, split: str) -> str | None:
         """The verifier of the rows of `split` that name none."""
         return self.verifier[split] if isinstance(self.verifier, Mapping) else self.verifier
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """The names of all columns that are read, each once."""
+        return tuple(dict.fromkeys((*self.columns.used, *self.filter)))
 
     @property
     def own_verifiers(self) -> frozenset[str]:
@@ -324,6 +332,7 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
         columns=columns,
         verifier=verifier,
         settings=settings,
+        filter=_filter(where, raw.get("filter", {}), columns),
         weights=weights,
         **optional,
     )
@@ -428,6 +437,19 @@ def _columns(where: str, raw: Any) -> Columns | JudgmentColumns:
     if columns["judgments"] not in CONFIGS:
         raise ValueError(f"{where}: columns.judgments: found {columns['judgments']!r}; allowed: {', '.join(CONFIGS)}")
     return JudgmentColumns(columns["judgments"])
+
+
+def _filter(where: str, raw: Any, columns: Columns | JudgmentColumns) -> dict[str, tuple[Any, ...]]:
+    if not isinstance(raw, dict) or not all(isinstance(column, str) for column in raw):
+        raise ValueError(f"{where}: filter: found {_shown(raw)}; allowed: a mapping of columns to values")
+    if raw and isinstance(columns, JudgmentColumns):
+        raise ValueError(f"{where}: filter: does not apply to a judgment dataset; leave it out")
+    wanted = {column: tuple(value) if isinstance(value, list) else (value,) for column, value in raw.items()}
+    for column, values in wanted.items():
+        if not values or not all(isinstance(value, str | int | float | None) for value in values):
+            allowed = "a text, a number, true, false or null, or a list of them"
+            raise ValueError(f"{where}: filter.{column}: found {_shown(raw[column])}; allowed: {allowed}")
+    return wanted
 
 
 def _source(where: str, raw: Any) -> Source:

@@ -147,7 +147,7 @@ def _with_columns(rows: Rows, columns: Sequence[str]) -> Rows:
         ValueError: no row that can be read has one of `columns`.
     """
     missing, found = set(columns), dict[str, None]()
-    for index in range(len(rows)):  # mostly, the first row has all of them
+    for index in range(len(rows)):  # mostly, the first row has them all
         if not missing:
             return rows
         try:

@@ -88,7 +88,7 @@ def bare_record(
         kind="problem",
         messages=(),
         question=(),
-        gold=json.dumps(gold, ensure_ascii=False) if isinstance(gold, bool | list | Mapping) else str(gold),
+        gold=json.dumps(gold, ensure_ascii=False) if isinstance(gold, bool | list | tuple | Mapping) else str(gold),
         verifier=verifier,
         recipe="",
         choices=tuple(choices),
