@@ -42,6 +42,7 @@ from spark_vl.run.files import flush, written_whole
 from spark_vl.run.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.run.provenance import public_name
+from spark_vl.run.trained import limits_of
 
 FORMAT = 4
 """Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own. 2: before recycled
@@ -252,6 +253,7 @@ class Checkpoints:
             "spark_vl": __version__,
             "base": public_name(self.config.model.path),
             "base_commit": self.processor.commit,
+            "limits": limits_of(self.config),
         }
         (checkpoint / MODEL / TRAINING_FILE).write_text(json.dumps(facts) + "\n")
         save_config(self.config, checkpoint / CONFIG)

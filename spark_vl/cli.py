@@ -7,13 +7,19 @@ Everything heavy is imported inside a command, so that `--help` and a mistake in
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import signal
 import sys
+import warnings
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
 from jsonargparse import Namespace
 
 from spark_vl import __version__
@@ -21,11 +27,13 @@ from spark_vl.config import (
     ConfigError,
     EvalConfig,
     OfflineConfig,
+    PromptConfig,
     TrainConfig,
     VerifierConfig,
     blamed_on,
     check_eval_config,
     check_train_config,
+    dump_config,
     save_config,
 )
 from spark_vl.config_cli import Parser, add_config_arguments, instantiate
@@ -35,8 +43,9 @@ from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
 from spark_vl.records import KINDS, BadRecordError, plain_text
-from spark_vl.run.paths import CONFIG
+from spark_vl.run.paths import CONFIG, model_folder
 from spark_vl.run.quarantine import TooManyBadRowsError
+from spark_vl.run.trained import saved_limits
 from spark_vl.verifiers import VerifierPool
 
 TRAIN_HELP = "train a policy that is its own generative reward"
@@ -47,6 +56,10 @@ PUBLISH_HELP = "publish a model, judgments, or a demo on the Hugging Face Hub; p
 RECIPES_HELP = "list the shipped data recipes, or check the rows of one"
 DOCTOR_HELP = "say what will not work on this machine, and the fix"
 ESTIMATE_HELP = "say whether a run fits into memory, and what would help; exits with 1 if it does not"
+
+
+_SHOWN_ALIKE = 3
+"""Rows that are printed of those that cannot be used for the same reason."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     eval_parser = Parser(description=EVAL_HELP)
     add_config_arguments(eval_parser, EvalConfig)
+    eval_parser.add_argument("--overwrite", action="store_true", help="replace the results that lie in `output`")
 
     recycle_parser = Parser(description=RECYCLE_HELP)
     recycle_parser.add_argument("run", help="folder of a run that kept its rollouts (logging.judgments)")
@@ -116,7 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         publish_commands.add_subcommand(name, command_parser, help=command_parser.description)
         command_parser.prog = f"{publish_parser.prog} {name}"
 
-    parsed = parser.parse_args(_shape_for_model(sys.argv[1:] if arguments is None else arguments))
+    _quiet_libraries()
+    arguments = _shape_for_model(sys.argv[1:] if arguments is None else arguments)
+    arguments = _evaluation_of_a_run(arguments)
+    parsed = parser.parse_args(arguments)
     command = parsed[parsed.command]
     try:
         match parsed.command:
@@ -129,7 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     trust_checkpoint=command.trust_checkpoint,
                 )
             case "eval":
-                evaluate(instantiate(eval_parser, command, EvalConfig))
+                config = instantiate(eval_parser, command, EvalConfig)
+                _check_evaluation(config)  # before the Hub is asked
+                # The limits that a model was trained within are the defaults, so the settings are read once more.
+                eval_parser.set_defaults(saved_limits(model_folder(config.model.path), config.model.revision))
+                command = parser.parse_args(arguments).eval
+                evaluate(instantiate(eval_parser, command, EvalConfig), overwrite=command.overwrite)
             case "recycle":
                 recycle_offline(command.run, instantiate(recycle_parser, command, OfflineConfig))
             case "show":
@@ -137,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "publish":
                 publish(command.what, command[command.what])
             case "recipes":
-                show_recipes(command.name, command.split, command.show)
+                parser.exit(0 if show_recipes(command.name, command.split, command.show) else 1)
             case "doctor":
                 parser.exit(diagnose())
             case "estimate":
@@ -154,9 +176,11 @@ def train(
 ) -> None:
     """`spark-vl train`: train, evaluate before and after, and print what changed."""
     check_train_config(config)
+    config.model.path = model_folder(config.model.path)
     _check_recipes("data.recipes", config.data.recipes, "train")
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
     Templater.from_config(config.prompts)  # a mistake there is found before anything heavy is loaded
+    _warn_without_box(config.prompts)
 
     from accelerate import Accelerator
 
@@ -210,11 +234,16 @@ def train(
         write_model_card(find_model(folder), card, model_id=str(folder / "model"), name=folder.name)
 
 
-def evaluate(config: EvalConfig) -> None:
-    """`spark-vl eval`: evaluate a checkpoint; write `results.json`, `samples.jsonl` and the prompts that were used."""
-    check_eval_config(config)
-    _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
-    Templater.from_config(config.prompts)  # a mistake there is found before anything heavy is loaded
+def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
+    """`spark-vl eval`: evaluate a checkpoint; write `results.json`, `samples.jsonl` and the prompts that were used.
+
+    Args:
+        overwrite: whether earlier results in the folder are replaced.
+    """
+    _check_evaluation(config)
+    config.model.path = model_folder(config.model.path)
+    if config.prompts != PromptConfig():
+        _warn_without_box(config.prompts)
 
     from rich.console import Console
 
@@ -222,6 +251,11 @@ def evaluate(config: EvalConfig) -> None:
     from spark_vl.report import print_results
 
     folder = Path(config.output)
+    files = [folder / name for name in ("results.json", "samples.jsonl")]
+    if (found := [str(file) for file in files if file.exists()]) and not overwrite:
+        raise ConfigError(f"output: {found[0]} is there already; name another folder, or add --overwrite")
+    for file in files:
+        file.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
     results = evaluate_checkpoint(config, folder)
@@ -359,13 +393,14 @@ def estimate(model: str | None, config: TrainConfig, setup: Setup) -> bool:
     return print_estimate(shape, config, setup, Console())
 
 
-def show_recipes(name: str | None, split: str, show: int) -> None:
-    """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one."""
+def show_recipes(name: str | None, split: str, show: int) -> bool:
+    """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one. Returns whether all rows can be
+    used."""
     if name is None:
         for written in map(usage, recipes()):
             recipe = load_recipe(written)
             print(f"{written:20} {recipe.license:12} {recipe.description}")
-        return
+        return True
     try:
         problems = open_recipe(load_recipe(name), split, Templater.load())
     except (ValueError, OSError) as error:
@@ -380,11 +415,24 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
                 bad.append(found)
             elif rows - len(bad) <= show:
                 print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
-    for fault in bad[:20]:
-        print(f"cannot be used: {fault}")
+    for faults in _alike(bad):
+        for fault in faults[:_SHOWN_ALIKE]:
+            print(f"cannot be used: {fault}")
+        if (more := len(faults) - _SHOWN_ALIKE) > 0:
+            print(f"    and {more} more for the same reason")
     if problems.renamed:
         print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
     print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {problems.recipe.license})")
+    return not bad
+
+
+def _alike(faults: Sequence[BadRecordError]) -> list[list[BadRecordError]]:
+    """Those with the same reason together, the most frequent reason first. Numbers and what is quoted from a row do not
+    make another reason."""
+    groups: dict[str, list[BadRecordError]] = defaultdict(list)
+    for fault in faults:
+        groups[re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", fault.reason)].append(fault)
+    return sorted(groups.values(), key=len, reverse=True)
 
 
 def diagnose() -> int:
@@ -394,12 +442,58 @@ def diagnose() -> int:
     return examine()
 
 
+def _quiet_libraries() -> None:
+    """Keep back what libraries print that alarms without a cause, and bars where nobody sees them move."""
+    # Of calls in torch's and DeepSpeed's own code, several in each step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # DeepSpeed says so whenever there is no GPU, also in a run that does not use it.
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda line: not line.getMessage().startswith("Setting accelerator to CPU")
+    )
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 def _shape_for_model(arguments: Sequence[str]) -> list[str]:
     """`estimate --model 7b` as `estimate --shape 7b`: to the parser of settings, `--model` is a file with all of
     `model.path`, `model.dtype`, ..."""
     if list(arguments[:1]) != ["estimate"]:
         return list(arguments)
     return [re.sub(r"^--model(?==|$)", "--shape", argument) for argument in arguments]
+
+
+def _evaluation_of_a_run(arguments: Sequence[str]) -> list[str]:
+    """`eval --config FILE`, where FILE is the configuration of a training run, with those of its settings that an
+    evaluation has. They replace the name of the file: jsonargparse takes either."""
+    arguments = [part for argument in arguments for part in re.split(r"(?<=^--config)=", argument, maxsplit=1)]
+    if arguments[:1] != ["eval"]:
+        return arguments
+    own = {field.name for field in fields(EvalConfig)}
+    for place in (i + 1 for i, argument in enumerate(arguments[:-1]) if argument == "--config"):
+        file = Path(arguments[place])
+        settings = yaml.safe_load(file.read_bytes()) if file.is_file() else None
+        if isinstance(settings, dict) and "output_dir" in settings:
+            kept = {name: value for name, value in settings.items() if name in own}
+            kept["max_prompt_tokens"] = settings.get("data", {}).get("max_prompt_tokens", EvalConfig.max_prompt_tokens)
+            arguments[place] = dump_config(kept)
+    return arguments
+
+
+def _warn_without_box(prompts: PromptConfig) -> None:
+    if "\\boxed" not in prompts.system + prompts.reasoning_suffix:
+        print(
+            "warning: neither prompts.reasoning_suffix nor prompts.system asks for an answer inside \\boxed{}, and the "
+            "kit's verifiers look for it nowhere else: unless the questions ask for it, every answer scores 0",
+            file=sys.stderr,
+        )
+
+
+def _check_evaluation(config: EvalConfig) -> None:
+    """Find mistakes before anything heavy is loaded."""
+    check_eval_config(config)
+    _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
+    Templater.from_config(config.prompts)
 
 
 def _check_recipes(setting: str, names: Sequence[str], split: str) -> None:

@@ -49,7 +49,8 @@ class ModelConfig:
     """Which model, and how it is held."""
 
     path: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """Hub id, or folder of a Hugging Face checkpoint with its processor."""
+    """Hub id, or folder of a Hugging Face checkpoint with its processor. Of a run or one of its checkpoints, its
+    `model/` is taken."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -253,6 +254,8 @@ class EvaluationConfig:
     """Problems of each recipe, drawn with a fixed seed, the same at every evaluation."""
     samples: PositiveInt = 4
     """Completions a prompt, at the rollout temperature, for the sampled figures."""
+    max_new_tokens: PositiveInt | None = None
+    """Limit on a completion of the evaluation; null: rollout.max_new_tokens."""
     reflection_rounds: PositiveInt = 1
     """Test-time reflection: how often an answer may be judged and, if judged wrong, revised. It stops at the first
     verdict "correct", or after so many rounds; all is greedy. One, since each round costs a judgment and a new answer.
@@ -350,6 +353,8 @@ class EvalConfig:
     output: str = "runs/eval"
     """Folder for `results.json` and `samples.jsonl`."""
     seed: NonNegativeInt = 0
+    max_prompt_tokens: PositiveInt = DataConfig.max_prompt_tokens
+    """Problems whose prompt is longer are left out and counted."""
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     """If nothing here is set, a model that a run has saved is asked in the words that it was trained on."""

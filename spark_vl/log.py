@@ -24,6 +24,9 @@ from spark_vl.run.jsonl import append_lines, drop_lines_after
 from spark_vl.run.sinks import Sink
 from spark_vl.verifiers.base import public_name
 
+_UNREAD_STEPS = 3
+"""Steps without one readable answer to a kind of prompt, after which it is said."""
+
 
 class Means:
     """Named means and counts that add up over packs, phases and processes. A mean is kept as a sum and a weight."""
@@ -130,6 +133,24 @@ def add_balanced_accuracy(metrics: dict[str, float]) -> None:
             metrics[f"{kind}/balanced_accuracy"] = sum(by_label) / len(by_label)
 
 
+class Pace:
+    """When another line of progress is due in a pipe or a file, where no bar can be seen."""
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the last line is long ago; a line is then expected, and the wait begins anew."""
+        due = time.monotonic() - self._last >= self._seconds
+        if due:
+            self.reset()
+        return due
+
+    def reset(self) -> None:
+        """A line was printed."""
+        self._last = time.monotonic()
+
+
 class RunLog(Sink):
     """What a run writes down and shows: metrics, evaluations, trackers, and the progress that a person watches.
 
@@ -176,6 +197,8 @@ class RunLog(Sink):
         self._rewards = Text()
         # A pipe or a file gets plain lines instead.
         self._live = Live(Group(self._bar, self._rewards), console=self.console) if self.console.is_terminal else None
+        self._pace = Pace()
+        self._unread: Counter[str] = Counter()  # kind → steps in a row without an answer that could be read
         if accelerator.is_main_process:
             for name in ("metrics", "evaluations"):
                 drop_lines_after(self._path(name), -1 if resumed is None else resumed)
@@ -201,6 +224,8 @@ class RunLog(Sink):
         count = "" if total is None else f" {done}/{total}"
         self._bar.update(self._task, description=f"{name}{count}")
         self.on_progress(self._step, f"{name}{count}")
+        if total and not self._live and self._pace.is_due():
+            self.say(f"step {self._step}/{self._steps}  {name}{count}")
 
     def progress(self, name: str, total: int) -> Callable[[int], None]:
         """Start to show `name done/total`. Returns a function that is called with how many more items are done."""
@@ -273,6 +298,18 @@ class RunLog(Sink):
         self._rewards.plain = f"reward  {rewards}{bad}"
         if not self._live:
             self.say(f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s{bad}")
+        self._warn_of_unread(step, metrics)
+
+    def _warn_of_unread(self, step: int, metrics: Mapping[str, float]) -> None:
+        for kind in KINDS:
+            if (share := metrics.get(f"{kind}/unparsable")) is not None:
+                self._unread[kind] = self._unread[kind] + 1 if share == 1 else 0
+                if self._unread[kind] == _UNREAD_STEPS:
+                    self.say(
+                        f"warning: no completion of a {kind} prompt had an answer that could be read, for "
+                        f"{_UNREAD_STEPS} steps, so nothing is learned from them; spark-vl show {self.folder} "
+                        f"--step {step} --kind {kind} prints what they say"
+                    )
 
     # ── beside the steps ──
 
@@ -285,6 +322,7 @@ class RunLog(Sink):
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
+        self._pace.reset()
         self.console.print(line, soft_wrap=True, markup=False)
 
     def dump(self, step: int, groups: Sequence[RolloutGroup]) -> Path:

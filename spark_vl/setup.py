@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint
 from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, save_config
@@ -87,7 +88,7 @@ def load_trainer(
     limits = RowLimits(config.data.max_row_bytes, config.data.max_row_chars, config.data.max_row_images)
     with blamed_on("data.recipes"):
         problems = [open_recipe(recipe, "train", templater, limits) for recipe in load_recipes(config.data.recipes)]
-    sampler = PromptSampler(problems, seed=config.seed)
+        sampler = PromptSampler(problems, seed=config.seed)
     quarantine = Quarantine(
         folder / (f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"), config.data.max_quarantined_fraction
     )
@@ -107,6 +108,7 @@ def load_trainer(
     steps = config.steps or math.ceil(config.epochs * len(sampler) / config.data.prompts_per_step)
     updates = steps * len(PHASES[config.recycle.schedule]) * config.optimizer.updates_per_batch
     updater = load_updater(config, accelerator, processor, updates=updates)
+    disable_progress_bar()  # those of files that are written would run through the run's own
     engine = load_engine(config.rollout, accelerator, updater.policy, processor)
     verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
     make_batches = BatchMaker(

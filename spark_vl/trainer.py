@@ -98,6 +98,10 @@ class Trainer:
     def _run(self) -> bool:
         if self.resumed is None:
             self.best.update(self.step, self.evaluate(self.step))
+        elif self.step < self.steps:
+            self.log.say(f"goes on after step {self.step} of {self.steps}")
+        else:
+            self.log.say(f"all {self.steps} steps are done: {self.log.folder / MODEL} is written again, and no more")
         while self.step < self.steps:
             if self._asked_to_stop() or not self._train_step(self.step + 1):
                 return self._stop()

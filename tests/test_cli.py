@@ -14,6 +14,7 @@ from spark_vl.data.recipes import load_recipe, recipes, usage
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "sympy"}
 GOOD = ("train", "--data.recipes=[digits]")
+EVAL = ("eval", "--evaluation.recipes=[digits]")
 RUNNER = """
 import sys
 from spark_vl.cli import main
@@ -49,10 +50,12 @@ def test_help_names_every_command_and_its_settings(tmp_path):
 
 def test_a_checkpoint_that_is_none_is_named(tmp_path):
     """Also shows that the runner sees what is loaded: to look into a checkpoint takes transformers."""
-    (tmp_path / "empty").mkdir()
-    status, _, error, loaded = spark_vl(tmp_path, *GOOD, "--model.path=empty", "--output_dir=run")
+    (tmp_path / "broken").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "broken" / name).write_text("?")
+    status, _, error, loaded = spark_vl(tmp_path, *GOOD, "--model.path=broken", "--output_dir=run")
     assert status == 2
-    assert "spark-vl train: error: model.path: empty cannot be loaded (AutoConfig): " in error
+    assert "spark-vl train: error: model.path: broken cannot be loaded (AutoConfig): " in error
     assert "Traceback" not in error
     assert {"torch", "transformers"} <= loaded
     assert not (tmp_path / "run").exists()
@@ -92,9 +95,14 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
         (("eval",), "evaluation.recipes: is empty; name at least one recipe"),
         (("eval", "--evaluation.recipes=[digit]"), "evaluation.recipes: no recipe 'digit'"),
         (("eval", "--rollout.n=0"), 'Parser key "rollout.n"'),
+        ((*GOOD, "--model.path=mine.yaml"), "model.path: mine.yaml is a file; allowed: a Hub id, or the folder of"),
+        ((*GOOD, "--model.path=runs"), "model.path: there is no folder runs; allowed: such a folder, or ORG/NAME"),
+        ((*GOOD, "--model.path=./org/name"), "model.path: there is no folder ./org/name"),
+        ((*EVAL, "--model.path=/"), "model.path: / holds no model: there is no config.json in it or in its model/"),
         (("recipes", "digit"), "no recipe 'digit'; allowed: digits"),
         (("recipes", "digits", "--split=dev"), "recipe digits: splits: found 'dev'; allowed: train, validation, test"),
         (("recipes", "no_rows.yaml"), "recipe no_rows: source: no file 'train.jsonl'"),
+        (("recipes", "no_rows.yaml", "--split=test"), "recipe no_rows: splits: test: 'empty.jsonl' has no rows"),
         (("trian",), "invalid choice: 'trian'"),
         ((), "{train,eval,recycle,publish,recipes, ..."),
     ],
@@ -104,7 +112,8 @@ def test_a_mistake_is_named_before_anything_is_loaded_or_written(tmp_path, argum
         "broken.yaml": "rollout: [8]",
         "mine.yaml": "name: mine",
         "no_rows.yaml": "{name: no_rows, description: none, license: none, source: {jsonl: .}, verifier: number, "
-        "splits: {train: train.jsonl}, columns: {question: q, answer: a}}",
+        "splits: {train: train.jsonl, test: empty.jsonl}, columns: {question: q, answer: a}}",
+        "empty.jsonl": "\n",
         "templates.yaml": r"[{name: judge, kind: pointwise, labels: ['Yes', 'No'], text: '{question} \boxed{Yes}'}]",
     }
     for name, text in files.items():
@@ -155,7 +164,7 @@ def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
         "splits: {train: train.jsonl}, columns: {question: q, answer: a, id: n}}"
     )
     status, output, _, loaded = spark_vl(tmp_path, "recipes", "mine.yaml", "--show=2")
-    assert (status, loaded) == (0, set())
+    assert (status, loaded) == (1, set())
     assert output.splitlines() == [
         "── mine/train/x",
         "How many?",
@@ -168,3 +177,47 @@ def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
         "1 rows have the id of an earlier row; the number of the row is added to it",
         "2 of 4 rows can be used (license of the data: none)",
     ]
+
+
+def test_reasons_are_grouped_the_most_frequent_first_and_the_rest_is_counted(tmp_path):
+    rows = [{"q": "How many?", "a": "3"}, {"q": "", "a": "3"}, *({"q": "?", "a": f"{i} or {i}"} for i in range(5))]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(
+        "{name: mine, description: none, license: none, source: {jsonl: .}, verifier: number, "
+        "splits: {train: train.jsonl}, columns: {question: q, answer: a}}"
+    )
+    status, output, _, _ = spark_vl(tmp_path, "recipes", "mine.yaml", "--show=0")
+    *faults, count = output.splitlines()
+    assert status == 1
+    assert [fault.split(": ")[1] for fault in faults if ": " in fault] == [
+        *(f"mine/train/#{row}" for row in (2, 3, 4)),
+        "mine/train/#1",
+    ]
+    assert faults[3] == "    and 2 more for the same reason"
+    assert count.startswith("1 of 7 rows")
+
+
+@pytest.mark.parametrize(("settings", "warned"), [((), False), (("--prompts.reasoning_suffix=",), True)])
+def test_a_prompt_that_asks_for_no_box_is_warned_of(tmp_path, settings, warned):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("?")  # so that the command ends where the model is loaded
+    status, _, error, _ = spark_vl(tmp_path, *GOOD, *settings, "--model.path=model")
+    assert status == 2
+    assert ("asks for an answer inside \\boxed{}" in error) == warned
+
+
+@pytest.mark.parametrize("after", [0.02, 0.3, 2.5])
+def test_ctrl_c_is_one_line(tmp_path, after):
+    """While the command is being imported, and while it works."""
+    program = f"""
+import signal, sys
+from spark_vl.__main__ import main
+signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C
+signal.setitimer(signal.ITIMER_REAL, {after})
+sys.argv = ["spark-vl", "recipes", "digits"]
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) in ((0, ""), (130, "\nspark-vl: interrupted\n"))
+    assert run.returncode or after > 1, "it was over before"

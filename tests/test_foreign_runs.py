@@ -106,7 +106,7 @@ def test_what_is_generated_stays_in_its_folder_whatever_its_name(tmp_path):
 @pytest.mark.parametrize("name", ["../../other/checkpoints/step-000001", "/etc", ".", "", "step-1", "step-000001/../x"])
 def test_a_pointer_names_a_checkpoint(tmp_path, name):
     (tmp_path / "best").write_text(name)
-    with pytest.raises(ValueError, match=r"best: found .*; allowed: the name of a checkpoint, step-000120"):
+    with pytest.raises(ValueError, match=r"best: found .*; allowed: the name of a checkpoint, such as step-000120"):
         pointed(tmp_path, "best")
 
 

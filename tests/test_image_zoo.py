@@ -134,7 +134,7 @@ def test_what_is_no_readable_file_is_refused(name: str, reason: str, problems, p
         (root / "zero.png").symlink_to("/dev/zero")
         (root / "loop.png").symlink_to("loop.png")
         rows = problems([name])
-        rows._root = root
+        rows.root = root
         try:
             with as_nobody(), pytest.raises(BadRecordError, match=reason):
                 processor.process(rows[0])

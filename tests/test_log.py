@@ -242,6 +242,33 @@ def test_steps_are_plain_lines_when_not_on_a_terminal(open_log, capsys, monkeypa
     ]
 
 
+def test_a_pipe_gets_a_line_of_progress_every_half_minute_without_another(open_log, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with open_log() as log:
+        log.begin_step(3)
+        advance = log.progress("evaluating, greedy", 900)
+        for second in range(90):
+            clock[0] = second + 1
+            advance(10)
+            if second == 40:
+                log.say("something else")
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3/9  evaluating, greedy 300/900",
+        "something else",
+        "step 3/9  evaluating, greedy 710/900",
+    ]
+
+
+def test_a_kind_of_which_no_answer_can_be_read_is_named_once(open_log, tmp_path, capsys):
+    log = open_log()
+    shares = [1.0, 1.0, 0.5, 1.0, None, 1.0, 1.0, 1.0]  # null: a step without such prompts
+    for step, share in enumerate(shares, 1):
+        log.on_metrics(step, STEP | ({} if share is None else {"reflection/unparsable": share}))
+        warned = "no completion of a reflection prompt" in capsys.readouterr().out
+        assert warned == (step == 7), step
+
+
 def test_a_terminal_shows_the_progress(open_log, capsys, monkeypatch):
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
         monkeypatch.setenv(name, value)

@@ -76,7 +76,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ("--recycle.schedule=sequential", "--recycle.judge_reflections=true", "--optimizer.updates_per_batch=2"),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides, capsys):
     load_trainer(make_config(tmp_path / "whole", *overrides)).train()
 
     # The interrupted run: its folder is as a run leaves it that is killed in step 5, after the checkpoint of step 3.
@@ -86,10 +86,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
     (checkpoints / "latest").write_text("step-000003")
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "half a li')
+    capsys.readouterr()
     load_trainer(make_config(tmp_path / "cut", *overrides), resume="auto", allow_config_change=True).train()
+    assert "goes on after step 3 of 6" in capsys.readouterr().out
 
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
+    load_trainer(make_config(tmp_path / "cut", *overrides), resume="auto", allow_config_change=True).train()
+    assert "all 6 steps are done" in capsys.readouterr().out
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     start = load_file(CHECKPOINT / "model.safetensors")
     assert whole.keys() == cut.keys() == start.keys()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -57,6 +58,7 @@ def make_inputs(folder: Path, prompts: int, side: int) -> None:
 
 def time_ours(folder: Path, arguments: argparse.Namespace) -> list[float]:
     """Seconds of each step of spark-vl."""
+    prompt = math.ceil(arguments.side / 28) ** 2 + 64  # tokens at most: those of the image, and of the words
     config = parse_train_config(
         [
             f"--output_dir={folder / 'ours'}",
@@ -69,8 +71,8 @@ def time_ours(folder: Path, arguments: argparse.Namespace) -> list[float]:
             f"--rollout.max_new_tokens={arguments.new_tokens}",
             "--recycle.schedule=none",
             "--objective.beta=0",
-            "--data.max_prompt_tokens=512",
-            f"--optimizer.tokens_per_pack={320 + 8 * arguments.new_tokens}",  # one group: a dense mask costs T²
+            f"--data.max_prompt_tokens={prompt}",
+            f"--optimizer.tokens_per_pack={prompt + 8 * arguments.new_tokens}",  # one group: a dense mask costs T²
             f"--steps={arguments.steps}",
             "--prompts.reasoning_suffix=",
         ]
@@ -127,6 +129,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--side", type=int, default=448, help="of the square image, in pixels")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps: at least 2 are needed, since the first is not counted")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, arguments.prompts, arguments.side)

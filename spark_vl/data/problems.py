@@ -52,6 +52,8 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLim
     root = root if recipe.media_root is None else Path(recipe.media_root)
     if root is not None and not root.is_dir():
         raise ValueError(f"recipe {recipe.name}: media_root: found {str(root)!r}, which is not a folder")
+    if not len(rows):
+        raise ValueError(f"recipe {recipe.name}: splits: {split}: {recipe.splits[split]!r} has no rows")
     problems = ProblemSet(recipe, split, templater, rows, root, limits)
     if recipe.source.type in ("hub", "factory") and root is None and problems.has_image_paths:
         raise ValueError(

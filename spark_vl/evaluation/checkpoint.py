@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spark_vl.config import DataConfig, EvalConfig, ModelConfig, PromptConfig, blamed_on
+from spark_vl.config import EvalConfig, ModelConfig, PromptConfig, blamed_on
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
 from spark_vl.families.registry import find_family
+from spark_vl.log import Pace
 from spark_vl.policy.policy import load_policy
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.rollout import TransformersEngine
+from spark_vl.run.trained import find_saved
 from spark_vl.verifiers import VerifierPool
 
 
@@ -31,7 +31,7 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
         ConfigError, ValueError: see `Evaluator`, `find_family` and `Templater`.
     """
     family = find_family(config.model)
-    processor = family.load_processor(config.model, max_prompt_tokens=DataConfig.max_prompt_tokens)
+    processor = family.load_processor(config.model, max_prompt_tokens=config.max_prompt_tokens)
     templater = find_templater(config.prompts, config.model, family.reserved)
     templater.save(folder / PROMPTS_FILE)
     evaluator = Evaluator(
@@ -49,6 +49,7 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
     ).to("cuda" if torch.cuda.is_available() else "cpu")
     engine = TransformersEngine(policy, processor, decode_batch_size=config.rollout.decode_batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    pace = Pace()
     with (
         VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb) as verifiers,
         Progress(*columns, TimeRemainingColumn()) as bar,
@@ -56,7 +57,13 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
 
         def progress(name: str, total: int) -> Callable[[int], None]:
             task = bar.add_task(name, total=total)
-            return lambda finished: bar.advance(task, finished)
+
+            def advance(finished: int) -> None:
+                bar.advance(task, finished)
+                if not bar.console.is_terminal and pace.is_due():
+                    print(f"{name} {bar.tasks[task].completed:.0f}/{total}", flush=True)
+
+            return advance
 
         return evaluator(engine, processor, verifiers, progress)
 
@@ -74,16 +81,6 @@ def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence
     if prompts != PromptConfig():
         return Templater.from_config(prompts, reserved)
     with blamed_on("model.path"):
-        file = _find_prompts(model)
+        file = find_saved(model.path, model.revision, PROMPTS_FILE)
         print(f"uses the prompts {'of the shipped templates' if file is None else 'that the model was trained on'}")
         return Templater.from_config(prompts, reserved) if file is None else Templater.read(file)
-
-
-def _find_prompts(model: ModelConfig) -> Path | None:
-    if Path(model.path).is_dir():
-        file = Path(model.path) / PROMPTS_FILE
-        return file if file.is_file() else None
-    try:
-        return Path(hf_hub_download(model.path, PROMPTS_FILE, revision=model.revision))
-    except EntryNotFoundError:  # also when offline, for a file that was never downloaded
-        return None

@@ -54,6 +54,7 @@ class Evaluator:
         samples_file: Path | None = None,
     ) -> None:
         self.config, self.templater, self.rollout, self.seed = config, templater, rollout, seed
+        self.max_new_tokens = config.max_new_tokens or rollout.max_new_tokens
         self.samples_file = samples_file
         with blamed_on("evaluation.recipes"):
             self._sets = [open_recipe(recipe, config.split, templater) for recipe in load_recipes(config.recipes)]
@@ -84,10 +85,10 @@ class Evaluator:
         prompts = self._prompts(processor, verifiers)
 
         def generate(phase: str, prompts: Sequence[ProcessedPrompt], n: int, temperature: float) -> list[RolloutGroup]:
-            sampling = Sampling(temperature, self.rollout.top_p, self.rollout.max_new_tokens, self.seed)
+            sampling = Sampling(temperature, self.rollout.top_p, self.max_new_tokens, self.seed)
             advance = progress(f"evaluating, {phase}", n * len(prompts))
             groups = engine.generate(prompts, n, sampling, advance)
-            return verify_groups(verifiers, groups, self.rollout.max_new_tokens)
+            return verify_groups(verifiers, groups, self.max_new_tokens)
 
         def ask(records: Iterable[PromptRecord], phase: str = "reflection") -> list[RolloutGroup]:
             return generate(phase, process_all(records, processor), 1, 0.0)

@@ -30,6 +30,32 @@ def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def model_folder(path: str) -> str:
+    """What `path` means as a model: itself, an id of the Hub or a folder with weights; of a run, a checkpoint, or
+    `checkpoints/best`, its `model/`.
+
+    Raises:
+        ConfigError: it is another file, a folder without weights, or a folder that is not there.
+    """
+    place = Path(path)
+    if place.name in (LATEST, BEST) and place.is_file():
+        place = pointed(place.parent, place.name) or place
+    if place.is_file():
+        raise ConfigError(
+            f"model.path: {path} is a file; allowed: a Hub id, or the folder of a model, run or checkpoint"
+        )
+    if not place.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path, re.ASCII) and not Path(place.parts[0]).exists():
+            return path
+        raise ConfigError(f"model.path: there is no folder {path}; allowed: such a folder, or ORG/NAME of the Hub")
+    for folder in (place, place / MODEL):
+        if (folder / "config.json").is_file():
+            if not any(folder.glob("*.safetensors")):
+                raise ConfigError(f"model.path: {folder} has no weights (*.safetensors)")
+            return str(folder)
+    raise ConfigError(f"model.path: {path} holds no model: there is no config.json in it or in its {MODEL}/")
+
+
 def pointed(folder: Path, pointer: str) -> Path | None:
     """The checkpoint that `pointer` (`latest`, `best`) in `folder` names; None if there is no such file yet.
 
