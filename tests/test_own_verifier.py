@@ -16,6 +16,7 @@ import torch
 from spark_vl.data.judgments import row_of
 from spark_vl.data.problems import ProblemSet, check, open_recipe
 from spark_vl.data.recipes import load_recipe, load_recipes
+from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, PromptRecord, Rollout, RolloutGroup, Verdict
 from spark_vl.run.codec import record_from_json, record_to_json
@@ -183,8 +184,8 @@ def test_whatever_can_be_called_is_a_verifier(recipe_of, code: str) -> None:
 
 
 @pytest.mark.parametrize("code", ["def near(completion): return 1", "import no_such_module"])
-def test_training_says_so_before_it_looks_at_the_model(recipe_of, tmp_path: Path, code: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "spark_vl", "train", "--model.path", "no-model"]
+def test_training_says_so_before_anything_heavy_is_loaded(recipe_of, tmp_path: Path, code: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "spark_vl", "train", "--model.path", str(CHECKPOINT)]
     command += ["--data.recipes", f"[{recipe_of(code)}]", "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
     said = "".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))

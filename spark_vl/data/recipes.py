@@ -384,7 +384,7 @@ def _check_verifier(where: str, field: str, name: Any) -> None:
             return
         why = f"there is no file {place}"
     elif not _is_there(place):
-        why = f"there is no module {place!r} on sys.path; of a file beside the recipe, write ./file.py:{function}"
+        why = f"there is no module {place!r} on sys.path; of a file beside the recipe, write ./{place}.py:{function}"
     else:
         return
     allowed = f"{', '.join(VERIFIERS)}, module:function, or ./file.py:function"
