@@ -19,11 +19,10 @@ from spark_vl.config import (
     ModelConfig,
     RolloutConfig,
     TrainConfig,
-    check_eval_config,
-    check_train_config,
     flat,
     save_config,
 )
+from spark_vl.config_check import check_eval_config, check_train_config
 from spark_vl.config_cli import parse_train_config
 from spark_vl.data.recipes import load_recipe
 from spark_vl.prompts import Templater
