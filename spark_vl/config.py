@@ -287,8 +287,8 @@ class LoggingConfig:
     """What is written while it runs; `metrics.jsonl` always is."""
 
     trackers: list[str] = field(default_factory=list)
-    """Trackers of Accelerate: tensorboard, wandb, trackio, ..., which have to be installed. They call the project as the
-    folder that `output_dir` is in, and the run as `output_dir` itself."""
+    """Trackers of Accelerate: tensorboard, wandb, trackio, ..., which have to be installed. Their project is called as
+    the folder that `output_dir` is in, the run as `output_dir` itself."""
     judgments: bool = True
     """Keep all rollouts, problems' and judges', with images and verdicts in `judgments/`: a dataset that can be
     published (`spark-vl publish judgments`) and recycled anew (`spark-vl recycle`)."""
