@@ -31,11 +31,10 @@ from spark_vl.config import (
     TrainConfig,
     VerifierConfig,
     blamed_on,
-    check_eval_config,
-    check_train_config,
     dump_config,
     save_config,
 )
+from spark_vl.config_check import check_eval_config, check_train_config
 from spark_vl.config_cli import Parser, add_config_arguments, instantiate
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage

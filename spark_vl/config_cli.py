@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from spark_vl.config import ConfigError, TrainConfig, check_train_config
+from spark_vl.config import ConfigError, TrainConfig
+from spark_vl.config_check import check_train_config
 
 # The text below a setting is its help on the command line.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

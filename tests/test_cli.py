@@ -95,6 +95,8 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
         (("eval",), "evaluation.recipes: is empty; name at least one recipe"),
         (("eval", "--evaluation.recipes=[digit]"), "evaluation.recipes: no recipe 'digit'"),
         (("eval", "--rollout.n=0"), 'Parser key "rollout.n"'),
+        ((*GOOD, "--logging.trackers=[wandb]"), "logging.trackers: wandb is not installed: pip install wandb"),
+        ((*GOOD, "--logging.trackers=[tensorbord]"), "logging.trackers: found 'tensorbord'; allowed: aim, clearml, "),
         ((*GOOD, "--model.path=mine.yaml"), "model.path: mine.yaml is a file; allowed: a Hub id, or the folder of"),
         ((*GOOD, "--model.path=runs"), "model.path: there is no folder runs; allowed: such a folder, or ORG/NAME"),
         ((*GOOD, "--model.path=./org/name"), "model.path: there is no folder ./org/name"),

@@ -13,7 +13,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ABOVE_THE_LINE = (
-    *("records", "config", "config_cli", "answers", "prompts", "verifiers", "data", "run", "recycle", "offline"),
+    *(
+        "records",
+        "config",
+        "config_check",
+        "config_cli",
+        "answers",
+        "prompts",
+        "verifiers",
+        "data",
+        "run",
+        "recycle",
+        "offline",
+    ),
     *("show", "advantages", "estimate"),
 )
 BELOW_THE_LINE = (

@@ -171,7 +171,8 @@ def test_neither_a_full_disk_nor_a_full_process_table_reaches_training(hub, publ
 def test_a_repository_that_cannot_be_is_found_before_anything_is_loaded(tmp_path):
     with pytest.raises(SystemExit):
         make_config(tmp_path / "run", "--publish.repo=just-a-name")
-    from spark_vl.config import TrainConfig, check_train_config
+    from spark_vl.config import TrainConfig
+    from spark_vl.config_check import check_train_config
 
     config = TrainConfig()
     config.data.recipes = ["digits"]

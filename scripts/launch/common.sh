@@ -33,8 +33,6 @@ launch() {
             --main_process_ip "$MAIN_IP" --main_process_port "${MAIN_PORT:-29500}"
             --deepspeed_multinode_launcher standard)
     fi
-    # Torch 2.14 finds several calls of DeepSpeed's deprecated, in every step of every process.
-    export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
     # As many threads as there are cores: images, and an optimizer in host memory. Accelerate would make it one.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > GPUS ? $(nproc) / GPUS : 1))}
     # After SIGINT and SIGTERM torch's launcher gives a run 30 s, too few to end a step and save.
