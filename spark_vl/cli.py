@@ -46,6 +46,7 @@ from spark_vl.run.paths import CONFIG, model_folder
 from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.run.trained import saved_limits
 from spark_vl.verifiers import VerifierPool
+from spark_vl.verifiers.base import public_name
 
 TRAIN_HELP = "train a policy that is its own generative reward"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
@@ -413,7 +414,7 @@ def show_recipes(name: str | None, split: str, show: int) -> bool:
             if isinstance(found, BadRecordError):
                 bad.append(found)
             elif rows - len(bad) <= show:
-                print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
+                print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({public_name(found.verifier)})")
     for faults in _alike(bad):
         for fault in faults[:_SHOWN_ALIKE]:
             print(f"cannot be used: {fault}")
