@@ -101,7 +101,7 @@ MATH = [  # gold, reply, expected, rule
     (r"5\text{ cm}", r"\boxed{5}", RIGHT, "unit left out"),
     ("25", r"\boxed{25 \text{ cm}^2}", RIGHT, "unit added"),
     (r"\text{No solution}", r"\boxed{no solution}", RIGHT, "words"),
-    (r"x \neq 3", r"\boxed{x > 3}", (0.0, "error"), "sympy cannot compare these"),
+    (r"x \neq 3", r"\boxed{x > 3}", WRONG, "another relation"),
     ("5", r"\boxed{\frac{0}{0}}", WRONG, "not a number"),
     ("5", r"\boxed{" + "1+" * 2000 + "1}", UNPARSABLE, "too long to be an answer"),
 ]
@@ -198,7 +198,7 @@ def test_every_gold_gets_full_marks(kind: str, gold: str, choices: tuple[str, ..
     ("kind", "gold", "choices"),
     [
         ("math", "", ()),
-        ("math", "B. 5", ()),
+        ("math", "3 4", ()),
         ("math", "5?", ()),
         ("math", r"\boxed{}", ()),
         ("choice", "D", LENGTHS),
