@@ -107,7 +107,8 @@ _COMMANDS: _Rules = [
     (re.compile(_commands("backslash smallsetminus")), r"\\setminus "),
     (re.compile(_commands("imath")), "i"),
     (re.compile(_commands("cdotp bullet ast")), r"\\cdot "),
-    (re.compile(r"<=|≦"), r"\\le "),
+    (re.compile(r"<="), r"\\le "),
+    (re.compile(r"(?<=[A-Za-z])//(?=[A-Za-z])"), r"\\parallel "),
     (re.compile(r">="), r"\\ge "),
     (re.compile(r"\\%"), "%"),
     (

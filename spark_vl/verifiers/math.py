@@ -7,29 +7,15 @@ expressions by their values (`expressions.py`). `docs/verifiers.md` has the rule
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import reduce
-from typing import Any, TypeGuard
-
-from sympy import Complement as Difference
-from sympy import FiniteSet, Intersection, Interval, Rational, S, Set, Union
+from collections.abc import Sequence
+from typing import Any
 
 from spark_vl.answers import last_boxed, same_unit
 from spark_vl.answers.latex import spelled
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
-from spark_vl.verifiers.expressions import (
-    Expression,
-    Tree,
-    UnreadableError,
-    equal,
-    number,
-    proportional,
-    read_expression,
-)
+from spark_vl.verifiers.equality import equal, number, proportional
+from spark_vl.verifiers.expressions import Expression, Tree, UnreadableError, read_expression
 from spark_vl.verifiers.reading import (
-    COMBINATIONS,
-    EVERYTHING,
-    INTERVALS,
     Answer,
     Clock,
     Given,
@@ -41,6 +27,7 @@ from spark_vl.verifiers.reading import (
     Words,
     read,
 )
+from spark_vl.verifiers.solutions import TURNED, as_set, is_set, is_variable
 from spark_vl.verifiers.wording import known_unit, unstyled
 
 _MAX_CHARS = 1000
@@ -121,8 +108,8 @@ def same(answer: Answer, gold: Answer) -> bool:
             return _same_quotient(a, b, value)
         case (Value() as value, Group("ratio", (Value() as a, Value() as b))):
             return _same_quotient(a, b, value)
-    if _is_set(answer) or _is_set(gold):
-        sets = _as_set(answer), _as_set(gold)
+    if is_set(answer) or is_set(gold):
+        sets = as_set(answer), as_set(gold)
         return None not in sets and sets[0] == sets[1]
     return answer == gold
 
@@ -181,7 +168,7 @@ def _is_equation(answer: Answer) -> bool:
     return isinstance(answer, Relation) and answer.equation
 
 
-_APPLIED = re.compile(r"[A-Za-z]+'*(?:_\w|_\{\w+\})? ?\([^()=]*(?:\([^()]*\)[^()=]*)*\)")
+_APPLIED = re.compile(r"[A-Za-z]+'*(?:\^\{-1\}|_\w|_\{\w+\})? ?\([^()=]*(?:\([^()]*\)[^()=]*)*\)")
 
 
 def _name(side: Answer) -> str | None:
@@ -205,19 +192,12 @@ def _only_names(tree: Tree | None) -> bool:
     return tree[0] == "name" or (bool(parts) and all(map(_only_names, parts)))
 
 
-def _is_variable(side: Answer) -> TypeGuard[Value]:
-    """Whether it is a single name."""
-    return (
-        isinstance(side, Value) and side.expression.tree is not None and side.expression.tree[0] in ("name", "function")
-    )
-
-
 def _chain(relation: Relation) -> tuple[str | None, tuple[Answer, ...]]:
     """The name that an equation gives a value, and its other sides."""
     first, *rest = relation.sides
     if (name := _name(first)) is not None:
         return name, tuple(rest)
-    if _is_variable(relation.sides[-1]):
+    if is_variable(relation.sides[-1]):
         return _name(relation.sides[-1]), relation.sides[:-1]
     return None, relation.sides
 
@@ -273,19 +253,18 @@ def _proportional(answer: Relation, gold: Relation) -> Any:
     return proportional((sides[0], sides[1]), (sides[2], sides[3]))
 
 
-_TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 _SYMMETRIC = (r"\ne", r"\cong", r"\sim", r"\parallel", r"\perp", r"\equiv")
 
 
 def _same_relation(answer: Relation, gold: Relation) -> bool:
-    turned = Relation(tuple(_TURNED.get(sign, sign) for sign in reversed(answer.signs)), answer.sides[::-1])
-    for one in (answer, turned) if set(answer.signs) <= {*_TURNED, *_SYMMETRIC} else (answer,):
+    turned = Relation(tuple(TURNED.get(sign, sign) for sign in reversed(answer.signs)), answer.sides[::-1])
+    for one in (answer, turned) if set(answer.signs) <= {*TURNED, *_SYMMETRIC} else (answer,):
         if one.signs != gold.signs or len(one.sides) != len(gold.sides):
             continue
         if all(map(same, one.sides, gold.sides)):
             return True
         factor = _proportional(one, gold)
-        if factor is not None and (factor > 0 if one.signs[0] in _TURNED else one.signs[0] == r"\ne"):
+        if factor is not None and (factor > 0 if one.signs[0] in TURNED else one.signs[0] == r"\ne"):
             return True
     return False
 
@@ -302,7 +281,7 @@ def _same_group(answer: Group, gold: Group) -> bool:
             return other.kind in ("list", "set", "or") and _unordered(values, other.members)
         if other.kind == "point":
             values = [value for _, value in sorted(pairs or (), key=lambda pair: pair[0])]
-        return other.kind in ("point", "list", "parts") and _ordered(values, other.members)
+        return other.kind in ("point", "list", "sequence") and _ordered(values, other.members)
     kinds = {answer.kind, gold.kind}
     if kinds <= {"list", "or", "set"}:
         one, two = ([*_distinct(side.members)] if "set" in kinds else [*side.members] for side in (answer, gold))
@@ -311,7 +290,7 @@ def _same_group(answer: Group, gold: Group) -> bool:
         return _same_ratio(answer.members, gold.members)
     if len(kinds) == 1 and answer.kind in (r"\cup", r"\cap"):
         return _unordered(answer.members, gold.members)
-    if len(kinds) == 1 or kinds <= {"list", "point", "parts"}:
+    if len(kinds) == 1 or kinds <= {"list", "point", "sequence"}:
         return _ordered(answer.members, gold.members)
     return False
 
@@ -369,71 +348,3 @@ def _same_ratio(terms: Sequence[Answer], gold: Sequence[Answer]) -> bool:
         return read_expression(rf"\frac{{{one.text}}}{{{other.text}}}")
 
     return all(equal(quotient(a, unit[0]), quotient(b, unit[1])) for a, b in pairs)
-
-
-# ── sets of numbers ──
-
-_COMBINE: dict[str, Callable[..., Any]] = {r"\cup": Union, r"\cap": Intersection, r"\setminus": Difference}
-
-
-def _is_set(answer: Answer) -> bool:
-    return isinstance(answer, Relation) or (
-        isinstance(answer, Group) and answer.kind in ("or", "()", *INTERVALS, *COMBINATIONS)
-    )
-
-
-def _as_set(answer: Answer) -> Set | None:
-    """The real numbers that an answer says; None if it says no such set."""
-    if answer == EVERYTHING:
-        return S.Reals
-    if isinstance(answer, Relation):
-        return _solutions(answer)
-    if not isinstance(answer, Group):
-        return None
-    if answer.kind == "set":
-        ends = [_end(member) for member in answer.members]
-        return None if None in ends else FiniteSet(*ends)
-    if answer.kind in ("point", *INTERVALS):
-        ends = [_end(member) for member in answer.members]
-        if len(ends) != 2 or None in ends or not ends[0] < ends[1]:
-            return None
-        return Interval(*ends, answer.kind in ("point", "(]"), answer.kind in ("point", "[)"))
-    if answer.kind == "or" or answer.kind in COMBINATIONS:
-        sets = [_as_set(member) for member in answer.members]
-        return None if None in sets else reduce(_COMBINE.get(answer.kind, Union), sets)
-    return None
-
-
-def _end(answer: Answer) -> Any:
-    """An end of an interval, exact enough to be compared."""
-    value = number(answer.expression) if isinstance(answer, Value) else None
-    if value is None:
-        return None
-    if value in (float("inf"), float("-inf")):
-        return S.Infinity if value > 0 else S.NegativeInfinity
-    return Rational(f"{float(value):.12g}")
-
-
-_RAYS: dict[str, Callable[[Any], Set]] = {
-    "<": lambda end: Interval.open(S.NegativeInfinity, end),
-    ">": lambda end: Interval.open(end, S.Infinity),
-    r"\le": lambda end: Interval(S.NegativeInfinity, end),
-    r"\ge": lambda end: Interval(end, S.Infinity),
-    r"\ne": lambda end: Difference(S.Reals, FiniteSet(end)),
-}
-
-
-def _solutions(relation: Relation) -> Set | None:
-    """The numbers for which inequalities between a bare name and constants hold."""
-    found: Set = S.Reals
-    for sign, left, right in zip(relation.signs, relation.sides, relation.sides[1:], strict=False):
-        if _is_variable(left):
-            end = _end(right)
-        elif _is_variable(right):
-            end, sign = _end(left), _TURNED.get(sign, sign)
-        else:
-            return None
-        if end is None or sign not in _RAYS:
-            return None
-        found = Intersection(found, _RAYS[sign](end))
-    return found

@@ -51,8 +51,8 @@ class Group:
     """Several answers."""
 
     kind: str
-    r"""`list`, `or` (a list of inequalities), `parts` (numbered answers), `set`, `point`, `ratio`, `matrix`, `row`, an
-    interval by its brackets (`[)`), or the union, intersection or difference of sets (`\cup`)."""
+    r"""`list`, `or` (a list of inequalities), `sequence` (also numbered answers), `set`, `point`, `ratio`, `matrix`,
+    `row`, an interval by its brackets (`[)`), or the union, intersection or difference of sets (`\cup`)."""
     members: tuple[Answer, ...]
 
 
@@ -170,6 +170,8 @@ def _split(text: str, marks: tuple[str, ...]) -> tuple[list[str], list[str]]:
 
 def _words(text: str) -> Answer | None:
     said = words(text)
+    if said in ("all real numbers", "all reals"):
+        return EVERYTHING
     return None if said is None else Words(said)
 
 
@@ -222,7 +224,7 @@ def _list(text: str) -> Answer | None:
         and all(numbers[2::2])
         and numbers[1::2] == list("123456789")[: len(numbers) // 2]
     ):
-        return _group("parts", numbers[2::2])
+        return _group("sequence", numbers[2::2])
     said: list[str] = []
     separated = _AND_OR.sub(lambda match: said.append(match[1]) or ";", text)  # type: ignore[func-returns-value]
     marks = (",", ";", WIDE)
@@ -231,12 +233,18 @@ def _list(text: str) -> Answer | None:
     if len(members) < 2:
         return _signs(text) if len(members) == 1 and separated == text else None
     answer = _group("or" if "or" in said else "list", members)
-    first, *more = answer.members
-    if len(more) == 1 and isinstance(first, Relation) and first.equation and _inequality(more[0]):
-        return Given(first, more[0])
+    if len(answer.members) == 2 and _is_condition(*answer.members):
+        return Given(*answer.members)
     if answer.kind == "or" and not all(map(_inequality, answer.members)) and not any(map(_is_set, answer.members)):
         return Group("list", answer.members)
     return answer
+
+
+def _is_condition(answer: Answer, condition: Answer) -> bool:
+    """Whether the second of two answers says for which values the first holds: `y = 6/x, x > 0`."""
+    if not isinstance(condition, Relation) or condition.equation:
+        return False
+    return condition.signs == (r"\in",) or (isinstance(answer, Relation) and answer.equation)
 
 
 def _inequality(answer: Answer) -> bool:
@@ -309,12 +317,18 @@ def _relation(text: str) -> Answer | None:
 
 
 _BUILDER = re.compile(r"\s*(?:[A-Za-z]|\([A-Za-z], ?[A-Za-z]\))(?: ?\\in ?\\mathbb ?\{?[A-Z]\}?)? ?[|:](.+)")
-_MATRIX = re.compile(r"\\begin\{([pb])matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
+_MATRIX = re.compile(
+    r"\\begin\{([pbB]?matrix)\}(?P<rows>.*)\\end\{\1\}"
+    r"|[\[(] ?\\begin\{array\}(?:\{[lcr|]*\})?(?P<array>.*)\\end\{array\} ?[\])]",
+    re.DOTALL,
+)
 _REALS = re.compile(r"\\mathbb ?\{?R\}?")
 
 
 def _brackets(text: str) -> Answer | None:
     """Sets, points, intervals, unions and matrices."""
+    if not text:
+        return None
     pieces, marks = _split(re.sub(r"(?<=[)\]}]) ?U ?(?=[(\[\\])", r"\\cup ", text), COMBINATIONS)
     if marks:
         return Group(marks[0], tuple(map(read, pieces))) if len(set(marks)) == 1 else None
@@ -323,27 +337,24 @@ def _brackets(text: str) -> Answer | None:
     if text == r"\emptyset":
         return Group("set", ())
     if matrix := _MATRIX.fullmatch(text):
-        rows = [_group("row", row.split("&")) for row in matrix[2].split(r"\\") if row.strip()]
-        return Group("matrix", tuple(rows))
-    if text.startswith((r"\{", "(", "[")) and _closes(text, 0) in (len(text) - 1,):
-        left, right = (r"\{", r"\}") if text[0] == "\\" else (text[0], text[-1])
-        inner = text[len(left) : -len(right)].strip()
-        if left == r"\{":
-            if builder := _BUILDER.fullmatch(inner):
-                return read(builder[1].strip())
-            return _set(inner)
-        members, separators = _split(inner, (",", ";"))
-        if not separators:
-            return read(inner) if left + right in ("()", "[]") and _split(inner, _SIGNS)[1] == [] and inner else None
-        if not all(members):
-            raise UnreadableError(text)
-        kind = left + right
-        if kind == "()" or len(members) != 2:
-            return (
-                Group({"()": "point", "[]": "list"}[kind], tuple(map(read, members))) if kind in ("()", "[]") else None
-            )
-        return Group(kind, tuple(map(read, members)))
-    return None
+        rows = (matrix["rows"] or matrix["array"]).split(r"\\")
+        return Group("matrix", tuple(_group("row", row.split("&")) for row in rows if row.strip()))
+    left, right = (r"\{", r"\}") if text.startswith(r"\{") else (text[0], text[-1])
+    if left not in (r"\{", "(", "[") or _closes(text, 0) != len(text) - 1:
+        return None
+    inner = text[len(left) : -len(right)].strip()
+    if left == r"\{":
+        builder = _BUILDER.fullmatch(inner)
+        return read(builder[1].strip()) if builder else _set(inner)
+    members, separators = _split(inner, (",", ";"))
+    if not all(members):
+        raise UnreadableError(text)
+    if not separators:
+        return read(inner) if left + right in ("()", "[]") and not _split(inner, _SIGNS)[1] else None
+    kind = "point" if left + right == "()" else left + right
+    if kind != "point" and len(members) != 2:
+        kind = "sequence" if kind == "[]" else ""
+    return Group(kind, tuple(map(read, members))) if kind else None
 
 
 def _set(inner: str) -> Answer:

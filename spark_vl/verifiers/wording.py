@@ -22,7 +22,7 @@ def unstyled(text: str) -> str:
 
 # ── words ──
 
-_LETTERS = re.compile(r"[^\W\d_]{2,}(?:[\s',-]+[^\W\d_]+)*")
+_LETTERS = re.compile(r"(?:[^\W\d_]{2,}|[^\W\d_a-zA-Z])(?:[\s',-]+[^\W\d_]+)*")
 _SENTENCE = re.compile(r"[^\W\d_][\w\s.,;:'\"!?()/&-]*")
 _SHORT_WORDS = frozenset(("no", "dne"))
 _LINKS_ONLY = frozenset(("and", "or"))
@@ -35,6 +35,8 @@ _STATEMENTS = re.compile(r"\(\d\)(?:\s*,?\s*\(\d\)){2,}")
 def is_word(letters: str) -> bool:
     """Whether it is a word, not a product: four letters, or three with a vowel and not consecutive as in "abc"."""
     low = letters.casefold()
+    if not low.isascii():
+        return low.isalpha()
     if len(low) != 3 or low in _SHORT_WORDS:
         return low in _SHORT_WORDS or (len(low) > 3 and low.isalpha())
     return low.isalpha() and not set(low).isdisjoint("aeiouy") and "".join(sorted(low)) not in ascii_lowercase
