@@ -45,7 +45,7 @@ _SIGNS = {
     **{sign: _letter(sign) for sign in "αβγδεζηθικλμνξοπρςστυφχψωΓΔΘΛΞΠΣΦΨΩ"},
 }
 _TRANSLATED = str.maketrans(
-    _SIGNS | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if not chr(code).isdigit()}
+    _SIGNS | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if not chr(code).isalnum()}
 )
 
 _Rules = list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]]

@@ -91,7 +91,7 @@ _NO_UNIT = re.compile(
     re.IGNORECASE,
 )
 EQUALS = re.compile(r"=|\\approx(?![A-Za-z])")
-_NUMERIC = re.compile(r"(?:[^A-Za-z\\]|\\(?:frac|sqrt|pi|times|cdot|pm)(?![A-Za-z])|\\[!])*")
+_NUMERIC = re.compile(r"(?:[^A-Za-z\\]|\\(?:frac|sqrt|pi|times|cdot|div|pm)(?![A-Za-z])|\\[!])*")
 _SCALES = SCALES | {"dozen": 12}
 
 
