@@ -127,6 +127,10 @@ CHOICE = [
     ("B", LETTERS, r"\boxed{B}", UNPARSABLE, "a letter that is another option's text"),
     ("B", LETTERS, r"\boxed{B. B}", UNPARSABLE, "letter and text disagree"),
     ("A, C", LETTERS, r"\boxed{A. B, C. D}", RIGHT, "letters and texts, where the options are letters"),
+    ("B. 5 cm", (), r"\boxed{5 cm}", RIGHT, "the text behind the letter of the gold"),
+    ("B. 5 cm", (), r"\boxed{B}", RIGHT, "the letter of a gold with a text"),
+    ("B. 5 cm", (), r"\boxed{C. 5 cm}", WRONG, "another letter"),
+    ("B. 5 cm", (), r"\boxed{6 cm}", UNPARSABLE, "another text"),
     ("D", (), r"\boxed{D. Both A and B}", RIGHT, "letters in the text of an option"),
     ("A", (), r"\boxed{D. Both A and B}", WRONG, "letters in the text of an option"),
 ]

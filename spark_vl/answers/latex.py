@@ -88,8 +88,9 @@ _COMMANDS: _Rules = [
     (re.compile(r"(?<!\\)\\$"), ""),  # left of `\ ` when white space at the end was stripped
     (re.compile(r",\s*\\!\s*|\{,\}"), ",\ufeff"),  # 1,\!000: no list
     (re.compile(r"(?<!\\)\\!"), ""),
-    (re.compile(rf"\s*(?:(?<!\\){_commands('qquad quad')}|\\hspace\*?\s*\{{[^{{}}]*\}}|\n)\s*"), WIDE),
     (re.compile(r"(?<!\\)\\[ ,;:>]|~"), " "),
+    (re.compile(r"[ \t\r]+"), " "),
+    (re.compile(rf"\s*(?:(?<!\\){_commands('qquad quad')}|\\hspace\*?\s*\{{[^{{}}]*\}}|\n)\s*"), WIDE),
     (re.compile(_commands("left right middle [bB]igg?[lrm]? limits nolimits") + r"\s*\.?\s*"), ""),
     (re.compile(r"\\(?:text)?color\s*\{[a-z]+\}"), ""),
     (re.compile(r"\\[dtc]frac" + _END), r"\\frac"),

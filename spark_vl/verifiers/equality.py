@@ -176,7 +176,7 @@ def equal(answer: Expression, gold: Expression) -> bool:
             (real if is_real else other).append(agree)
     except TooLargeError:
         return _symbolically_equal(answer, gold)
-    return bool(real) or (bool(other) and all(other))
+    return len(real) > 1 or (constant and bool(real)) or (bool(other) and all(other))
 
 
 def _agree(a: Any, b: Any, rounded: bool = False, scientific: bool = False) -> bool:
@@ -203,13 +203,13 @@ def _noise(a: Tree, b: Tree, point: int) -> bool:
 def proportional(answer: tuple[Expression, Expression], gold: tuple[Expression, Expression]) -> Any:
     """The factor c, a number, in (left - right of `answer`) = c (left - right of `gold`); None if there is none.
 
-    None, too, if either difference is nothing everywhere: an identity.
+    None, too, if a difference is the same everywhere: an equation that always holds, or never.
     """
     trees = [side.tree for side in (*answer, *gold)]
     if None in trees:
         return None
     rounded = any(side.rounded for side in (*answer, *gold))
-    factors: list[Any] = []
+    differences: list[tuple[Any, Any]] = []
     try:
         for point in range(_POINTS):
             values = [_defined(tree, point) for tree in trees if tree is not None]
@@ -219,13 +219,17 @@ def proportional(answer: tuple[Expression, Expression], gold: tuple[Expression, 
             size = max(map(abs, values)) * _mp.mpf(10) ** -40
             if abs(one) <= size or abs(other) <= size:
                 return None
-            factors.append(one / other)
+            differences.append((one, other))
     except TooLargeError:
         return None
     margin = _mp.mpf(10) ** (-6 if rounded else -30)
-    if not factors or any(abs(factor - factors[0]) > margin * abs(factors[0]) for factor in factors):
-        return None
-    return factors[0]
+
+    def fixed(values: list[Any]) -> bool:
+        return all(abs(value - values[0]) <= margin * abs(values[0]) for value in values)
+
+    factors = [one / other for one, other in differences]
+    ones = [one for one, _ in differences]
+    return factors[0] if len(factors) > 2 and fixed(factors) and not fixed(ones) else None
 
 
 def number(expression: Expression) -> Any:

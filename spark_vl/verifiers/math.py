@@ -27,7 +27,7 @@ from spark_vl.verifiers.reading import (
     Words,
     read,
 )
-from spark_vl.verifiers.solutions import TURNED, as_set, is_set, is_variable
+from spark_vl.verifiers.solutions import TURNED, as_set, is_set, is_variable, variables
 from spark_vl.verifiers.wording import known_unit, unstyled
 
 _MAX_CHARS = 1000
@@ -110,16 +110,17 @@ def same(answer: Answer, gold: Answer) -> bool:
             return _same_quotient(a, b, value)
     if is_set(answer) or is_set(gold):
         sets = as_set(answer), as_set(gold)
-        return None not in sets and sets[0] == sets[1]
+        return None not in sets and sets[0] == sets[1] and len(variables(answer) | variables(gold)) <= 1
     return answer == gold
 
 
 def _same_given(answer: Answer, gold: Answer) -> bool:
-    """A condition may be missing on either side."""
+    """A condition may be missing on either side; but a number has none: "5 if x > 0" is a hedge."""
     if isinstance(answer, Given) and isinstance(gold, Given):
         return same(answer.answer, gold.answer) and same(answer.condition, gold.condition)
-    bare = [side.answer if isinstance(side, Given) else side for side in (answer, gold)]
-    return same(*bare)
+    one, other = (side.answer if isinstance(side, Given) else side for side in (answer, gold))
+    hedge = isinstance(answer, Given) and isinstance(one, Value) and one.expression.constant
+    return not hedge and same(one, other)
 
 
 def _same_time(answer: Answer, gold: Answer) -> bool:
@@ -145,6 +146,8 @@ def _same_option(answer: Answer, gold: Answer) -> bool:
 
 def _same_value(answer: Value, gold: Value) -> bool:
     """A unit may be missing. 10% is 10 and 0.1."""
+    if (answer.percent and gold.unit) or (answer.unit and gold.percent):
+        return False
     if answer.unit and gold.unit:
         units = known_unit(answer.unit), known_unit(gold.unit)
         if not same_unit(*units) or (len(answer.unit) == len(gold.unit) == 1 and answer.unit != gold.unit):

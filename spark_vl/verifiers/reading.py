@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
+from typing import TypeGuard
 
 from spark_vl.answers.latex import WIDE
 from spark_vl.verifiers.expressions import Expression, UnreadableError, read_expression
@@ -74,12 +75,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Clock:
-    """What may be a time, and what it is if it is none."""
+    """What may be a time, and what it is if it is none. `certain`: no ratio, which would be in lowest terms and without
+    leading zeros."""
 
     time: Time
     other: Answer | None
     certain: bool
-    """Whether it can be no ratio, which would be in lowest terms and have no leading zeros."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _clock(text: str) -> Answer | None:
         return None
     other = None
     with suppress(UnreadableError):
-        other = _ratio(text) or _value(text)
+        other = None if read_time.half and ":" in text else _ratio(text) or _value(text)
     whole = gcd(read_time.hour, *read_time.rest) > 1
     return Clock(read_time, other, ":" in text and (read_time.half != "" or ":0" in text or whole))
 
@@ -233,26 +234,27 @@ def _list(text: str) -> Answer | None:
     if len(members) < 2:
         return _signs(text) if len(members) == 1 and separated == text else None
     answer = _group("or" if "or" in said else "list", members)
+    if set(said) == {"and"} and all(map(_inequality, answer.members)):
+        return Group(r"\cap", answer.members)
     if len(answer.members) == 2 and _is_condition(*answer.members):
         return Given(*answer.members)
-    if answer.kind == "or" and not all(map(_inequality, answer.members)) and not any(map(_is_set, answer.members)):
-        return Group("list", answer.members)
-    return answer
+    sets = any(isinstance(member, Group) and member.kind in (*INTERVALS, *COMBINATIONS) for member in answer.members)
+    return answer if sets or all(map(_inequality, answer.members)) else Group("list", answer.members)
 
 
 def _is_condition(answer: Answer, condition: Answer) -> bool:
-    """Whether the second of two answers says for which values the first holds: `y = 6/x, x > 0`."""
-    if not isinstance(condition, Relation) or condition.equation:
-        return False
-    return condition.signs == (r"\in",) or (isinstance(answer, Relation) and answer.equation)
+    """Whether the second of two answers says for which values the first, a formula, holds: `y = 6/x, x > 0`."""
+    formula = answer.sides[-1] if isinstance(answer, Relation) and answer.equation else answer
+    return (
+        _inequality(condition)
+        and isinstance(formula, Value)
+        and not formula.expression.constant
+        and (formula is not answer or condition.signs == (r"\in",))
+    )
 
 
-def _inequality(answer: Answer) -> bool:
+def _inequality(answer: Answer) -> TypeGuard[Relation]:
     return isinstance(answer, Relation) and not answer.equation
-
-
-def _is_set(answer: Answer) -> bool:
-    return isinstance(answer, Group) and (answer.kind in INTERVALS or answer.kind in COMBINATIONS)
 
 
 def _group(kind: str, members: list[str]) -> Group:
@@ -385,6 +387,9 @@ def _numeral(text: str) -> Answer | None:
     return Numeral(match[1], match[2] or match[3]) if match else None
 
 
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+
+
 def _value(text: str) -> Answer:
     value, unit = measured(text)
     if value != text and not value.endswith("%"):
@@ -392,4 +397,6 @@ def _value(text: str) -> Answer:
         return Value(answer.expression, unit, answer.percent) if isinstance(answer, Value) else answer
     percent = value.endswith("%")
     value = value.removesuffix("%").strip()
+    if value.endswith("°") and not _TRIGONOMETRIC.search(value):
+        value, unit = value[:-1], "°"
     return Value(read_expression(value), unit, percent)

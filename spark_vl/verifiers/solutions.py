@@ -32,6 +32,13 @@ def is_set(answer: Answer) -> bool:
     )
 
 
+def variables(answer: Answer) -> frozenset[str]:
+    """The names that the inequalities in an answer speak of."""
+    parts = answer.sides if isinstance(answer, Relation) else answer.members if isinstance(answer, Group) else ()
+    named = {side.expression.text for side in parts if is_variable(side)} if isinstance(answer, Relation) else set()
+    return frozenset(named).union(*map(variables, parts))
+
+
 def as_set(answer: Answer) -> Set | None:
     """The real numbers that an answer says; None if it says no such set."""
     if answer == EVERYTHING:

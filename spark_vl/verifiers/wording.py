@@ -114,7 +114,9 @@ def measured(text: str) -> tuple[str, str]:
     if unit.lower() in ("percent", "percentage", "pct", "%"):
         return f"{scaled}%", ""
     styled = match.re is _STYLED_TAIL
-    return (scaled, unit) if _is_unit(unit, value, styled, not styled and match["space"] == "") else (text, "")
+    if not _is_unit(unit, value, styled, not styled and match["space"] == ""):
+        return text, ""
+    return (scaled[:-1], f"°{unit[0].upper()}") if value.endswith("°") else (scaled, unit)
 
 
 def _is_unit(unit: str, value: str, styled: bool, glued: bool) -> bool:
