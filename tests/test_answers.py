@@ -108,6 +108,11 @@ def test_a_box_at_the_end_is_the_last(before: str, content: str) -> None:
         ("A B", AB, None),
         ("C", AB, None),
         ("Answer  1", ("Answer 1", "Answer 2"), "Answer 1"),
+        ("Answer A", AB, "A"),
+        ("The answer is (B).", AB, "B"),
+        ("Answer: Yes", YES_NO, "Yes"),
+        ("Answer A or B", AB, None),
+        ("Answer", AB, None),
         ("1", ("Answer 1", "Answer 2"), None),
     ],
 )
@@ -177,6 +182,21 @@ LENGTHS = ("4 cm", "5 cm", "6 cm")
         ("D. Both A and B", (), "D"),
         ("D. A, B and C", (), "D"),
         ("D. Both A or B", (), None),
+        ("[B]", (), "B"),
+        ("{B}", (), "B"),
+        (r"\(B\)", (), "B"),
+        (r"\mathsf{B}", (), "B"),
+        ("（B）", (), "B"),
+        ("The answer is B", (), "B"),
+        ("Final answer: (B)", (), "B"),
+        ("The answer is not B", (), None),
+        ("B, 5 cm", (), "B"),
+        ("B - 5 cm", (), "B"),
+        ("B、5", (), "B"),
+        ("B, C and D", (), None),
+        ("B, 5 or C", (), None),
+        ("B-5", (), None),
+        ("a, dog", (), None),
         ("B. red and C", (), None),
         ("A", ("B", "A"), None),  # the letter of one and the text of the other
         ("A. B", ("B", "A"), "A"),
@@ -195,6 +215,22 @@ def test_a_letter_and_its_own_text(mark: str) -> None:
     assert match_choice(f"b{mark}5cm", LENGTHS) == "B"
     for wrong in (f"B{mark}4 cm", f"A{mark}5 cm", f"D{mark}5 cm", f"B{mark}C", f"B{mark}5 cm or C"):
         assert match_choice(wrong, LENGTHS) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "expected"),
+    [
+        ("3ab", ("$a b$", "$3 a b$"), "B"),
+        (r"\cos 6^\circ\sin 12^\circ", (r"$\sin 6^{\circ}$", r"$\cos 6^{\circ}\sin 12^{\circ}$"), "B"),
+        ("X and T", ("$X$ and $Z$", "$X$ and $T$"), "B"),
+        ("square D", ("square $A$", "square $D$"), "B"),
+        ("3 5", ("35", "$3 5$"), "B"),
+        ("X and A", ("$X$ and $Z$", "$X$ and $T$"), None),
+        ("96", (r"$3 \cdot 2^{5}$", "$3^{6}$"), None),
+    ],
+)
+def test_the_formulas_of_an_option_may_be_spelled_in_any_way(text, choices, expected) -> None:
+    assert match_choice(text, choices) == expected
 
 
 FORMULAS = (r"\frac{\sqrt{3}}{2}", r"\frac{1}{2}", "(2, 1)", "x > 2", "11/2")

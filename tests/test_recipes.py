@@ -450,6 +450,12 @@ def test_choices_may_hold_images(problems, tmp_path: Path) -> None:
         ("How long is it?\nA. 5\nB. 6\nC. 7", "B", "choice"),
         ("How long is it? (A) 5 (B) 6", r"\boxed{A}", "choice"),
         ("长度是多少？A、5 B、6", "B", "choice"),
+        ("Which?\nA. 3 cm\nB. 5 cm\nC. 7 cm", r"\boxed{(B)}", "choice"),
+        ("Which?\nA. 3 cm\nB. 5 cm\nC. 7 cm", r"\boxed{\text{B. 5 cm}}", "choice"),
+        ("Which?\nA. 3 cm\nB. 5 cm\nC. 7 cm", "AC", "choice"),
+        ("Which?\nA. 3 cm\nB. 5 cm\nC. 7 cm", "A, C", "choice"),
+        ("Which?\nA. 3 cm\nB. 5 cm\nC. 7 cm", "AD", "math"),  # a line: there is no option D
+        ("Which line of B, A. and C. is it?", "AB", "math"),
         ("How long is it? (A) 5 (B) 6", "6", "math"),
         ("How long is it? (A) 5 (B) 6", "D", "math"),  # no option of that letter
         ("Which variable is the area?", "A", "math"),

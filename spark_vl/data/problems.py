@@ -16,7 +16,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from spark_vl.answers import last_boxed, match_choices
+from spark_vl.answers import last_boxed, match_choices, plain
 from spark_vl.data.cells import answer, identifier, items, optional, options, text, type_name
 from spark_vl.data.images import ImageError, image_path, load_image
 from spark_vl.data.judgments import record_of
@@ -168,7 +168,8 @@ class ProblemSet:
             verifier = default
         if verifier == "choice":
             text(row, columns.answer)  # a number may count the options from 0 or from 1
-            gold = _letters(gold, choices)
+            letters = _letters(gold, choices)
+            gold = letters if choices or len(letters) > 1 else plain(gold)
         if choices and not _shows(question, choices):
             lettered = zip(ascii_uppercase, choices, strict=False)
             question += "".join(f"\n{letter}. {option}" for letter, option in lettered)
@@ -331,10 +332,15 @@ def _shows(question: str, options: tuple[str, ...]) -> bool:
 
 
 def _is_lettered(question: str, answer: str) -> bool:
-    """Whether an answer is one of the letters of the options that a question lists."""
-    return re.fullmatch("[A-Z]", answer) is not None and all(
-        re.search(rf"(?<![A-Za-z0-9]){letter}\s*[.):、．：]", question) for letter in {"A", "B", answer}
-    )
+    """Whether an answer names options that a question lists in order, by letter ("B", "(B)", "B. 5 cm", "AC")."""
+    letters = match_choices(answer) if re.match(r"\(?[A-Z]", plain(answer)) else ()
+    end = 0
+    for letter in sorted({"A", "B", *letters}):
+        listed = re.compile(rf"(?<![A-Za-z0-9]){letter}\s*[.):、．：]").search(question, end)
+        if listed is None:
+            return False
+        end = listed.end()
+    return letters != ()
 
 
 def _gold(answer: str) -> str:

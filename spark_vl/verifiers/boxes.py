@@ -46,6 +46,7 @@ _PAIRS = re.compile(rf"{_PAIR}(?:\s*+,?+\s*+{_PAIR})*+")
 _NUMBERS = rf"{_NUMBER.pattern}(?:\s*+,\s*+{_NUMBER.pattern})++"
 _FLAT = re.compile(rf"{_NUMBERS}|\(\s*+{_NUMBERS}\s*+\)")
 _LATEX = re.compile(r"\\(?:left|right|q?quad)(?![A-Za-z])|\\[ ,;:!]|[$~]")
+_FENCED = re.compile(r"\A```(?:json)?\s++(.*?)\s*```\Z", re.DOTALL)
 _BRACKET = re.compile(rf"(?P<open>[\[{{])|(?P<close>[\]}}])|{_PAIRS.pattern}")
 
 
@@ -54,7 +55,7 @@ def find_answer(reply: str) -> str:
 
     It is the first of these that the reply has, whether or not that can be read:
 
-    1. the content of its last `\boxed{...}` (see `last_boxed`);
+    1. the content of its last `\boxed{...}` (see `last_boxed`), without a fence around it or backslashes before braces;
     2. the content of its last fenced block that opens with three backticks and `json`, and closes;
     3. the last of its outermost `[...]`, `{...}` and runs of `(x, y)` pairs. Brackets that do not close, as in a reply
        that was cut off, hold no answer, nor do brackets inside them. Brackets in quotes count as brackets.
@@ -63,7 +64,7 @@ def find_answer(reply: str) -> str:
         UnreadableError: the reply has none of them.
     """
     if (boxed := last_boxed(reply)) is not None:
-        return boxed
+        return _FENCED.sub(r"\1", boxed).replace(r"\{", "{").replace(r"\}", "}")
     for fenced in reversed(reply.split("```")[1:-1:2]):
         if fenced.startswith("json"):
             return fenced.removeprefix("json").strip()

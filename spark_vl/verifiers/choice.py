@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import ascii_uppercase
 
-from spark_vl.answers import last_boxed, match_choice, match_choices
+from spark_vl.answers import last_boxed, match_choice, match_choices, plain
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 
 
@@ -12,7 +12,7 @@ def verify_choice(completion: str, record: PromptRecord) -> Verdict:
     """1 if the completion names the option that `record.gold` names; `parsed` is its letter.
 
     If the gold names several options ("A, C"), the completion must name all of them and no others. If it names one, a
-    completion that names several is unparsable.
+    completion that names several is unparsable. A gold with a text ("B. 5 cm") is named by that, too.
     """
     gold = _gold(record)
     boxed = last_boxed(completion)
@@ -22,6 +22,8 @@ def verify_choice(completion: str, record: PromptRecord) -> Verdict:
         letters = match_choices(boxed, record.choices, letter_first=False)
     else:
         letters = tuple(filter(None, [match_choice(boxed, record.choices)]))
+        if not (letters or record.choices) and match_choice(boxed, (_text(record),)):
+            letters = gold
     if not letters:
         return Verdict(0.0, None, "unparsable", f"the last box names no {'single ' if len(gold) == 1 else ''}choice")
     return Verdict(float(letters == gold), ", ".join(letters))
@@ -41,3 +43,8 @@ def _gold(record: PromptRecord) -> tuple[str, ...]:
     if not letters:
         raise BadRecordError(record.id, f"gold {record.gold!r} names no choice of {list(record.choices)}")
     return letters
+
+
+def _text(record: PromptRecord) -> str:
+    """What stands behind the letter in the gold."""
+    return plain(last_boxed(record.gold) or record.gold).partition(" ")[2]

@@ -1,442 +1,353 @@
-"""Mathematical expressions: the reply's last box is equivalent to the gold according to math-verify.
+r"""Mathematical answers: the reply's last box says the same as the gold.
 
-math-verify can run forever (`9^{9^9}`), and its own timeouts need the main thread, so they are off here: run this in a
-`VerifierPool`. It also merges several boxes into a set, picks numbers out of prose, reads "1 2" as 3 and fails on
-`30°`; so it gets exactly one box, cleaned, and must not search anything else. What it drops as a unit may be a variable
-or half of the answer, it reads a colon as division and a word as a product of letters; so this module itself reads
-units, numbers between words, times, ratios and words.
+Both are brought to one spelling (`answers/latex.py`), read to the end (`reading.py`), and compared here part by part;
+expressions by their values (`expressions.py`). `docs/verifiers.md` has the rules.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-import unicodedata
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import lru_cache
-from math import gcd
-from string import ascii_lowercase
+from collections.abc import Sequence
 from typing import Any
 
-from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, FiniteSet, Integer, Interval, MatrixBase, Mul, Set, Symbol, Tuple, floor, log
-from sympy.logic.boolalg import Boolean
-
-from spark_vl.answers import last_boxed, normalized, parse_quantity, plain
-from spark_vl.answers.boxed import STYLE
-from spark_vl.answers.quantities import PREFIXED_UNITS, SCALES, UNITS_AFTER_DIGIT, UNITS_IN_LETTERS, UNITS_IN_STYLE
+from spark_vl.answers import last_boxed, same_unit
+from spark_vl.answers.latex import spelled
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
-
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
+from spark_vl.verifiers.equality import equal, number, proportional
+from spark_vl.verifiers.expressions import Expression, Tree, UnreadableError, read_expression
+from spark_vl.verifiers.reading import (
+    Answer,
+    Clock,
+    Given,
+    Group,
+    Numeral,
+    Option,
+    Relation,
+    Value,
+    Words,
+    read,
+)
+from spark_vl.verifiers.solutions import TURNED, as_set, is_set, is_variable, variables
+from spark_vl.verifiers.wording import known_unit, unstyled
 
 _MAX_CHARS = 1000
 """A longer box is not an answer, nor a longer gold, and each would take the whole deadline."""
 
-_DEFAULT = LatexExtractionConfig()
-_CONFIG = replace(_DEFAULT, normalization_config=replace(_DEFAULT.normalization_config, units=False))
-
-# ── spelling ──
-
-
-def _fraction(match: re.Match[str]) -> str:
-    """`½` as LaTeX."""
-    return r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", match[0]).split("\u2044"))
-
-
-def _repeating(match: re.Match[str]) -> str:
-    r"""`0.1\overline{6}` as the fraction 15/90."""
-    whole, once, again = match[1], match[2], match[3] or match[4]
-    number = int(whole + once + again) - int("0" + whole + once)
-    return rf"\frac{{{number}}}{{{'9' * len(again)}{'0' * len(once)}}}"
-
-
-def _script(sign: str) -> Callable[[re.Match[str]], str]:
-    return lambda match: f"{sign}{{{unicodedata.normalize('NFKC', match[0]).replace(chr(0x2212), '-')}}}"
-
-
-_SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"\\[hv]?phantom\s*\{(?:[^{}]|\{[^{}]*\})*\}"), ""),  # phantoms are not shown
-    (re.compile(rf"^\s*{STYLE}\s*\{{\s*((?:-|\\?\$)?\.?\d[^{{}}]*)\}}\s*$"), r"\1"),  # \text{5 cm}
-    (re.compile(r"(?<!\\)\\$"), ""),  # left of `\ ` when white space at the end was stripped
-    (re.compile(r"(?<!\\)\\!"), ""),  # 1,\!000
-    (re.compile(r"\\underline(?![A-Za-z])|\\[bB]igg?[lrm]?(?![A-Za-z])"), ""),
-    (re.compile(r"^\s*(?:=|≈|\\approx(?![A-Za-z]))"), ""),
-    (re.compile(r"\\varnothing(?![A-Za-z])|∅"), r"\\emptyset "),
-    (re.compile(r"[°º]|\^?\s*\\degrees?(?![A-Za-z])"), r"^\\circ "),
-    (
-        re.compile(
-            r"\\(sin|cos|tan|cot|sec|csc)\s*(?:\\left)?[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?\s*(?:\\right)?[)}]?"
-        ),
-        r"\\\1(\\frac{\2\\pi}{180})",
-    ),
-    (re.compile(r"(?<!\\)%"), r"\\%"),
-    (re.compile(r"[−–﹣－]"), "-"),
-    (re.compile(r"∞"), r"\\infty "),
-    (re.compile(r"[·⋅∙]"), r"\\cdot "),
-    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
-    (re.compile(r"[¼-¾⅐-⅞]"), _fraction),
-    (re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+"), _script("^")),
-    (re.compile(r"[₀-₉]+"), _script("_")),
-    (re.compile(r"_(\w)(?=\s)"), r"_{\1}"),  # `\log_2 8` is not two numbers
-    (re.compile(r"(?<!\d)(\d+)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))"), _repeating),
-    (re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))"), r"\\sqrt{\1\2}"),
-    (re.compile(r"\^\s*(-\d+)"), r"^{\1}"),
-    (re.compile(r"(?<!\\)(?:\\[ ,;:]|~)|[\u00a0\u2009\u202f]"), " "),
-    (re.compile(r"(?<=\d) (?=\d{3}(?!\d))"), ""),  # 20 000
-    (re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)"), r"\1\\frac{\2}{\3}"),  # 2 1/2, which would be (2 + 1)/2
-    (re.compile(r"\\frac\s*(\d)\s+(\d)(?!\d)"), r"\\frac{\1}{\2}"),
-    (re.compile(r"(\d)[eE]([-+]?\d+)(?![A-Za-z\d])"), r"\1\\times 10^{\2}"),
-    (re.compile(r"[£€¥₹]"), ""),
-    (re.compile(r"(?<=\d)(?:st|nd|rd|th)$"), ""),
-    (re.compile(rf"(?<=\d)(\s*(?:{STYLE}\s*\{{\s*)?(?:[ckdm]?m|ft|in))([23])(?=\s*\}}?$)"), r"\1^\2"),  # 5 cm2
-]
-
-
-@lru_cache(maxsize=1024)  # a group shares its gold and often its answers
-def _clean(answer: str) -> str:
-    for spelling, standard in _SPELLINGS:
-        answer = spelling.sub(standard, answer)
-    return re.sub(r"(?<!\\right)\.$", "", answer.strip("*` ").rstrip(",;"))
-
-
-# ── units ──
-
-_POWER = r"(?:\s?\^\s?(?:-?\d|\{\s?-?\d\s?\}))"
-_STYLED_UNIT = rf"{STYLE}\s?\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}?"
-_STYLED_TAIL = re.compile(rf"(?P<tail>{_STYLED_UNIT}(?:\s?(?:/|\\cdot)?\s?{_STYLED_UNIT})*)[\s.]*$")
-_PLAIN_TAIL = re.compile(
-    r"(?:(?<=[\d})])(?P<space>\s?)|(?:(?<=\\pi)|(?<=\\circ))\s)"
-    rf"(?P<tail>[A-Za-z][A-Za-z. ]*{_POWER}?(?:/\s?[A-Za-z]+{_POWER}?)?)$"
-)
-_FACTORS = re.compile(r"(?:\\cdot|[\s/*·()-])+")
-_NO_UNIT = re.compile(
-    r"\b(?:or|and|not|if|when|where|for|except|half|halves|thirds?|fifths?|tenths?|hundredths?|thousandths?"
-    r"|(?:arc)?(?:sin|cos|tan|cot|csc)h?|log|exp|mod|sqrt|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho"
-    r"|sigma|tau|phi|chi|psi|omega)\b",
-    re.IGNORECASE,
-)
-_EQUALS = re.compile(r"=|\\approx(?![A-Za-z])")
-_NUMERIC = re.compile(r"(?:[^A-Za-z\\]|\\(?:[dtc]?frac|sqrt|pi|left|right|times|cdot|pm|circ)(?![A-Za-z])|\\[%$!])*")
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?$")
-_SCALES = SCALES | {"dozen": 12}
-
-
-def _is_unit(unit: str, value: str, styled: bool, glued: bool) -> bool:
-    r"""Whether `unit`, at the end of an answer, is a unit rather than a factor, a name or a condition.
-
-    Args:
-        value: the answer before it.
-        styled: whether it is in `\text{...}` or another style.
-        glued: whether it is in plain letters right after a digit, as a variable would be.
-    """
-    if _DEGREES.search(value):
-        return unit in ("C", "F") or unit.lower() in ("celsius", "fahrenheit")  # N and W are directions
-    unit = re.sub(r"^\^\\circ (?=[CF]$)", "", unit)
-    unit = unit.replace(".", "")
-    words = [word for word in _FACTORS.split(re.sub(_POWER, "", unit)) if word]
-    numeric = _NUMERIC.fullmatch(_EQUALS.split(value)[-1]) is not None
-    if not words or _NO_UNIT.search(unit) or not (numeric or (styled and max(map(len, words)) > 1)):
-        return False
-    if glued:
-        return unit in UNITS_AFTER_DIGIT or (len(words) == 1 < len(words[0]) and words[0] in UNITS_AFTER_DIGIT)
-    if styled:
-        return all(
-            w in UNITS_IN_STYLE or w in PREFIXED_UNITS or (_is_word(w) and not w.isupper()) or not w.isascii()
-            for w in words
-        )
-    if len(words) == len(words[0]) == 1 and words[0] not in ("m", unit):  # x^2; but m^2
-        return False
-    return any(w in UNITS_IN_LETTERS or len(w) > 3 for w in words) and all(
-        w in UNITS_IN_LETTERS or _is_word(w) for w in words
-    )
-
-
-@lru_cache(maxsize=1024)
-def _measured(answer: str) -> tuple[str, str]:
-    """`answer`, cleaned, without the unit at its end, and that unit. Words such as "million" become factors."""
-    answer = _clean(answer)
-    match = _STYLED_TAIL.search(answer) or _PLAIN_TAIL.search(answer)
-    if match is None or not (value := answer[: match.start()].rstrip()):
-        return answer, ""
-    words = plain(match["tail"]).split()
-    factor = 1
-    while words and (scale := _SCALES.get(words[0].lower().removesuffix("s"))):
-        factor, words = factor * scale, words[1:]
-    scaled = rf"{value}\times {factor}" if factor > 1 else value
-    if not (unit := " ".join(words)):
-        return scaled, ""
-    if unit.lower() in ("percent", "%"):
-        return rf"{scaled}\%", ""
-    styled = match.re is _STYLED_TAIL
-    return (scaled, unit) if _is_unit(unit, value, styled, not styled and match["space"] == "") else (answer, "")
-
-
-# ── numbers between words ──
-
-_NUMBER = re.compile(r"(-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+))")
-_LINKS = re.compile(r"\b(?:and|or)\b|[,;]")
-_LETTERS_ONLY = re.compile(r"[A-Za-z\s.'/-]*")
-_SMALL_WORDS = frozenset(("to", "by", "of", "in", "at", "per", "out"))
-
-
-def _parts(answer: str) -> list[tuple[str, float]] | None:
-    """The numbers in `answer`, such as "5 ft 8 in", each with the words after it, sorted by the words.
-
-    None if it has fewer than two numbers, only commas between them, or anything besides numbers and words."""
-    first, *rest = _NUMBER.split(_EQUALS.split(_clean(answer))[-1])
-    if len(rest) < 4 or plain(first).strip("\\"):
-        return None
-    parts, between = [], False
-    for i in range(0, len(rest), 2):
-        behind = rest[i + 1]
-        words = _LINKS.sub(" ", plain(behind)).strip()
-        if words in (r"^\circ", "'", "''", '"'):  # degrees and minutes, feet and inches; but not a list of angles
-            reads = _LINKS.search(behind) is None
-        else:
-            reads = bool(_LETTERS_ONLY.fullmatch(words) and (re.search(STYLE, behind) or _are_words(words)))
-        if not reads:
-            return None
-        between = between or (bool(words) and i + 2 < len(rest))
-        quantity = parse_quantity(f"1 {words}")
-        parts.append((quantity.unit if quantity else words.casefold(), float(rest[i].replace(",", ""))))
-    return sorted(parts) if between else None
-
-
-def _are_words(text: str) -> bool:
-    return all(word in UNITS_IN_LETTERS or word in _SMALL_WORDS or _is_word(word) for word in text.split())
-
-
-# ── times and ratios ──
-
-_TIME = re.compile(r"(\d{1,2})((?::[0-5]\d){0,2})\s*(?:([ap])\.?\s?m)?", re.IGNORECASE)
-_NO_RATIO = re.compile(r"[<>,;|]|\\[{}]|\\(?:in|mid|to|le|ge)(?![A-Za-z])")
-
-
-def _time(answer: str) -> tuple[list[int], str] | None:
-    """If `answer` may be a time of day or of a stopwatch: its numbers, hours first, and "a", "p" or ""."""
-    match = _TIME.fullmatch(plain(_clean(answer)))
-    if match is None or not (match[2] or match[3]):
-        return None
-    return [int(match[1]), *map(int, (match[2] or ":0")[1:].split(":"))], (match[3] or "").lower()
-
-
-def _same_time(one: tuple[list[int], str], other: tuple[list[int], str]) -> bool:
-    """Half past seven in the evening is 7:30 PM, 19:30, and 7:30."""
-    (hour, *minutes), half = one
-    (other_hour, *other_minutes), other_half = other
-    if minutes != other_minutes:
-        return False
-    if bool(half) == bool(other_half):
-        return hour == other_hour and half == other_half
-    hour_of_day, unknown = (hour, other_hour) if half else (other_hour, hour)
-    return unknown in (hour_of_day, hour_of_day % 12 + 12 * ((half or other_half) == "p"))
-
-
-def _only_time(answer: str) -> bool:
-    """Whether it is a time and cannot be a ratio, which would be in lowest terms and have no leading zeros."""
-    time = _time(answer)
-    return time is not None and ":" in answer and (time[1] != "" or ":0" in answer or gcd(*time[0]) > 1)
-
-
-def _ratio(answer: str) -> list[Any]:
-    """The terms between its colons, parsed; [] if it is not a ratio."""
-    terms = _EQUALS.split(_measured(answer)[0])[-1].strip("$ ").split(":")
-    if len(terms) < 2 or _NO_RATIO.search(answer):
-        return []
-    parsed = [_parse(term) for term in terms]
-    return [term for (term,) in parsed] if all(parsed) else []
-
-
-# ── words ──
-
-_STYLED = re.compile(rf"(?:{STYLE}\s*\{{[^{{}}]*\}}[\s.$*]*)+")
-_LETTERS = re.compile(r"[^\W\d_]{2,}(?:[\s',-]+[^\W\d_]+)*")
-_SHORT_WORDS = frozenset(("no", "dne"))
-_FIGURE = re.compile(r"[A-Z]{3,}")
-
-
-def _is_word(letters: str) -> bool:
-    """Whether it is a word, not a product: four letters, or three with a vowel and not consecutive as in "abc"."""
-    low = letters.casefold()
-    if len(low) != 3 or low in _SHORT_WORDS:
-        return low in _SHORT_WORDS or (len(low) > 3 and low.isalpha())
-    return low.isalpha() and not set(low).isdisjoint("aeiouy") and "".join(sorted(low)) not in ascii_lowercase
-
-
-def _words(answer: str) -> str | None:
-    r"""`answer`, normalized, if it is words rather than a product of letters: `\text{...}`, a word, a figure."""
-    said = normalized(answer)
-    if _LETTERS.fullmatch(said) and (
-        _STYLED.fullmatch(answer) or any(map(_is_word, re.split(r"[\s',-]+", said))) or _FIGURE.fullmatch(plain(answer))
-    ):
-        return said
-    return None
-
-
-# ── expressions ──
-
-
-def _angle(match: re.Match[str]) -> str:
-    r"""`\angle CBA` as one name, the same as for ABC: the vertex is the middle letter."""
-    side, vertex, other = match.groups()
-    return rf" \text{{angle{min(side, other)}{vertex}{max(side, other)}}} "
-
-
-_LETTER_IN_STYLE = rf"{STYLE}\s*\{{\s*(\\pi\s|[A-Za-z]|[A-Z]{{2,}})\s*\}}"
-_NAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(rf"(?<=[A-Za-z])(?={STYLE})"), " "),  # what ends a command
-    (re.compile(rf"(?<=[\^_]){_LETTER_IN_STYLE}"), r"{\1}"),
-    (re.compile(_LETTER_IN_STYLE), r"\1"),
-    (re.compile(r"(?:\\angle(?![A-Za-z])|∠)\s*\{?\s*([A-Z])\s*([A-Z])\s*([A-Z])(?![A-Za-z])\s*\}?"), _angle),
-]
-_TWO_NUMBERS = re.compile(r"\d\s+\d")
-_INTERVAL = re.compile(r"\\infty|\\cup|[\[\]]")
-_BRACES = re.compile(r"(?:\\left\s*)?\\\{")
-
-
-@lru_cache(maxsize=1024)
-def _parse(answer: str) -> list[Any]:
-    """[expression], or [] if `answer`, the content of a box, is not mathematics."""
-    answer, _ = _measured(answer)
-    for name, standard in _NAMES:
-        answer = name.sub(standard, answer)
-    if _TWO_NUMBERS.search(answer):  # math-verify would add them
-        return []
-    return parse(rf"\boxed{{{answer}}}", [_CONFIG], fallback_mode="no_fallback", parsing_timeout=None)
-
-
-def _decimals(*expressions: Any) -> int:
-    """The number of decimals that math-verify compares: six, or as many as give numbers below 0.1 six digits."""
-    smallest = min((exponent for e in expressions for exponent in _exponents(e)), default=0)
-    return 6 - min(0, smallest + 1)
-
-
-def _exponents(expression: Any) -> Iterator[int]:
-    """The power of ten of each real number in `expression` that is compared by itself, for example as a set member."""
-    if not isinstance(expression, Basic | MatrixBase):
-        return
-    if isinstance(expression, MatrixBase):
-        for entry in expression:
-            yield from _exponents(entry)
-    elif expression.is_number:
-        value = expression.evalf(6)
-        if value.is_Float and value.is_finite and value:
-            yield int(floor(log(abs(value), 10)))
-    elif isinstance(expression, Set | Tuple | Boolean):
-        for argument in expression.args:
-            yield from _exponents(argument)
-
-
-def _is_set(answer: str, parsed: list[Any]) -> bool:
-    r"""Whether it is a set in braces. math-verify finds `\{1, 2\}`, `1, 2` and `(1, 2)` equal to one another. For the
-    two without braces that stays, because people write solutions in both ways."""
-    return isinstance(parsed[0], FiniteSet) and _BRACES.match(_clean(answer)) is not None
-
-
-def _is_point(parsed: list[Any]) -> bool:
-    """Whether it is a point of a plane or of space, or an interval."""
-    return isinstance(parsed[0], Tuple | Interval)
-
-
-def _values(expressions: list[Any]) -> list[Any] | None:
-    """[the point whose coordinates are the values of several variables, in the order of their names], or None."""
-    equations = expressions[0].args if isinstance(expressions[0], FiniteSet) else ()
-    if not all(isinstance(each, Eq) and isinstance(each.lhs, Symbol) for each in equations):
-        return None
-    values = {each.lhs.name: each.rhs for each in equations}
-    if len(values) < max(2, len(equations)):
-        return None
-    return [Tuple(*(values[name] for name in sorted(values)))]
-
-
-def _alike(answers: tuple[str, str]) -> list[list[Any]]:
-    """Both parsed. If only one names its variables, it becomes a point, and so does the other if it is a bare list."""
-    parsed = [_parse(answer) for answer in answers]
-    values = [_values(each) for each in parsed]
-    if (values[0] is None) == (values[1] is None):
-        return parsed
-    for i in (0, 1):
-        if values[i] is None and isinstance(parsed[i][0], FiniteSet) and not _is_set(answers[i], parsed[i]):
-            values[i] = _parse(f"({_clean(answers[i]).strip('$ ')})")
-    return [value or each for value, each in zip(values, parsed, strict=True)]
-
-
-def _without_mathematics(boxed: str, gold: str) -> bool | None:
-    """Whether the answer is right by the rules of this module; None if they do not decide, and math-verify has to."""
-    if (words := _words(gold)) and _LETTERS.fullmatch(said := normalized(boxed)):
-        return said == words
-    parts = _parts(boxed), _parts(gold)
-    if any(parts):
-        return parts[0] == parts[1]
-    units = [_measured(answer)[1].casefold() for answer in (boxed, gold)]
-    if len(set(units)) == 2 and all(len(unit) == 1 for unit in units):  # different single letters may be variables
-        return False
-    if (time := _time(boxed)) and (gold_time := _time(gold)):
-        return _same_time(time, gold_time)
-    return False if _only_time(gold) else None
-
-
-def _equal(answer: list[Any], expected: list[Any], relations: bool = False) -> bool:
-    """Whether math-verify finds them equal. `relations`: whether an inequality may equal an interval."""
-    return verify(
-        expected,
-        answer,
-        float_rounding=(decimals := _decimals(*expected, *answer)),
-        numeric_precision=decimals + 9,
-        allow_set_relation_comp=relations,
-        timeout_seconds=None,
-        raise_on_error=True,
-    )
-
-
-def _proportional(terms: list[Any], expected: list[Any]) -> bool:
-    """Whether they are equal up to one factor. Each side is divided by a term of its own, so 0:0:0 equals nothing."""
-    pairs = list(zip(terms, expected, strict=False))
-    unit = next(((a, b) for a, b in pairs if not _equal([b], [Integer(0)])), None)
-    if len(terms) != len(expected) or unit is None:
-        return False
-    return all(_equal([Mul(a, 1 / unit[0])], [Mul(b, 1 / unit[1])]) for a, b in pairs)
-
 
 def verify_math(completion: str, record: PromptRecord) -> Verdict:
-    r"""1 if the last box is equivalent to `record.gold`; `parsed` is its content.
+    """1 if the last box says the same as `record.gold`; `parsed` is its content.
 
-    - Degrees and other simple units are ignored, unless they are single letters that differ; 10% equals 10 and 0.1.
-    - Lists are compared as sets. Decimals must agree in six places, numbers below 0.1 in six digits.
-    - Words must be equal apart from case; they are not products of their letters.
-    - Several numbers between words are compared one by one, and so are a point and the values of variables, in the
-      order of their names.
-    - Ratios are equal up to a factor, unless they may be times.
-
-    There is no limit on time: on `9^{9^9}` it does not return.
+    There is no limit on time: what is too large to compute (`9^{9^9}`) goes to math-verify, which may not return.
     """
     gold = last_boxed(record.gold) or record.gold
     if len(gold) > _MAX_CHARS:
         raise BadRecordError(record.id, f"gold has {len(gold)} characters; math allows {_MAX_CHARS}")
-    if not (expected := _parse(gold)):
-        raise BadRecordError(
-            record.id, f"gold {record.gold!r:.200} is not a mathematical expression that math-verify reads"
-        )
+    try:
+        expected = read(spelled(gold))
+    except UnreadableError:
+        raise BadRecordError(record.id, f"gold {record.gold!r:.200} is not a mathematical answer") from None
     boxed = last_boxed(completion)
     if boxed is None:
         return Verdict(0.0, None, "unparsable", "no box")
     if len(boxed) > _MAX_CHARS:
         return Verdict(0.0, None, "unparsable", f"the last box holds {len(boxed)} characters, more than {_MAX_CHARS}")
-    if not (answer := _parse(boxed)):
-        return Verdict(0.0, None, "unparsable", "the last box does not hold a mathematical expression")
-    if _clean(boxed) == _clean(gold):
-        return Verdict(1.0, boxed)
-    if (verdict := _without_mathematics(boxed, gold)) is not None:
-        return Verdict(float(verdict), boxed)
-    answer, expected = _alike((boxed, gold))
-    if (_is_set(gold, expected) and _is_point(answer)) or (_is_set(boxed, answer) and _is_point(expected)):
-        return Verdict(0.0, boxed)
     try:
-        if max(len(terms := _ratio(boxed)), len(others := _ratio(gold))) > 2:
-            return Verdict(float(_proportional(terms, others)), boxed)
-        relations = _INTERVAL.search(_clean(gold)) is not None  # (1, 2) may be a point
-        equal = _equal(answer, expected, relations)
-    except Exception as error:  # sympy cannot compare them, for example x ≠ 3 and x > 3
+        answer = read(spelled(boxed))
+    except UnreadableError:
+        return Verdict(0.0, None, "unparsable", "the last box does not hold a mathematical answer")
+    if spelled(boxed) == spelled(gold):
+        return Verdict(1.0, boxed)
+    try:
+        right = same(answer, expected) or _letters(boxed) == _letters(gold) != ""
+    except Exception as error:  # sympy or math-verify cannot compare them
         return Verdict(0.0, boxed, "error", f"cannot compare with the gold: {type(error).__name__}: {error}"[:500])
-    return Verdict(float(equal), boxed)
+    return Verdict(float(right), boxed)
+
+
+_OPTIONS = re.compile(r"[A-J](?:(?:, ?| and | ?& ?)?[A-J])*")
+
+
+def _letters(text: str) -> str:
+    """The letters of options ("A and C", "AC"), one after another; "" if it is something else."""
+    plain = unstyled(spelled(text))
+    return re.sub("[^A-J]", "", plain) if _OPTIONS.fullmatch(plain) else ""
+
+
+# ── comparison ──
+
+
+def same(answer: Answer, gold: Answer) -> bool:
+    """Whether two answers say the same."""
+    if isinstance(answer, Given) or isinstance(gold, Given):
+        return _same_given(answer, gold)
+    if isinstance(answer, Clock) or isinstance(gold, Clock):
+        return _same_time(answer, gold)
+    if isinstance(answer, Option) or isinstance(gold, Option):
+        return _same_option(answer, gold)
+    if _is_equation(answer) or _is_equation(gold):
+        return _same_equation(answer, gold)
+    match answer, gold:
+        case Words(), Words():
+            return answer == gold
+        case Numeral(), Numeral():
+            return answer == gold
+        case (Numeral() as numeral, Value() as value) | (Value() as value, Numeral() as numeral):
+            return numeral.digits == value.expression.text
+        case Value(), Value():
+            return _same_value(answer, gold)
+        case Group(), Group() if _same_group(answer, gold):
+            return True
+        case Relation(), Relation() if _same_relation(answer, gold):
+            return True
+        case (Group("set", (Value() as only,)), Value() as value) | (
+            Value() as value,
+            Group("set", (Value() as only,)),
+        ):
+            return same(only, value)
+        case (Group("ratio", (Value() as a, Value() as b)), Value() as value):
+            return _same_quotient(a, b, value)
+        case (Value() as value, Group("ratio", (Value() as a, Value() as b))):
+            return _same_quotient(a, b, value)
+    if is_set(answer) or is_set(gold):
+        sets = as_set(answer), as_set(gold)
+        return None not in sets and sets[0] == sets[1] and len(variables(answer) | variables(gold)) <= 1
+    return answer == gold
+
+
+def _same_given(answer: Answer, gold: Answer) -> bool:
+    """A condition may be missing on either side; but a number has none: "5 if x > 0" is a hedge."""
+    if isinstance(answer, Given) and isinstance(gold, Given):
+        return same(answer.answer, gold.answer) and same(answer.condition, gold.condition)
+    one, other = (side.answer if isinstance(side, Given) else side for side in (answer, gold))
+    hedge = isinstance(answer, Given) and isinstance(one, Value) and one.expression.constant
+    return not hedge and same(one, other)
+
+
+def _same_time(answer: Answer, gold: Answer) -> bool:
+    if isinstance(answer, Clock) and isinstance(gold, Clock):
+        return answer.time.agrees(gold.time)
+    if isinstance(gold, Clock) and gold.certain:
+        return False
+    one, other = (side.other if isinstance(side, Clock) else side for side in (answer, gold))
+    return one is not None and other is not None and same(one, other)
+
+
+def _same_option(answer: Answer, gold: Answer) -> bool:
+    """The letter, or what stands behind it, or both."""
+    match answer, gold:
+        case Option(), Option():
+            return answer.letter == gold.letter and (isinstance(gold.answer, Words) or same(answer.answer, gold.answer))
+        case (Option() as option, Value() as value) | (Value() as value, Option() as option) if letter := re.fullmatch(
+            r"\(?([A-J])\)?", value.expression.text
+        ):
+            return option.letter == letter[1]
+    return same(*(side.answer if isinstance(side, Option) else side for side in (answer, gold)))
+
+
+def _same_value(answer: Value, gold: Value) -> bool:
+    """A unit may be missing. 10% is 10 and 0.1."""
+    if (answer.percent and gold.unit) or (answer.unit and gold.percent):
+        return False
+    if answer.unit and gold.unit:
+        units = known_unit(answer.unit), known_unit(gold.unit)
+        if not same_unit(*units) or (len(answer.unit) == len(gold.unit) == 1 and answer.unit != gold.unit):
+            return False
+    if equal(answer.expression, gold.expression):
+        return True
+    if answer.percent is gold.percent:
+        return False
+    percent, other = (answer, gold) if answer.percent else (gold, answer)
+    return equal(read_expression(rf"\frac{{{percent.expression.text}}}{{100}}"), other.expression)
+
+
+def _same_quotient(a: Value, b: Value, value: Value) -> bool:
+    return equal(read_expression(rf"\frac{{{a.expression.text}}}{{{b.expression.text}}}"), value.expression)
+
+
+# ── relations ──
+
+
+def _is_equation(answer: Answer) -> bool:
+    return isinstance(answer, Relation) and answer.equation
+
+
+_APPLIED = re.compile(r"[A-Za-z]+'*(?:\^\{-1\}|_\w|_\{\w+\})? ?\([^()=]*(?:\([^()]*\)[^()=]*)*\)")
+
+
+def _name(side: Answer) -> str | None:
+    r"""What an equation may give the value of: "x", "AB", "f(2)", `\angle ABC`, "Area", "x + y", (x, y); y is f(x)."""
+    match side:
+        case Words(said):
+            return said
+        case Group("ratio" | "point" as kind, members) if all(map(_name, members)):
+            return f"{kind} {[_name(member) for member in members]}"
+        case Value(expression) if _APPLIED.fullmatch(expression.text) or _only_names(expression.tree):
+            name = unstyled(expression.text).replace(" ", "")
+            return "y" if name == "f(x)" else name
+    return None
+
+
+def _only_names(tree: Tree | None) -> bool:
+    """Whether there are names in it and no numbers."""
+    if tree is None or tree[0] == "power":
+        return False
+    parts = [part for part in tree[1:] if isinstance(part, tuple)]
+    return tree[0] == "name" or (bool(parts) and all(map(_only_names, parts)))
+
+
+def _chain(relation: Relation) -> tuple[str | None, tuple[Answer, ...]]:
+    """The name that an equation gives a value, and its other sides."""
+    first, *rest = relation.sides
+    if (name := _name(first)) is not None:
+        return name, tuple(rest)
+    if is_variable(relation.sides[-1]):
+        return _name(relation.sides[-1]), relation.sides[:-1]
+    return None, relation.sides
+
+
+def _candidates(relation: Relation) -> list[Answer]:
+    """What an equation may stand for: the value of a name, or of sides that are all the same. After a sign of
+    approximation the value may be rounded."""
+    name, sides = _chain(relation)
+    known = [side for side in sides if not isinstance(side, Value) or side.expression.constant or name is None]
+    if r"\approx" in relation.signs:
+        return list(known) if all(_near(side, known[0]) for side in known) else []
+    if not all(same(side, known[-1]) for side in known[:-1]):
+        return []
+    return [sides[-1]] if name is not None or len(sides) > 1 else []
+
+
+def _near(side: Answer, other: Answer) -> bool:
+    """Whether one may be the other, rounded."""
+    if not (isinstance(side, Value) and isinstance(other, Value)):
+        return same(side, other)
+    a, b = number(side.expression), number(other.expression)
+    return a is not None and b is not None and abs(a - b) <= 0.01 * max(abs(a), abs(b))
+
+
+def _same_equation(answer: Answer, gold: Answer) -> bool:
+    """An equation is compared as one, or by the value that it gives. Whether it is true does not matter."""
+    if not (isinstance(answer, Relation) and isinstance(gold, Relation)):
+        relation, other = (answer, gold) if isinstance(answer, Relation) and answer.equation else (gold, answer)
+        return isinstance(relation, Relation) and any(same(*pair) for pair in _oriented(relation, other, answer))
+    if not (answer.equation and gold.equation):
+        return False
+    (name, _), (gold_name, values) = _chain(answer), _chain(gold)
+    if name is not None and name == gold_name:
+        return any(same(value, values[-1]) for value in _candidates(answer))
+    return _same_sides(answer.sides, gold.sides) or _proportional(answer, gold) is not None
+
+
+def _oriented(relation: Relation, other: Answer, answer: Answer) -> list[tuple[Answer, Answer]]:
+    values = _candidates(relation)
+    return [(value, other) if relation is answer else (other, value) for value in values]
+
+
+def _same_sides(answer: tuple[Answer, ...], gold: tuple[Answer, ...]) -> bool:
+    if len(answer) != len(gold):
+        return False
+    return any(all(map(same, answer, order)) for order in (gold, gold[::-1]))
+
+
+def _proportional(answer: Relation, gold: Relation) -> Any:
+    sides = [side.expression for side in (*answer.sides, *gold.sides) if isinstance(side, Value)]
+    if len(sides) != 4 or all(side.constant for side in sides):
+        return None
+    return proportional((sides[0], sides[1]), (sides[2], sides[3]))
+
+
+_SYMMETRIC = (r"\ne", r"\cong", r"\sim", r"\parallel", r"\perp", r"\equiv")
+
+
+def _same_relation(answer: Relation, gold: Relation) -> bool:
+    turned = Relation(tuple(TURNED.get(sign, sign) for sign in reversed(answer.signs)), answer.sides[::-1])
+    for one in (answer, turned) if set(answer.signs) <= {*TURNED, *_SYMMETRIC} else (answer,):
+        if one.signs != gold.signs or len(one.sides) != len(gold.sides):
+            continue
+        if all(map(same, one.sides, gold.sides)):
+            return True
+        factor = _proportional(one, gold)
+        if factor is not None and (factor > 0 if one.signs[0] in TURNED else one.signs[0] == r"\ne"):
+            return True
+    return False
+
+
+# ── several answers ──
+
+
+def _same_group(answer: Group, gold: Group) -> bool:
+    named, gold_named = _named(answer), _named(gold)
+    if (named is None) != (gold_named is None):
+        pairs, other = (named, gold) if named is not None else (gold_named, answer)
+        values = [value for _, value in pairs or ()]
+        if len({name for name, _ in pairs or ()}) == 1:
+            return other.kind in ("list", "set", "or") and _unordered(values, other.members)
+        if other.kind == "point":
+            values = [value for _, value in sorted(pairs or (), key=lambda pair: pair[0])]
+        return other.kind in ("point", "list", "sequence") and _ordered(values, other.members)
+    kinds = {answer.kind, gold.kind}
+    if kinds <= {"list", "or", "set"}:
+        one, two = ([*_distinct(side.members)] if "set" in kinds else [*side.members] for side in (answer, gold))
+        return _unordered(one, two)
+    if answer.kind == "ratio" == gold.kind:
+        return _same_ratio(answer.members, gold.members)
+    if len(kinds) == 1 and answer.kind in (r"\cup", r"\cap"):
+        return _unordered(answer.members, gold.members)
+    if len(kinds) == 1 or kinds <= {"list", "point", "sequence"}:
+        return _ordered(answer.members, gold.members)
+    return False
+
+
+def _named(group: Group) -> list[tuple[str, Answer]] | None:
+    """The names and values, if all members name one."""
+    if group.kind not in ("list", "or", "set"):
+        return None
+    pairs = []
+    for member in group.members:
+        name, values = _chain(member) if isinstance(member, Relation) and member.equation else (None, ())
+        if name is None:
+            return None
+        pairs.append((name, values[-1]))
+    return pairs or None
+
+
+def _ordered(answer: Sequence[Answer], gold: Sequence[Answer]) -> bool:
+    return len(answer) == len(gold) and all(map(same, answer, gold))
+
+
+def _unordered(answer: Sequence[Answer], gold: Sequence[Answer]) -> bool:
+    if len(answer) != len(gold):
+        return False
+    left = list(gold)
+    for member in answer:
+        found = next((i for i, other in enumerate(left) if same(member, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _distinct(members: Sequence[Answer]) -> list[Answer]:
+    found: list[Answer] = []
+    for member in members:
+        if not any(same(member, other) for other in found):
+            found.append(member)
+    return found
+
+
+def _same_ratio(terms: Sequence[Answer], gold: Sequence[Answer]) -> bool:
+    """Whether they are equal up to one factor; nothing is in proportion to zeros."""
+    pairs = [
+        (a.expression, b.expression)
+        for a, b in zip(terms, gold, strict=False)
+        if isinstance(a, Value) and isinstance(b, Value)
+    ]
+    zero = read_expression("0")
+    unit = next((pair for pair in pairs if not equal(pair[1], zero)), None)
+    if len(terms) != len(gold) or unit is None or equal(unit[0], zero):
+        return False
+
+    def quotient(one: Expression, other: Expression) -> Expression:
+        return read_expression(rf"\frac{{{one.text}}}{{{other.text}}}")
+
+    return all(equal(quotient(a, unit[0]), quotient(b, unit[1])) for a, b in pairs)
