@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-import yaml
-
+from spark_vl.config import read_config
 from spark_vl.hub.client import check_repo_name
 from spark_vl.hub.release import ReleaseError
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
@@ -43,7 +42,7 @@ class TrainedModel:
     @cached_property
     def _config(self) -> dict[str, Any]:
         """The resolved configuration with which these weights were saved; it is stored beside them."""
-        return yaml.safe_load((self.folder.parent / CONFIG).read_text())
+        return read_config(self.folder.parent / CONFIG)
 
     @cached_property
     def config(self) -> dict[str, Any]:
