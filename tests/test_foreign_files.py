@@ -501,8 +501,8 @@ def test_numbers_that_are_none_are_an_error_in_words(model, file, path, value, s
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("part", ["text_config", "vision_config", None])
 def test_a_configuration_names_no_code_of_the_hub(model, name, part):
-    """Where the package `kernels` is installed, transformers fetches the attention `owner/name`, and runs it; elsewhere it
-    fails."""
+    """Where the package `kernels` is installed, transformers fetches the attention `owner/name`, and runs it;
+    elsewhere it fails."""
 
     file = model / "config.json"
     content = json.loads(file.read_text())

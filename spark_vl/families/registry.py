@@ -43,7 +43,9 @@ def load_configuration(config: ModelConfig) -> Any:
     Raises:
         ConfigError: see `load_part`.
     """
-    return load_part(AutoConfig, config, attn_implementation="sdpa")
+    loaded = load_part(AutoConfig, config)
+    loaded._attn_implementation = "sdpa"
+    return loaded
 
 
 def load_part(part: Any, config: ModelConfig, **settings: Any) -> Any:

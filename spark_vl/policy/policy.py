@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from spark_vl.config import ConfigError, LoraConfig, ModelConfig
-from spark_vl.families.registry import find_family, get_family, load_part
+from spark_vl.families.registry import find_family, get_family, load_configuration, load_part
 from spark_vl.policy.head import ScoringHead, TokenScores
 from spark_vl.policy.packing import Pack, attention_mask
 
@@ -140,7 +140,12 @@ def load_policy(
             f"model.path: {config.path}: holds adapters (adapter_config.json), which name another model to load; "
             "allowed: a whole model. Merge them into theirs"
         )
-    settings = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
+    settings = {
+        "config": load_configuration(config),
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        "use_safetensors": True,
+    }
     model = load_part(family.model_class, config, **settings)
     policy = Policy(
         model,
