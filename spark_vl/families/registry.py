@@ -48,7 +48,7 @@ def load_configuration(config: ModelConfig) -> Any:
     return loaded
 
 
-def load_part(part: Any, config: ModelConfig, **settings: Any) -> Any:
+def load_part(part: Any, config: ModelConfig, /, **settings: Any) -> Any:
     """What `part.from_pretrained` loads from `config.path`.
 
     Args:
