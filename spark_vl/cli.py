@@ -34,7 +34,7 @@ from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
-from spark_vl.records import KINDS, BadRecordError, plain_text
+from spark_vl.records import KINDS, BadRecordError, plain_text, visible
 from spark_vl.run.paths import CONFIG
 from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.verifiers import VerifierPool
@@ -196,7 +196,7 @@ def train(
     try:
         finished = trainer.train()
     except (NonFiniteUpdateError, LogprobGapError) as error:
-        raise SystemExit(f"spark-vl: stopped: {error}") from error
+        raise SystemExit(visible(f"spark-vl: stopped: {error}")) from error
     finally:
         for publisher in publishers:
             publisher.finish(wait=finished)
@@ -313,7 +313,7 @@ def publish(what: str, options: Namespace) -> None:
                 check_model_is_there(options.model, options.model_revision, options.token_from)
             published = upload(release, revision=options.revision, public=options.public, **place)
     except (HubError, ReleaseError) as error:
-        raise SystemExit(f"spark-vl: not published: {error}") from error
+        raise SystemExit(visible(f"spark-vl: not published: {error}")) from error
     except KeyboardInterrupt:
         raise SystemExit("spark-vl: not published: interrupted; publishing again goes on from there") from None
     if published.deleted:
@@ -379,9 +379,9 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
             if isinstance(found, BadRecordError):
                 bad.append(found)
             elif rows - len(bad) <= show:
-                print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
+                print(visible(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})"))
     for fault in bad[:20]:
-        print(f"cannot be used: {fault}")
+        print(visible(f"cannot be used: {fault}"))
     if problems.renamed:
         print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
     print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {problems.recipe.license})")

@@ -3,7 +3,9 @@ card their words are words."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
+from spark_vl import cli
 from spark_vl.hub import cards, publish
 from spark_vl.hub.cards import save_card, write_eval_results
 from spark_vl.hub.publish import prepare_judgments, prepare_model
@@ -257,3 +260,31 @@ def test_a_setting_does_not_become_code(run, tmp_path):
         change(run, file, lambda config: config["rollout"].update(max_new_tokens="64); import os; os.system('x'"))
     with pytest.raises(ReleaseError, match=r"config\.yaml: rollout\.max_new_tokens: found .*; allowed: an integer"):
         prepared(run, tmp_path / "generated")
+
+
+# ── what a terminal would obey ──
+
+ORDERS = "\x1b]0;x\x07\x1b[31m\u202ered"
+
+
+@pytest.mark.parametrize("name", [f"{ORDERS}.json", f"{ORDERS}.bin", f"{ORDERS}-token.json", os.fsdecode(b"\xff.json")])
+def test_names_of_files_give_a_terminal_no_orders(run, capsys, name):
+    (run / "model" / name).write_text(f"hf_{'aB3' * 12}" if "token" in name else "{}")
+    with contextlib.suppress(SystemExit):
+        cli.main(["publish", "model", str(run), "--repo", "org/tiny", "--dry-run"])
+    said = "".join(capsys.readouterr())
+    assert not set(said) & {"\x1b", "\x07", "\u202e", "\udcff"}
+
+
+def test_rows_and_errors_give_a_terminal_no_orders(tmp_path, capsys):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"q": f"? {ORDERS}", "a": a}) + "\n" for a in (ORDERS, "1")))
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\ndescription: d\nlicense: none\nsource: {{jsonl: {tmp_path}}}\nsplits: {{train: t.jsonl}}\n"
+        "columns: {question: q, answer: a}\nverifier: text\n"
+    )
+    cli.main(["recipes", str(tmp_path / "r.yaml")])
+    with pytest.raises(SystemExit):
+        cli.main(["recipes", f"{tmp_path}/{ORDERS}"])
+    said = "".join(capsys.readouterr())
+    assert said.count("\\x1b[31m\\u202ered") >= 3
+    assert not set(said) & {"\x1b", "\x07", "\u202e"}
