@@ -23,6 +23,7 @@ from spark_vl.hub.cards import save_card, write_eval_results
 from spark_vl.hub.publish import prepare_judgments, prepare_model
 from spark_vl.hub.release import ReleaseError
 from spark_vl.hub.run import find_model
+from spark_vl.prompts import Templater
 from spark_vl.run.paths import pointed
 from spark_vl.run.reader import recipe_facts
 from spark_vl.run.shards import find_shards
@@ -109,7 +110,7 @@ def test_what_is_generated_stays_in_its_folder_whatever_its_name(tmp_path):
 @pytest.mark.parametrize("name", ["../../other/checkpoints/step-000001", "/etc", ".", "", "step-1", "step-000001/../x"])
 def test_a_pointer_names_a_checkpoint(tmp_path, name):
     (tmp_path / "best").write_text(name)
-    with pytest.raises(ValueError, match=r"best: found .*; allowed: the name of a checkpoint, step-000120"):
+    with pytest.raises(ValueError, match=r"best: found .*; allowed: the name of a checkpoint, such as step-000120"):
         pointed(tmp_path, "best")
 
 
@@ -288,3 +289,40 @@ def test_rows_and_errors_give_a_terminal_no_orders(tmp_path, capsys):
     said = "".join(capsys.readouterr())
     assert said.count("\\x1b[31m\\u202ered") >= 3
     assert not set(said) & {"\x1b", "\x07", "\u202e"}
+
+
+# ── files that hold anything ──
+
+DEEP = "[" * 100_000
+ODD = {
+    "config.yaml": ["[]", "{}", "a: [", "[" * 5000, "a: &a [x]\nb: *a", "!!python/object/apply:os.system ['true']"],
+    "metrics.jsonl": [f"{DEEP}\n", "x\n", "[]\n", "{}\n", '{"step": 1, "problem/reward": "x"}\n'],
+    "evaluations.jsonl": [f"{DEEP}\n", "x\n", "[]\n", "{}\n"],
+    "environment.jsonl": [f"{DEEP}\n", "x\n", "[]\n", "{}\n"],
+    "model/spark_training.json": [DEEP, "x"],
+    "model/spark_prompts.json": [DEEP, "x"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in ODD.items() for text in texts])
+def test_a_run_that_holds_anything_is_an_error_in_words(run, tmp_path, name, text):
+    (run / name).write_text(text)
+    with pytest.raises(ReleaseError, match="are not as a run writes them"):
+        prepared(run, tmp_path / "generated")
+    if name == "config.yaml":
+        with pytest.raises(ReleaseError, match="are not as a run writes them"):
+            prepare_judgments(tmp_path / "generated", run=run, repo="org/judged")
+
+
+@pytest.mark.parametrize("name", ["evaluations.jsonl", "model/spark_prompts.json"])
+def test_a_pipe_in_a_run_is_not_waited_for(run, tmp_path, name):
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(ReleaseError, match=f"{name}: is no file"):
+        prepared(run, tmp_path / "generated")
+
+
+def test_prompts_that_are_nested_deeply_are_an_error_in_words(tmp_path):
+    (tmp_path / "spark_prompts.json").write_text(DEEP)
+    with pytest.raises(ValueError, match=r"spark_prompts\.json: is not valid JSON"):
+        Templater.read(tmp_path / "spark_prompts.json")
