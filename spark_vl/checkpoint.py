@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from spark_vl import __version__
-from spark_vl.config import ConfigError, TrainConfig, config_differences, save_config
+from spark_vl.config import ConfigError, TrainConfig, config_differences, read_config, save_config
 from spark_vl.distributed.launch import strategy
 from spark_vl.distributed.state import UNPICKLED, load_state, random_state, save_state, set_random_state
 from spark_vl.families.base import Processor
@@ -225,7 +224,7 @@ class Checkpoints:
             # Last: nothing that is loaded draws from them. A process that was not there goes on as seeded.
             if rank < was:
                 set_random_state(states[0 if was == now else rank]["random"], self.accelerator.device)
-        except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        except Exception as error:  # somebody may have signed anything
             raise CheckpointError(f"{path}: cannot be resumed from: {type(error).__name__}: {error}") from error
         if self.accelerator.is_main_process and path.parent == self.folder:
             point(self.folder, LATEST, path)  # newer ones will be written anew
@@ -311,7 +310,7 @@ def _checked_manifest(
         if type(value := manifest.get(fact)) is not int or value < least:
             raise CheckpointError(f"{path / MANIFEST}: {fact}: found {value!r:.80}; allowed: a number from {least}")
     try:
-        changes = config_differences(yaml.safe_load((path / CONFIG).read_text()), config)
+        changes = config_differences(read_config(path / CONFIG), config)
     except Exception as error:  # somebody may have signed anything
         raise CheckpointError(f"{path / CONFIG}: cannot be read: {type(error).__name__}: {error}") from error
     if changes and not allow_config_change:

@@ -41,7 +41,7 @@ from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
-from spark_vl.records import KINDS, BadRecordError, plain_text
+from spark_vl.records import KINDS, BadRecordError, plain_text, visible
 from spark_vl.run.paths import CONFIG, model_folder
 from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.run.trained import saved_limits
@@ -220,7 +220,7 @@ def train(
     try:
         finished = trainer.train()
     except (NonFiniteUpdateError, LogprobGapError) as error:
-        raise SystemExit(f"spark-vl: stopped: {error}") from error
+        raise SystemExit(visible(f"spark-vl: stopped: {error}")) from error
     finally:
         for publisher in publishers:
             publisher.finish(wait=finished)
@@ -347,7 +347,7 @@ def publish(what: str, options: Namespace) -> None:
                 check_model_is_there(options.model, options.model_revision, options.token_from)
             published = upload(release, revision=options.revision, public=options.public, **place)
     except (HubError, ReleaseError) as error:
-        raise SystemExit(f"spark-vl: not published: {error}") from error
+        raise SystemExit(visible(f"spark-vl: not published: {error}")) from error
     except KeyboardInterrupt:
         raise SystemExit("spark-vl: not published: interrupted; publishing again goes on from there") from None
     if published.deleted:
@@ -414,10 +414,11 @@ def show_recipes(name: str | None, split: str, show: int) -> bool:
             if isinstance(found, BadRecordError):
                 bad.append(found)
             elif rows - len(bad) <= show:
-                print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({public_name(found.verifier)})")
+                verifier = public_name(found.verifier)
+                print(visible(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({verifier})"))
     for faults in _alike(bad):
         for fault in faults[:_SHOWN_ALIKE]:
-            print(f"cannot be used: {fault}")
+            print(visible(f"cannot be used: {fault}"))
         if (more := len(faults) - _SHOWN_ALIKE) > 0:
             print(f"    and {more} more for the same reason")
     if problems.renamed:

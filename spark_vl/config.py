@@ -399,6 +399,30 @@ def dump_config(settings: Mapping[str, Any]) -> str:
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+_MAX_CONFIG_BYTES = 2**18
+"""Of a saved configuration, which has some kilobytes. Some numbers in YAML take quadratic time."""
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings that `save_config` or `dump_config` wrote. Somebody else may have changed them: a file of a few
+    hundred bytes whose aliases stand for billions of values is refused.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is not a regular file")
+        if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size} bytes; {_MAX_CONFIG_BYTES} are allowed")
+        settings = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        if not isinstance(settings, dict):
+            raise ValueError(f"found {type(settings).__name__}; allowed: a mapping of settings")
+    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read: {type(error).__name__}: {error}") from error
+    return settings
+
+
 _FREE_TO_CHANGE = (
     *("output_dir", "logging", "checkpoint", "publish", "distributed"),
     *("rollout.startup_check", "rollout.max_logprob_gap", "rollout.on_logprob_gap"),
@@ -427,8 +451,22 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, which `_Dumper` does not write."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """See `yaml.composer.Composer`."""
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has aliases (*name); allowed: each value written out")
+        return super().compose_node(parent, index)
+
+
 class _Dumper(yaml.SafeDumper):
     """Puts quotes around texts such as 1e3 too, which jsonargparse, unlike PyYAML, reads as numbers."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """A value that occurs twice is written twice."""
+        return True
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.\d][-+.\d_eE:]*$"), list("-+.0123456789"))

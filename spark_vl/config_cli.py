@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from spark_vl.config import ConfigError, TrainConfig
 from spark_vl.config_check import check_train_config
+from spark_vl.records import visible
 
 # The text below a setting is its help on the command line.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -29,6 +30,10 @@ class Parser(ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Print `message`, which may quote files of strangers, and exit."""
+        super().exit(status, message and visible(message))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` and exit with status 2."""

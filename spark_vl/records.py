@@ -9,6 +9,7 @@ Records hold *references* to images, never decoded pixels: a processor decodes t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -75,6 +76,15 @@ in pixels of the original image."""
 
 Content = tuple[str | ImageRef, ...]
 """Text and images in reading order."""
+
+
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal may obey, or cannot print. Only line breaks and tabs are printed as they are."""
+
+
+def visible(text: str) -> str:
+    """`text`, which may be a stranger's, for a terminal: it gives it no orders."""
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def plain_text(content: Content) -> str:

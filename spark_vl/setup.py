@@ -9,13 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint
-from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, save_config
+from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, read_config, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
 from spark_vl.data.sampler import PromptSampler
@@ -210,7 +209,7 @@ def _describe_run(config: TrainConfig, accelerator: Accelerator, folder: Path, r
         written = folder / CONFIG  # by the start before this one
         changed: list[str] = []
         if resumed is not None and written.exists():
-            changed = config_differences(yaml.safe_load(written.read_text()), config)
+            changed = config_differences(read_config(written), config)
         save_config(config, written)
         write_recipes(folder, [*config.data.recipes, *config.evaluation.recipes])
         note_environment(folder, resumed or 0, describe_launch(accelerator), changed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,12 +10,9 @@ from statistics import fmean
 
 from spark_vl.data.judgments import completions_column
 from spark_vl.data.sources import Row
-from spark_vl.records import KINDS, Kind
+from spark_vl.records import KINDS, Kind, visible
 from spark_vl.run.reader import find_stored, recycled_in_step, rows_of_step
 from spark_vl.run.shards import Shard
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What a terminal may obey. Only line breaks and tabs are printed as they are."""
 
 
 def show_groups(
@@ -63,7 +59,7 @@ def show_groups(
         text = _group_text(shard, row, recycled.get(_record_id(row), ()))
         if images is not None:
             text += "".join(f"\nimage: {_write_image(images, image['bytes'])}" for image in row["images"])
-        yield _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+        yield visible(text)
     if not seen:
         raise ValueError(f"{run}: holds no {groups} of step {step}; it holds steps {first} to {last}")
     if not shown:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import random
 import shutil
+import struct
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,12 +28,13 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from spark_vl import checkpoint as checkpoint_module
 from spark_vl.checkpoint import CheckpointError, claim_folder, find_checkpoint
-from spark_vl.config import ConfigError, ModelConfig
+from spark_vl.config import ConfigError, ModelConfig, dump_config, read_config
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.distributed.state import load_state, random_state, save_state, set_random_state
 from spark_vl.evaluation import rescore
 from spark_vl.evaluation.samples import append_samples
 from spark_vl.families.registry import find_family, load_part
+from spark_vl.policy.policy import load_policy
 from spark_vl.records import BadRecordError, Rollout, RolloutGroup, Verdict
 from spark_vl.run.codec import record_from_json, record_to_json
 from spark_vl.run.manifest import find_damage, read_manifest, write_manifest
@@ -79,6 +83,11 @@ def planted(tmp_path, monkeypatch) -> Iterator[Callable[[], bool]]:
     yield marker.exists
     sys.modules.pop("planted", None)
     get_verifier.cache_clear()
+
+
+def header(text: bytes) -> bytes:
+    """A safetensors file that is nothing but its header."""
+    return struct.pack("<Q", len(text)) + text
 
 
 def sign(checkpoint: Path, **facts: Any) -> None:
@@ -463,3 +472,173 @@ def test_nonsense_in_a_configuration_is_an_error_in_words_or_harmless(model, fie
     config = ModelConfig(path=str(model))
     with suppress(ConfigError):
         find_family(config).load_processor(config, max_prompt_tokens=60)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "said"),
+    [
+        *(("config.json", ["image_token_id"], value, "image_token_id: found") for value in (10**9, -1)),
+        *(
+            ("generation_config.json", ["eos_token_id"], value, "eos_token_id: found")
+            for value in ([], ["x"], "x", [[1]], -1, 10**30, {"a": 1}, True, 1.5)
+        ),
+        ("tokenizer_config.json", ["pad_token"], None, "pad_token: found"),
+        ("config.json", ["text_config", "hidden_act"], "__import__", "KeyError"),
+        *(("processor_config.json", ["image_processor", "merge_size"], value, "Error") for value in (10**6, "x", [])),
+    ],
+)
+def test_numbers_that_are_none_are_an_error_in_words(model, file, path, value, said):
+    content = part = json.loads((model / file).read_text())
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    (model / file).write_text(json.dumps(content))
+    config = ModelConfig(path=str(model))
+    with pytest.raises(ConfigError, match=rf"^model\.path: {model}: .*{said}"):
+        find_family(config).load_processor(config, max_prompt_tokens=60)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("part", ["text_config", "vision_config", None])
+def test_a_configuration_names_no_code_of_the_hub(model, name, part):
+    """Where the package `kernels` is installed, transformers fetches the attention `owner/name`, and runs it;
+    elsewhere it fails."""
+
+    file = model / "config.json"
+    content = json.loads(file.read_text())
+    (content[part] if part else content)[name] = "evil/kernel"
+    file.write_text(json.dumps(content))
+    config = ModelConfig(path=str(model))
+    find_family(config).load_processor(config, max_prompt_tokens=60)
+    load_policy(config, dtype=torch.float32, temperature=1.0, suppressed_token_ids=())
+
+
+@pytest.mark.parametrize("data", [None, b"", b"x" * 100, header(b'{"a":' * 10_000)])
+def test_a_model_whose_weights_are_none_is_an_error_in_words(model, data):
+    (model / "model.safetensors").unlink()
+    if data is not None:
+        (model / "model.safetensors").write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"^model\.path: {model} cannot be loaded"):
+        load_policy(ModelConfig(path=str(model)), dtype=torch.float32, temperature=1.0, suppressed_token_ids=())
+
+
+def test_a_model_names_no_other_model(model, tmp_path):
+    """transformers would load the base of adapters, from wherever they say, in place of the folder's own weights."""
+    private = shutil.copytree(model, tmp_path / "private")
+    (model / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(private), "r": 1, "target_modules": ["q_proj"]})
+    )
+    with pytest.raises(ConfigError, match=rf"^model\.path: {model}: holds adapters"):
+        load_policy(ModelConfig(path=str(model)), dtype=torch.float32, temperature=1.0, suppressed_token_ids=())
+
+
+# ── files that no reader gets to the end of, or understands ──
+
+
+def replace_by(what: str, file: Path) -> None:
+    """Put in the place of `file` something that has its name."""
+    file.unlink()
+    match what:
+        case "pipe":
+            os.mkfifo(file)
+        case "device":
+            file.symlink_to("/dev/zero")
+        case "loop":
+            file.symlink_to(file.name)
+
+
+PARTS = ["trainer.rank0.json", "config.yaml", "model.safetensors", "optimizer.safetensors", "model/config.json"]
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "loop"])
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_no_file_is_damage(theirs, what, name):
+    """Also where the manifest does not list it."""
+    manifest = read_manifest(theirs)
+    del manifest["files"][name]
+    replace_by(what, theirs / name)
+    assert find_damage(theirs, manifest) == [f"{name} is not a regular file"]
+
+
+def test_a_checkpoint_is_not_read_before_its_damage_is_known(theirs, tmp_path):
+    (theirs / "trainer.rank0.json").unlink()
+    sign(theirs)
+    os.mkfifo(theirs / "trainer.rank0.json")
+    with pytest.raises(CheckpointError, match=r"is damaged: trainer\.rank0\.json is not a regular file"):
+        resume(tmp_path / "run", theirs)
+
+
+def test_a_name_that_no_file_can_have_is_missing(theirs):
+    manifest = read_manifest(theirs)
+    manifest["files"] |= {"a" * 5000: {}, "a\0b": {}}
+    assert find_damage(theirs, manifest) == [f"{'a' * 5000} is missing", "a\0b is missing"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("data", [b"", b"x" * 100, header(b'{"a":' * 10_000), header(b"{}"), struct.pack("<Q", 2**62)])
+def test_weights_that_are_none_are_an_error_in_words(theirs, tmp_path, name, data):
+    (theirs / name).write_bytes(data)
+    sign(theirs)
+    with pytest.raises(CheckpointError, match=f"^{theirs}: cannot be resumed from: "):
+        resume(tmp_path / "run", theirs)
+
+
+@pytest.mark.parametrize(
+    ("part", "state"),
+    [
+        ("python", [3, [2**70] * 625, None]),
+        ("torch", "AAAA"),
+        ("torch", []),
+        ("numpy", {"bit_generator": "MT19937", "state": {"key": [2**70] * 624, "pos": 0}}),
+    ],
+)
+def test_nonsense_in_a_state_is_an_error_in_words(theirs, tmp_path, part, state):
+    file = theirs / "trainer.rank0.json"
+    states = json.loads(file.read_text())
+    states["random"][part] = state
+    file.write_text(json.dumps(states))
+    sign(theirs)
+    with pytest.raises(CheckpointError, match=f"^{theirs}: cannot be resumed from: "):
+        resume(tmp_path / "run", theirs)
+
+
+def test_deep_nesting_is_an_error_in_words(theirs, tmp_path):
+    (theirs / "trainer.rank0.json").write_text("[" * 100_000)
+    sign(theirs)
+    with pytest.raises(CheckpointError, match="cannot be resumed from: RecursionError"):
+        resume(tmp_path / "run", theirs)
+
+
+def aliases(row: str, first: str) -> str:
+    """YAML of some hundred bytes for 9¹⁰ values."""
+    return "\n".join([f"a0: &a0 {first}", *(f"a{i}: &a{i} " + row.replace("?", f"*a{i - 1}") for i in range(1, 11))])
+
+
+CONFIGURATIONS = {
+    "lists": (aliases("[" + "?," * 9 + "]", "[x]"), "has aliases"),
+    "mappings": (aliases("{" + "".join(f"k{i}: ?, " for i in range(9)) + "}", "{x: 1}"), "has aliases"),
+    "merges": (aliases("{<<: [" + "?," * 9 + "]}", "{x: 1}"), "has aliases"),
+    "itself": ("a: &a {b: *a}", "has aliases"),
+    "numbers to the base of 60": ("a: 1" + ":59" * 200_000, "bytes; 262144 are allowed"),
+    "long numbers": ("a: " + "9" * 100_000, "Exceeds the limit"),
+    "deep": ("[" * 20_000, "RecursionError"),
+    "code": ("!!python/object/apply:os.system ['true']", "ConstructorError"),
+    "a list": ("- 1", "found list; allowed: a mapping"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_configuration_of_somebody_else_is_read_or_refused_at_once(theirs, tmp_path, text, said):
+    (theirs / "config.yaml").write_text(text)
+    sign(theirs)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=rf"(?s)config\.yaml: cannot be read: .*{said}"):
+        resume(tmp_path / "run", theirs)
+    assert time.process_time() - start < 20
+
+
+def test_a_configuration_is_read_as_it_was_written(tmp_path):
+    twice = ["a\u0301", "1e3", "190:20:30", None, 0.1]
+    settings = {"a": {"b": twice, "c": twice}, "d": 2**70}
+    (tmp_path / "config.yaml").write_text(dump_config(settings))
+    assert read_config(tmp_path / "config.yaml") == settings

@@ -3,7 +3,9 @@ card their words are words."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +17,13 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
+from spark_vl import cli
 from spark_vl.hub import cards, publish
 from spark_vl.hub.cards import save_card, write_eval_results
 from spark_vl.hub.publish import prepare_judgments, prepare_model
 from spark_vl.hub.release import ReleaseError
 from spark_vl.hub.run import find_model
+from spark_vl.prompts import Templater
 from spark_vl.run.paths import pointed
 from spark_vl.run.reader import recipe_facts
 from spark_vl.run.shards import find_shards
@@ -257,3 +261,68 @@ def test_a_setting_does_not_become_code(run, tmp_path):
         change(run, file, lambda config: config["rollout"].update(max_new_tokens="64); import os; os.system('x'"))
     with pytest.raises(ReleaseError, match=r"config\.yaml: rollout\.max_new_tokens: found .*; allowed: an integer"):
         prepared(run, tmp_path / "generated")
+
+
+# ── what a terminal would obey ──
+
+ORDERS = "\x1b]0;x\x07\x1b[31m\u202ered"
+
+
+@pytest.mark.parametrize("name", [f"{ORDERS}.json", f"{ORDERS}.bin", f"{ORDERS}-token.json", os.fsdecode(b"\xff.json")])
+def test_names_of_files_give_a_terminal_no_orders(run, capsys, name):
+    (run / "model" / name).write_text(f"hf_{'aB3' * 12}" if "token" in name else "{}")
+    with contextlib.suppress(SystemExit):
+        cli.main(["publish", "model", str(run), "--repo", "org/tiny", "--dry-run"])
+    said = "".join(capsys.readouterr())
+    assert not set(said) & {"\x1b", "\x07", "\u202e", "\udcff"}
+
+
+def test_rows_and_errors_give_a_terminal_no_orders(tmp_path, capsys):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"q": f"? {ORDERS}", "a": a}) + "\n" for a in (ORDERS, "1")))
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\ndescription: d\nlicense: none\nsource: {{jsonl: {tmp_path}}}\nsplits: {{train: t.jsonl}}\n"
+        "columns: {question: q, answer: a}\nverifier: text\n"
+    )
+    cli.main(["recipes", str(tmp_path / "r.yaml")])
+    with pytest.raises(SystemExit):
+        cli.main(["recipes", f"{tmp_path}/{ORDERS}"])
+    said = "".join(capsys.readouterr())
+    assert said.count("\\x1b[31m\\u202ered") >= 3
+    assert not set(said) & {"\x1b", "\x07", "\u202e"}
+
+
+# ── files that hold anything ──
+
+DEEP = "[" * 100_000
+ODD = {
+    "config.yaml": ["[]", "{}", "a: [", "[" * 5000, "a: &a [x]\nb: *a", "!!python/object/apply:os.system ['true']"],
+    "metrics.jsonl": [f"{DEEP}\n", "x\n", "[]\n", "{}\n", '{"step": 1, "problem/reward": "x"}\n'],
+    "evaluations.jsonl": [f"{DEEP}\n", "x\n", "[]\n", "{}\n"],
+    "environment.jsonl": [f"{DEEP}\n", "x\n", "[]\n", "{}\n"],
+    "model/spark_training.json": [DEEP, "x"],
+    "model/spark_prompts.json": [DEEP, "x"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in ODD.items() for text in texts])
+def test_a_run_that_holds_anything_is_an_error_in_words(run, tmp_path, name, text):
+    (run / name).write_text(text)
+    with pytest.raises(ReleaseError, match="are not as a run writes them"):
+        prepared(run, tmp_path / "generated")
+    if name == "config.yaml":
+        with pytest.raises(ReleaseError, match="are not as a run writes them"):
+            prepare_judgments(tmp_path / "generated", run=run, repo="org/judged")
+
+
+@pytest.mark.parametrize("name", ["evaluations.jsonl", "model/spark_prompts.json"])
+def test_a_pipe_in_a_run_is_not_waited_for(run, tmp_path, name):
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(ReleaseError, match=f"{name}: is no file"):
+        prepared(run, tmp_path / "generated")
+
+
+def test_prompts_that_are_nested_deeply_are_an_error_in_words(tmp_path):
+    (tmp_path / "spark_prompts.json").write_text(DEEP)
+    with pytest.raises(ValueError, match=r"spark_prompts\.json: is not valid JSON"):
+        Templater.read(tmp_path / "spark_prompts.json")

@@ -13,7 +13,6 @@ from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     DynamicCache,
@@ -28,7 +27,7 @@ from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import ImageError, load_image
 from spark_vl.families import read_facts
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
-from spark_vl.families.registry import load_part, loaded_commit
+from spark_vl.families.registry import load_configuration, load_part, loaded_commit
 from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, Message, PromptRecord
 
 COORDINATES: Coordinates = "resized"
@@ -46,19 +45,20 @@ class Qwen2_5VL:
 
     def load_processor(self, config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProcessor:
         """See `Family.load_processor`."""
-        processor = QwenVLProcessor(
-            load_part(AutoProcessor, config),
-            load_part(AutoConfig, config),
-            load_part(GenerationConfig, config),
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-            max_prompt_tokens=max_prompt_tokens,
-            commit=loaded_commit(config),
-        )
+        parts = load_part(AutoProcessor, config), load_configuration(config), load_part(GenerationConfig, config)
         try:
+            processor = QwenVLProcessor(
+                *parts,
+                min_pixels=config.min_pixels,
+                max_pixels=config.max_pixels,
+                max_prompt_tokens=max_prompt_tokens,
+                commit=loaded_commit(config),
+            )
             processor.check_chat_template()
         except ValueError as error:
             raise ConfigError(f"model.path: {config.path}: {error}") from error
+        except Exception as error:  # numbers that are none, or not of this world
+            raise ConfigError(f"model.path: {config.path}: {type(error).__name__}: {error}") from error
         return processor
 
     def freeze_vision(self, model: PreTrainedModel) -> None:
@@ -167,11 +167,19 @@ class QwenVLProcessor:
         self.commit = commit
         self.min_pixels, self.max_pixels, self.max_prompt_tokens = min_pixels, max_pixels, max_prompt_tokens
         self.image_token_id: int = config.image_token_id
-        self._image_token: str = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
         self.pad_token_id: int = processor.tokenizer.pad_token_id
         stop = generation_config.eos_token_id
         self.stop_token_ids = tuple(stop) if isinstance(stop, list) else (stop,)
         vocabulary = processor.tokenizer.get_vocab()
+        tokens = set(vocabulary.values())
+        for name, ids in (
+            ("config.json: image_token_id", [self.image_token_id]),
+            ("generation_config.json: eos_token_id", self.stop_token_ids),
+            ("tokenizer_config.json: pad_token", [self.pad_token_id]),
+        ):
+            if not ids or not all(type(number) is int and number in tokens for number in ids):
+                raise ValueError(f"{name}: found {ids!r:.80}; allowed: tokens of the vocabulary")
+        self._image_token: str = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
         self.suppressed_token_ids = tuple(vocabulary[token] for token in VISION_TOKENS if token in vocabulary)
         # Rotary positions come from the library's own model code; on the meta device it holds no weights.
         with torch.device("meta"):

@@ -30,22 +30,36 @@ def find_family(config: ModelConfig) -> Family:
     Raises:
         ConfigError: there is no checkpoint, or it is of a family that the kit does not know.
     """
-    found = load_part(AutoConfig, config).model_type
+    found = load_configuration(config).model_type
     if found not in FAMILIES:
         allowed = ", ".join(map(repr, FAMILIES))
         raise ConfigError(f"model.path: {config.path} holds a {found!r} model; allowed: {allowed}")
     return get_family(found)
 
 
-def load_part(part: Any, config: ModelConfig) -> Any:
+def load_configuration(config: ModelConfig) -> Any:
+    """The model's configuration, without the attention that it names: that may be code on the Hub.
+
+    Raises:
+        ConfigError: see `load_part`.
+    """
+    loaded = load_part(AutoConfig, config)
+    loaded._attn_implementation = "sdpa"
+    return loaded
+
+
+def load_part(part: Any, config: ModelConfig, /, **settings: Any) -> Any:
     """What `part.from_pretrained` loads from `config.path`.
+
+    Args:
+        settings: of `from_pretrained`.
 
     Raises:
         ConfigError: a file is missing or cannot be read.
     """
     try:
         # Left to itself, transformers asks at the terminal whether to run a folder's own code.
-        return part.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+        return part.from_pretrained(config.path, revision=config.revision, trust_remote_code=False, **settings)
     except Exception as error:  # it raises whatever somebody else's file makes it stumble over
         found = f"{type(error).__name__}: {error}"
         raise ConfigError(f"model.path: {config.path} cannot be loaded ({part.__name__}): {found}") from error

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from spark_vl import __version__
+from spark_vl.config import read_config
 from spark_vl.data.judgments import CONFIGS, features
 from spark_vl.hub.cards import Verbatim, save_card
 from spark_vl.hub.run import facts_of
@@ -45,7 +45,7 @@ def write_judgments_card(
         rows: (config, split) → number of rows.
         sizes: (config, split) → bytes of its files.
     """
-    config = yaml.safe_load((run / CONFIG).read_text())
+    config = read_config(run / CONFIG)
     recipes = facts_of(run, config["data"]["recipes"])
     base = next(read_shard(shards[0].path, ("model",)))["model"]
     configs = [name for name in CONFIGS if any(key[0] == name for key in rows)]

@@ -16,7 +16,7 @@ from spark_vl.hub.cards import BASE_LICENSE, write_eval_results, write_model_car
 from spark_vl.hub.client import Hub, HubError, check_repo_name, find_token
 from spark_vl.hub.judgments import write_judgments_card
 from spark_vl.hub.release import Release, ReleaseError, Secrets, digest_of, files_of, make_release
-from spark_vl.hub.run import TrainedModel, find_model, run_of
+from spark_vl.hub.run import TrainedModel, find_model, read_from, run_of
 from spark_vl.hub.space import stage_space
 from spark_vl.hub.upload import Published, upload
 from spark_vl.prompts.templater import PROMPTS_FILE
@@ -76,22 +76,23 @@ def prepare_model(
         ReleaseError, HubError: see `publish_model`.
     """
     check_repo_name(repo)
-    model = find_model(Path(checkpoint))
-    plot_diagnostics(model.run, folder / "curves.png", model.step)
-    for name, lines in (("metrics", model.metrics), ("evaluations", model.evaluations)):
-        if lines:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    write_eval_results(model, folder / ".eval_results")
-    base_license = None
-    try:
-        base_license = _base_license(model, token_from)
-    except HubError as error:
-        if not dry_run:
-            raise
-        logger.warning("the license of the base model is not in this card: %s", error)
-    name = repo.partition("/")[2]
-    write_model_card(model, folder / "README.md", model_id=repo, name=name, base_license=base_license)
+    with read_from(Path(checkpoint)):
+        model = find_model(Path(checkpoint))
+        plot_diagnostics(model.run, folder / "curves.png", model.step)
+        for name, lines in (("metrics", model.metrics), ("evaluations", model.evaluations)):
+            if lines:
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_eval_results(model, folder / ".eval_results")
+        base_license = None
+        try:
+            base_license = _base_license(model, token_from)
+        except HubError as error:
+            if not dry_run:
+                raise
+            logger.warning("the license of the base model is not in this card: %s", error)
+        name = repo.partition("/")[2]
+        write_model_card(model, folder / "README.md", model_id=repo, name=name, base_license=base_license)
     return make_release(
         "model",
         f"Step {model.step} of {model.run.name}",
@@ -156,7 +157,8 @@ def prepare_judgments(folder: Path, *, run: Path | str, repo: str, token_from: s
             digests[f"{shard.config}/{shard.path.name}"] = digest_of(shard.path)
             rows[shard.config, shard.split] += check_shard(shard.path, proven, lambda row: _fault(row, secrets))
             sizes[shard.config, shard.split] += shard.path.stat().st_size
-        write_judgments_card(run, folder / "README.md", repo=repo, shards=shards, rows=rows, sizes=sizes)
+        with read_from(run):
+            write_judgments_card(run, folder / "README.md", repo=repo, shards=shards, rows=rows, sizes=sizes)
     except ShardError as error:
         raise ReleaseError(str(error)) from error
     release = make_release(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-import yaml
-
-from spark_vl.hub.client import check_repo_name
+from spark_vl.config import read_config
+from spark_vl.hub.client import HubError, check_repo_name
 from spark_vl.hub.release import ReleaseError
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
 from spark_vl.report import comparison
@@ -43,7 +43,7 @@ class TrainedModel:
     @cached_property
     def _config(self) -> dict[str, Any]:
         """The resolved configuration with which these weights were saved; it is stored beside them."""
-        return yaml.safe_load((self.folder.parent / CONFIG).read_text())
+        return read_config(self.folder.parent / CONFIG)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def find_model(checkpoint: Path) -> TrainedModel:
     if not folder.resolve().is_relative_to(inside):
         raise ReleaseError(f"{folder}: is a symbolic link that leads out of {inside}")
     run = run_of(folder)
-    _check_regular([folder / TRAINING_FILE, folder.parent / CONFIG])
+    _check_regular([folder / TRAINING_FILE, folder / PROMPTS_FILE, folder.parent / CONFIG])
     facts = _training_facts(folder / TRAINING_FILE)
     if missing := [name for name in _OF_A_MODEL if not (run / name).is_file()]:
         raise ReleaseError(f"{run}: {' and '.join(missing)}: is missing, and the card is written from nothing else")
@@ -157,11 +157,27 @@ def facts_of(run: Path, recipes: Sequence[str]) -> list[dict[str, Any]]:
         raise ReleaseError(str(error)) from error
 
 
+@contextmanager
+def read_from(run: Path) -> Iterator[None]:
+    """Say in words what is wrong with the files of a run, which may be somebody else's and hold anything.
+
+    Raises:
+        ReleaseError: they are not as a run writes them.
+    """
+    try:
+        yield
+    except (ReleaseError, HubError):
+        raise
+    except Exception as error:
+        raise ReleaseError(f"{run}: its files are not as a run writes them: {type(error).__name__}: {error}") from error
+
+
 def _check_regular(files: Iterable[Path]) -> None:
     """What is quoted in a card is looked for secrets, but other private words would pass."""
     for file in files:
-        if file.is_symlink():
-            raise ReleaseError(f"{file}: is a symbolic link; a card quotes only regular files")
+        if file.is_symlink() or (file.exists() and not file.is_file()):  # a pipe would be waited for
+            what = "a symbolic link" if file.is_symlink() else "no file"
+            raise ReleaseError(f"{file}: is {what}; a card quotes only regular files")
 
 
 def _training_facts(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from spark_vl import __version__
 from spark_vl.hub.client import Hub, HubError, Info, check_repo_name, find_token
 from spark_vl.hub.release import Release, ReleaseFile, digest_of
+from spark_vl.records import visible
 
 _RACES = 3
 """How often a commit is tried, when another one comes before it."""
@@ -72,12 +73,12 @@ def print_release(release: Release, console: Console, *, whole: bool) -> None:
     """Print how much will be uploaded; if `whole`, each file with its size and SHA-256, and the card."""
     if whole:
         for file in release.files:
-            console.print(f"{file.sha256}  {file.size:>14,}  {file.path}", soft_wrap=True, markup=False)
+            console.print(f"{file.sha256}  {file.size:>14,}  {visible(file.path)}", soft_wrap=True, markup=False)
     console.print(f"{len(release.files)} files, {release.bytes:,} bytes", soft_wrap=True)
     if release.left_out:
-        console.print(f"left out: {', '.join(release.left_out)}", soft_wrap=True, markup=False)
+        console.print(visible(f"left out: {', '.join(release.left_out)}"), soft_wrap=True, markup=False)
     if whole:
-        console.print(f"\n{release.card}", soft_wrap=True, markup=False)
+        console.print(visible(f"\n{release.card}"), soft_wrap=True, markup=False)
 
 
 def _open(hub: Hub, revision: str | None, public: bool) -> None:

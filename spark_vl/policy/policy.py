@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from spark_vl.config import ConfigError, LoraConfig, ModelConfig
-from spark_vl.families.registry import find_family, get_family
+from spark_vl.families.registry import find_family, get_family, load_configuration, load_part
 from spark_vl.policy.head import ScoringHead, TokenScores
 from spark_vl.policy.packing import Pack, attention_mask
 
@@ -130,17 +131,22 @@ def load_policy(
             5e-7 vanish in bfloat16. None: nothing is to be trained.
 
     Raises:
-        ConfigError: see `find_family`; or adapters are asked for, and peft is not installed.
+        ConfigError: see `find_family`; the weights cannot be read; they are adapters of another model; or adapters are
+            asked for, and peft is not installed.
     """
     family = find_family(config)
-    model = family.model_class.from_pretrained(
-        config.path,
-        revision=config.revision,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    if find_adapter_config_file(config.path, revision=config.revision):
+        raise ConfigError(
+            f"model.path: {config.path}: holds adapters (adapter_config.json), which name another model to load; "
+            "allowed: a whole model. Merge them into theirs"
+        )
+    settings = {
+        "config": load_configuration(config),
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        "use_safetensors": True,
+    }
+    model = load_part(family.model_class, config, **settings)
     policy = Policy(
         model,
         attention=config.attention,

@@ -242,7 +242,7 @@ class Templater:
         """
         try:
             saved = json.loads(file.read_bytes())
-        except ValueError as error:  # not JSON, or not text
+        except (ValueError, RecursionError) as error:  # not JSON, or not text
             raise ValueError(f"{file}: is not valid JSON: {error}") from error
         if not (
             isinstance(saved, dict)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from os.path import isfile  # that of a Path raises where a name is too long
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def find_damage(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the files that `manifest` lists. No path that leads out of `folder` is read."""
+    """What is wrong with the files that `manifest` lists, and what lies in `folder` that no reader gets to the end of,
+    such as a pipe. No path that leads out of `folder` is read."""
     files = manifest["files"]
     inside = [folder / name for name in files if not (Path(name).is_absolute() or ".." in Path(name).parts)]
     found = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in _digests([path for path in inside if path.is_file()])
+        for path, digest in _digests([path for path in inside if isfile(path)])
     }
     missing = [f"{name} is missing" for name in files if name not in found]
+    odd = [path for path in sorted(folder.rglob("*")) if not isfile(path) and not path.is_dir()]
+    missing += [f"{path.relative_to(folder)} is not a regular file" for path in odd]
     return missing + [f"{name} has changed" for name in files if name in found and files[name] != found[name]]
 
 

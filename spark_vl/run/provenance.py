@@ -11,9 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from spark_vl.config import OfflineConfig, dump_config
+from spark_vl.config import OfflineConfig, dump_config, read_config
 from spark_vl.data.recipes import load_recipe
 from spark_vl.run.jsonl import append_lines
 from spark_vl.run.paths import CONFIG, ENVIRONMENT, RECIPES
@@ -65,7 +63,7 @@ def note_environment(run: Path, step: int, launch: Mapping[str, Any], changed: S
 
 def copy_provenance(run: Path, output: Path, config: OfflineConfig) -> None:
     """Copy to `output`, which was recycled from the rollouts of `run`, the files that its card is written from."""
-    settings = yaml.safe_load((run / CONFIG).read_text())
+    settings = read_config(run / CONFIG)
     settings |= {name: part for name, part in asdict(config).items() if name in ("prompts", "recycle")}
     output.mkdir(parents=True, exist_ok=True)
     (output / CONFIG).write_text(dump_config(settings | {"recycled_from": run.name}))
