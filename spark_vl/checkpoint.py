@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, Protocol
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from spark_vl import __version__
 from spark_vl.config import ConfigError, TrainConfig, config_differences, save_config
@@ -42,6 +45,8 @@ from spark_vl.run.files import flush, written_whole
 from spark_vl.run.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.run.provenance import public_name
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 3
 """Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own. 2: before recycled
@@ -369,6 +374,33 @@ def export_model(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         processor.save(folder)
     accelerator.wait_for_everyone()
+
+
+def prepare_export(model: PreTrainedModel, processor: Processor) -> None:
+    """Make sure that `export_model` can write all that lies beside the weights: a run must not find out at its first
+    checkpoint. The generation configuration gets the stop tokens of the run. Where it has sampling settings, which
+    transformers does not save without `do_sample: true`, it gets that.
+
+    Raises:
+        ConfigError: something cannot be written.
+    """
+    generation = model.generation_config
+    generation.eos_token_id = list(processor.stop_token_ids)
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        logger.warning("generation_config.json: do_sample is set to true in what is saved: %.200s", error)
+        generation.do_sample = True
+    for name, part in (
+        ("config.json", model.config.save_pretrained),
+        ("generation_config.json", generation.save_pretrained),
+        ("the processor", processor.save),
+    ):
+        with TemporaryDirectory() as folder:
+            try:
+                part(Path(folder))
+            except Exception as error:  # transformers raises what it likes of somebody else's file
+                raise ConfigError(f"model.path: {name} could not be saved with the trained model: {error}") from error
 
 
 def point(folder: Path, pointer: str, checkpoint: Path) -> None:

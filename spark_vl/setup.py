@@ -13,7 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint
+from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint, prepare_export
 from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
@@ -107,6 +107,7 @@ def load_trainer(
     steps = config.steps or math.ceil(config.epochs * len(sampler) / config.data.prompts_per_step)
     updates = steps * len(PHASES[config.recycle.schedule]) * config.optimizer.updates_per_batch
     updater = load_updater(config, accelerator, processor, updates=updates)
+    prepare_export(accelerator.unwrap_model(updater.policy).model, processor)
     engine = load_engine(config.rollout, accelerator, updater.policy, processor)
     verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
     make_batches = BatchMaker(

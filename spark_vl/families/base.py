@@ -68,7 +68,7 @@ class Processor(Protocol):
     """Commit of the Hub that it was loaded from; None: it was in a folder."""
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
-    """Tokens that end a completion."""
+    """Tokens that end a completion: those of the generation configuration, and the end of a turn in the chat."""
     suppressed_token_ids: tuple[int, ...]
     """Tokens that are never sampled: a vision token in a completion would corrupt the next forward pass."""
     padding: ModelInputs

@@ -46,16 +46,15 @@ class Qwen2_5VL:
 
     def load_processor(self, config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProcessor:
         """See `Family.load_processor`."""
-        processor = QwenVLProcessor(
-            load_part(AutoProcessor, config),
-            load_part(AutoConfig, config),
-            load_part(GenerationConfig, config),
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-            max_prompt_tokens=max_prompt_tokens,
-            commit=loaded_commit(config),
-        )
+        parts = [load_part(part, config) for part in (AutoProcessor, AutoConfig, GenerationConfig)]
         try:
+            processor = QwenVLProcessor(
+                *parts,
+                min_pixels=config.min_pixels,
+                max_pixels=config.max_pixels,
+                max_prompt_tokens=max_prompt_tokens,
+                commit=loaded_commit(config),
+            )
             processor.check_chat_template()
         except ValueError as error:
             raise ConfigError(f"model.path: {config.path}: {error}") from error
@@ -145,11 +144,14 @@ class QwenVLProcessor:
     Args:
         processor: the Hugging Face processor.
         config: the model's configuration.
-        generation_config: names the stop tokens.
+        generation_config: names stop tokens; the token that ends a turn of the chat is one too.
         min_pixels, max_pixels: images are resized, ratio kept, to sides that are multiples of 28 and an area in
             between.
         max_prompt_tokens: longer prompts are refused.
         commit: see `Processor`.
+
+    Raises:
+        ValueError: the chat template fails, or no token ends a completion.
     """
 
     def __init__(
@@ -169,8 +171,7 @@ class QwenVLProcessor:
         self.image_token_id: int = config.image_token_id
         self._image_token: str = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
         self.pad_token_id: int = processor.tokenizer.pad_token_id
-        stop = generation_config.eos_token_id
-        self.stop_token_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+        self.stop_token_ids = self._stop_tokens(generation_config)
         vocabulary = processor.tokenizer.get_vocab()
         self.suppressed_token_ids = tuple(vocabulary[token] for token in VISION_TOKENS if token in vocabulary)
         # Rotary positions come from the library's own model code; on the meta device it holds no weights.
@@ -191,6 +192,23 @@ class QwenVLProcessor:
             images=(image,),
         )
 
+    def _stop_tokens(self, generation_config: GenerationConfig) -> tuple[int, ...]:
+        """Those of the configuration, and the one that the chat template writes behind a reply: a base model's
+        configuration names the end of a text only, and a fine-tuned one may have lost its own."""
+        named = generation_config.eos_token_id
+        stop = named if isinstance(named, list) else [] if named is None else [named]
+        reply = "The digit is seven."
+        chat = [Message("user", (ImageRef(data=b""), "Which digit is this?")), Message("assistant", (reply,))]
+        behind = self._chat(chat, ask=False).rpartition(reply)[2]
+        end = self.hf.tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+        stop += [token for token in end if token in self.hf.tokenizer.added_tokens_decoder and token not in stop]
+        if not stop:
+            raise ValueError(
+                "nothing ends a completion: generation_config.json has no eos_token_id, and the chat template ends a "
+                "reply without a special token; name the token that does as eos_token_id"
+            )
+        return tuple(stop)
+
     def check_chat_template(self) -> None:
         """Try the chat template on one question with an image.
 
@@ -206,11 +224,15 @@ class QwenVLProcessor:
                 f"{found[1]} times; allowed: each once"
             )
 
-    def _chat(self, messages: Sequence[Message]) -> str:
-        """The text that the chat template makes of `messages`; raises ValueError if it fails."""
+    def _chat(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+        """The text that the chat template makes of `messages`, and `ask`s for a reply to them.
+
+        Raises:
+            ValueError: it fails.
+        """
         try:
             return self.hf.apply_chat_template(
-                [_chat_message(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [_chat_message(message) for message in messages], tokenize=False, add_generation_prompt=ask
             )
         except Exception as error:  # a template is a program, and raises what it likes
             raise ValueError(f"chat_template: fails with {type(error).__name__}: {error}") from error
