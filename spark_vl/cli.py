@@ -6,6 +6,7 @@ Everything heavy is imported inside a command, so that `--help` and a mistake in
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -116,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         publish_commands.add_subcommand(name, command_parser, help=command_parser.description)
         command_parser.prog = f"{publish_parser.prog} {name}"
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what is printed quotes data, and a terminal may know ASCII
     parsed = parser.parse_args(_shape_for_model(sys.argv[1:] if arguments is None else arguments))
     command = parsed[parsed.command]
     try:

@@ -77,6 +77,11 @@ Content = tuple[str | ImageRef, ...]
 """Text and images in reading order."""
 
 
+def writable(text: str) -> str:
+    """`text` with each lone surrogate, which neither a file nor a tokenizer takes, as its escape (`\\ud83d`)."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def plain_text(content: Content) -> str:
     """The text of `content`, with `<image>` where an image stands."""
     return "".join(part if isinstance(part, str) else "<image>" for part in content)

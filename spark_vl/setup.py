@@ -151,7 +151,7 @@ def load_trainer(
                 resumed=resumed,
             )
         own.append(JudgmentSink(shards, quarantine))
-    _describe_run(config, accelerator, folder, resumed)
+    _describe_run(config, accelerator, folder, resumed, log)
 
     def evaluate_after(step: int) -> Mapping[str, Any]:
         if evaluate is None:
@@ -203,7 +203,9 @@ def load_trainer(
     )
 
 
-def _describe_run(config: TrainConfig, accelerator: Accelerator, folder: Path, resumed: int | None) -> None:
+def _describe_run(
+    config: TrainConfig, accelerator: Accelerator, folder: Path, resumed: int | None, log: RunLog
+) -> None:
     """Write down settings, data and machine of this start, and tell the trackers of the settings."""
     if accelerator.is_main_process:
         written = folder / CONFIG  # by the start before this one
@@ -218,4 +220,4 @@ def _describe_run(config: TrainConfig, accelerator: Accelerator, folder: Path, r
             name: value if isinstance(value, int | float) else str(value)
             for name, value in flat(asdict(config)).items()
         }
-        accelerator.init_trackers("spark-vl", config=settings)
+        log.start_trackers(settings)

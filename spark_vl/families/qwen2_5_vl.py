@@ -29,7 +29,7 @@ from spark_vl.data.images import ImageError, load_image
 from spark_vl.families import read_facts
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
 from spark_vl.families.registry import load_part, loaded_commit
-from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, Message, PromptRecord
+from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, Message, PromptRecord, writable
 
 COORDINATES: Coordinates = "resized"
 """Pixels of the image as the model sees it:
@@ -253,6 +253,8 @@ class QwenVLProcessor:
             chat = self._chat(record.messages)
         except ValueError as error:
             raise BadRecordError(record.id, str(error)) from error
+        if writable(chat) != chat:
+            raise BadRecordError(record.id, "the prompt is not valid Unicode")  # which no tokenizer takes
         # The chat template writes one image token for each image; the vision tower makes one feature for each merged
         # patch.
         pieces = chat.split(self._image_token)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Protocol, SupportsFloat, cast
 
 from spark_vl.answers import last_boxed
-from spark_vl.records import PromptRecord, Status, Verdict
+from spark_vl.records import PromptRecord, Status, Verdict, writable
 
 
 class Verifier(Protocol):
@@ -85,11 +85,11 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
         ):
             if not fits:
                 raise TypeError(f"verifier {record.verifier!r}: {field}: found {value!r:.200}; allowed: {allowed}")
-        plain = str.__str__  # makes a str of an instance of a subclass
-        parsed = None if parsed is None else plain(parsed)
-        return Verdict(float(score), parsed, cast(Status, plain(status)), plain(detail), verdict.shaping)
+        # A user's function may return a subclass of str, and what no file can hold.
+        parsed = None if parsed is None else writable(parsed)
+        return Verdict(float(score), parsed, cast(Status, writable(status)), writable(detail), verdict.shaping)
     except Exception as error:
-        return Verdict(0.0, None, "error", f"{type(error).__name__}: {error}"[:500])
+        return Verdict(0.0, None, "error", writable(f"{type(error).__name__}: {error}"[:500]))
 
 
 def check_settings(verifier: str, settings: Mapping[str, Any]) -> None:
