@@ -20,6 +20,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 JUDGMENTS: tuple[Kind, ...] = ("pointwise", "pairwise")
 
 
+_MAX_REASON = 500
+"""Characters of the reason why a row cannot be used."""
+
+
 class BadRecordError(ValueError):
     """One row cannot be used, for a reason in the row itself. Callers quarantine the row and continue.
 
@@ -29,6 +33,8 @@ class BadRecordError(ValueError):
     """
 
     def __init__(self, record_id: str, reason: str) -> None:
+        # Reasons quote what is in the row, and go to logs and messages.
+        reason = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}…"
         super().__init__(f"{record_id}: {reason}")
         self.record_id = record_id
         self.reason = reason
@@ -56,7 +62,7 @@ class ImageRef:
             raise ValueError("an ImageRef holds either data, or path and root")
 
     def __repr__(self) -> str:
-        return f"ImageRef({self.path!r})" if self.data is None else f"ImageRef({len(self.data)} bytes)"
+        return f"ImageRef({self.path!r:.100})" if self.data is None else f"ImageRef({len(self.data)} bytes)"
 
 
 @dataclass(frozen=True)

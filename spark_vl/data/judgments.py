@@ -228,11 +228,13 @@ def record_of(
     gold, choices, verifier = text(row, "label"), options(row, "choices"), text(row, "verifier")
     allowed = ("judgment",) if config in JUDGMENTS else verifiers
     if verifier not in allowed:
-        raise ValueError(f"'verifier' is {verifier!r}; allowed: {', '.join(sorted(allowed))}")
+        raise ValueError(f"'verifier' is {verifier!r:.100}; allowed: {', '.join(sorted(allowed))}")
     if verifier == "judgment" and gold not in choices:
-        raise ValueError(f"'label' is {gold!r}; allowed are the choices {list(choices)}")
+        raise ValueError(f"'label' is {gold!r:.100}; allowed are the choices {list(choices)!r:.200}")
     if verifier == "choice" and ", ".join(match_choices(gold, choices)) != gold:
-        raise ValueError(f"'label' is {gold!r}; the letter of one of the choices {list(choices)} is allowed")
+        raise ValueError(
+            f"'label' is {gold!r:.100}; the letter of one of the choices {list(choices)!r:.200} is allowed"
+        )
     fields: dict[str, Any] = {
         "id": id,
         "messages": _messages(row, images, neutralize),

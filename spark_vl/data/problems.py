@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from PIL.Image import Image
+
 from spark_vl.answers import last_boxed, match_choices
-from spark_vl.data.cells import answer, cell, identifier, items, options, text, type_name
-from spark_vl.data.images import ImageError, image_path, load_image
+from spark_vl.data.cells import answer, cell, identifier, items, options, text, type_name, unicode
+from spark_vl.data.images import ImageError, encode_pixels, image_in_text, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe
 from spark_vl.data.sources import DEFAULT_LIMITS, Row, RowLimits, Rows, open_rows, read_column
@@ -105,6 +107,8 @@ class ProblemSet:
         record_id = f"{self.recipe.name}/{self.split}/#{index}"
         try:
             row = self._rows[index]
+            if not isinstance(row, Mapping):
+                raise ValueError(f"the row is {type_name(row)}; a mapping of columns is allowed")
             columns = self.recipe.columns
             self._limits.check(row, "images" if isinstance(columns, JudgmentColumns) else columns.images)
             if self.recipe.columns.id is not None:
@@ -124,7 +128,7 @@ class ProblemSet:
             row = self._rows[0]
         except ValueError:  # which is said when the row is drawn
             return False
-        return any(isinstance(item, str) for item in items(row.get(column)))
+        return isinstance(row, Mapping) and any(_is_path(item) for item in items(row.get(column)))
 
     def _record(self, row: Row, record_id: str) -> PromptRecord:
         recipe, columns = self.recipe, self.recipe.columns
@@ -143,7 +147,7 @@ class ProblemSet:
             verifier = text(row, columns.verifier)
             if verifier not in self.verifiers:
                 raise ValueError(
-                    f"{columns.verifier!r} is {verifier!r}; allowed: null, {', '.join(sorted(self.verifiers))}"
+                    f"{columns.verifier!r} is {verifier!r:.100}; allowed: null, {', '.join(sorted(self.verifiers))}"
                 )
         elif choices or (recipe.verifier_of(self.split) == "math" and _is_lettered(question, gold)):
             verifier = "choice"
@@ -178,17 +182,26 @@ class ProblemSet:
 
     def _image(self, item: Any) -> ImageRef:
         match item:
-            case bytes(data) | {"bytes": bytes(data)}:
+            case bytes() | bytearray() | memoryview() | {"bytes": bytes() | bytearray() | memoryview()}:
+                return ImageRef(data=bytes(item["bytes"] if isinstance(item, Mapping) else item))
+            case Image():
+                return ImageRef(data=encode_pixels(item))
+            case {"bytes": str(text)}:
+                if (data := image_in_text(text)) is None:
+                    raise ValueError(f"the bytes of an image are the text {text!r:.60}, which is not base64")
                 return ImageRef(data=data)
-            case str(path) | {"bytes": None, "path": str(path)}:
-                pass
+            case str(path) | {"bytes": None, "path": str(path)} | {"path": str(path)}:
+                if (data := image_in_text(path)) is not None:
+                    return ImageRef(data=data)
             case _:
                 raise ValueError(
-                    f"an image is {type_name(item)}; bytes, a path, or a mapping of bytes and path are allowed"
+                    f"an image is {type_name(item)}; allowed are bytes, a path, base64, a data URL, a mapping of bytes "
+                    "and path, or an image of Pillow"
                 )
+        unicode(path, str(self.recipe.columns.images))
         if self.root is None:
             raise ValueError(
-                f"an image is the path {path!r}, but the recipe has no media_root that paths are relative to"
+                f"an image is the path {path!r:.100}, but the recipe has no media_root that paths are relative to"
             )
         ref = ImageRef(path=path, root=str(self.root))
         image_path(ref)
@@ -230,6 +243,14 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
         faults = iter(check_golds(verifiers, sized))
         for row in rows:
             yield row if isinstance(row, BadRecordError) else next(faults) or row
+
+
+def _is_path(item: Any) -> bool:
+    """Whether an image is a text that names a file; one that cannot be read is left to its row's own error."""
+    try:
+        return isinstance(item, str) and image_in_text(item) is None
+    except ImageError:
+        return False
 
 
 def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -54,19 +56,21 @@ class RowLimits:
             raise ValueError(
                 f"{images!r} holds {len(found)} images; {self.images} are allowed in a row (data.max_row_images)"
             )
-        size, chars, waiting = 0, 0, [list(row.values())]
-        while waiting:
-            for value in waiting.pop():
-                if isinstance(value, str):
-                    chars += len(value)
-                elif isinstance(value, bytes):
-                    size += len(value)
-                elif isinstance(value, Mapping):
-                    waiting.append([*value, *value.values()])
-                elif isinstance(value, list | tuple):
-                    waiting.append(list(value))
-                chars += 1
-            self.check_size(size, chars)
+        size, chars = 0, 0
+        for is_image, cells in ((False, [v for k, v in row.items() if k != images]), (True, [row.get(str(images))])):
+            waiting = [cells]
+            while waiting:
+                for value in waiting.pop():
+                    if isinstance(value, str) and not is_image:
+                        chars += len(value)
+                    elif isinstance(value, str | bytes | bytearray):  # the texts of images are their bytes, in base64
+                        size += len(value)
+                    elif isinstance(value, Mapping):
+                        waiting.append([*value, *value.values()])
+                    elif isinstance(value, list | tuple):
+                        waiting.append(list(value))
+                    chars += 1
+                self.check_size(size, chars)
 
     def check_size(self, size: int, chars: int = 0) -> None:
         """Refuse a row of `size` bytes, or of `chars` characters and values."""
@@ -91,8 +95,9 @@ class Source:
     location: str
     """`hub`: id of a dataset, or a local copy of its repository. `jsonl`, `parquet`: the folder of the files. `folder`:
     the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`, called
-    with `split=`, which returns a sequence of rows; one that cannot be made raises ValueError. Where making a row is
-    slow, the sequence should be `ColumnarRows`: the ids of all rows are read when the split is opened."""
+    with `split=`, which returns a sequence of rows, or a `datasets.Dataset`; a row that cannot be made raises
+    ValueError. Where making a row is slow, the sequence should be `ColumnarRows`: the ids of all rows are read when the
+    split is opened."""
     config: str | None = None
     """`hub`: name of the dataset's configuration."""
     revision: str | None = None
@@ -116,7 +121,7 @@ def open_rows(
     """
     match source.type:
         case "factory":
-            return _call_factory(source.location, split), None
+            return _call_factory(source.location, split, columns, limits), None
         case "jsonl":
             return _JsonLines(_files(source.location, split)[0], limits), Path(source.location)
         case "folder":
@@ -197,9 +202,25 @@ def _files(folder: str | Path, pattern: str) -> list[Path]:
     return files
 
 
-def _call_factory(location: str, split: str) -> Rows:
+def _call_factory(location: str, split: str, columns: Sequence[str], limits: RowLimits) -> Rows:
     module, _, function = location.partition(":")
-    return getattr(importlib.import_module(module), function)(split=split)
+    found = getattr(importlib.import_module(module), function)(split=split)
+    # Who returns one has imported it.
+    if "datasets" in sys.modules and isinstance(found, sys.modules["datasets"].Dataset):
+        return _ArrowRows(found, columns, limits)
+    is_frame = "pandas" in sys.modules and isinstance(found, sys.modules["pandas"].DataFrame)
+    if is_frame or isinstance(found, Mapping | str) or not isinstance(found, Sized) or not isinstance(found, _Indexed):
+        advice = "; to_dict('records') is one" if is_frame else ""
+        raise ValueError(
+            f"{location} returned {type(found).__name__}; allowed: a sequence of rows, such as a list of mappings or a "
+            f"datasets.Dataset of one split{advice}"
+        )
+    return found
+
+
+@runtime_checkable
+class _Indexed(Protocol):
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 _MAX_EXPANDED_BYTES = 2**29
@@ -284,12 +305,17 @@ class _ArrowRows:
             yield from rows[name].to_pylist()
 
 
+_BASE64 = re.compile(rb"[A-Za-z0-9+/=_\\-]{1000,}+")
+"""A text in base64, or anything else that is one value in JSON."""
+
+
 class _JsonLines:
     """One JSON object a line; only the offsets of the lines are held in memory."""
 
     def __init__(self, file: Path, limits: RowLimits) -> None:
         self._file = file
-        self._most = 4 * limits.chars  # bytes of a line: a character has at most four, and there are no images in it
+        self._most_text = 4 * limits.chars  # bytes of a line without its images: a character has at most four
+        self._most = self._most_text + limits.bytes
         self._offsets = array("q")
         with file.open("rb") as lines:
             for offset, line in self._lines(lines):
@@ -307,7 +333,12 @@ class _JsonLines:
 
     def _row(self, line: bytes) -> Row:
         if len(line) > self._most:
-            raise ValueError(f"the line has more than {self._most} bytes (4 × data.max_row_chars)")
+            raise ValueError(
+                f"the line has more than {self._most} bytes (4 × data.max_row_chars, and data.max_row_bytes for images)"
+            )
+        # Parsed, other text takes many times its size in memory.
+        if len(line) > self._most_text and len(_BASE64.sub(b"", line)) > self._most_text:
+            raise ValueError(f"the line has more than {self._most_text} bytes besides images (4 × data.max_row_chars)")
         return _json_object(line)
 
     def __len__(self) -> int:

@@ -88,7 +88,7 @@ class Template:
             ("text", text, all(box in text for box in asked), f"a text that asks for {' and '.join(asked)}"),
         ):
             if not ok:
-                raise ValueError(f"template {self.name!r}: {field}: found {value!r}; allowed: {allowed}")
+                raise ValueError(f"template {self.name!r}: {field}: found {value!r:.500}; allowed: {allowed}")
 
     def parse(self, reply: str) -> str | None:
         """The label in the last box of `reply`, for a reflection the answer in it; None if there is none."""
@@ -437,7 +437,7 @@ def _templates(rows: Any, file: Path | Traversable) -> list[Template]:
     for number, row in enumerate(rows, 1):
         where = f"{file}: entry {number}"
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: found {row!r}; allowed: a mapping with {', '.join(allowed)}")
+            raise ValueError(f"{where}: found {row!r:.200}; allowed: a mapping with {', '.join(allowed)}")
         if unknown := [str(key) for key in row if key not in allowed]:
             raise ValueError(
                 f"{where}: template {row.get('name')!r}: found {', '.join(unknown)}; allowed: {', '.join(allowed)}"
