@@ -22,7 +22,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -150,6 +150,8 @@ class Checkpoints:
     """Knows how to deal its state out to another number of processes."""
     parts: Mapping[str, Stateful]
     """What else the run remembers, by name."""
+    data_changes: Sequence[str] = ()
+    """How the data differ from those of the checkpoint that was loaded, recipe by recipe."""
 
     def write(self, step: int) -> Path:
         """Write `step-…` on all processes. It counts once `commit` has been called.
@@ -211,7 +213,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: a file is missing or damaged, the checkpoint does not go with this launch or this version,
-                the configuration has changed, or reading it could run somebody's code.
+                configuration or data have changed, or reading it could run somebody's code.
         """
         manifest = _checked_manifest(self.accelerator, path, self.config, allow_config_change=allow_config_change)
         if strategy(self.accelerator) in UNPICKLED and not trust:
@@ -221,13 +223,23 @@ class Checkpoints:
         try:
             states = [json.loads((path / _state_file(each)).read_text()) for each in ranks]
             feeds = [state["feed"] for state in states]
-            self.feed.load_state_dict(feeds[0] if was == now else self.feed.deal_out(feeds, rank, now))
+            changes = self.feed.changes_since(feeds[0])
+            if changes and not allow_config_change:
+                raise CheckpointError(
+                    f"{path}: the run had other data: {'; '.join(changes)}. Give it the old data, or go on with the "
+                    "new with --allow-config-change: the epoch that was under way then begins again, shuffled anew"
+                )
+            anew = bool(changes) or (allow_config_change and feeds[0]["sampler"]["seed"] != self.config.seed)
+            self.feed.load_state_dict(feeds[0] if was == now else self.feed.deal_out(feeds, rank, now), anew=anew)
+            self.data_changes = changes
             for name, part in self.parts.items():
                 part.load_state_dict(states[0][name])
             load_state(self.accelerator, self.policy, self.optimizer, path)
             # Last: nothing that is loaded draws from them. A process that was not there goes on as seeded.
             if rank < was:
                 set_random_state(states[0 if was == now else rank]["random"], self.accelerator.device)
+        except CheckpointError:
+            raise
         except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be resumed from: {type(error).__name__}: {error}") from error
         if self.accelerator.is_main_process and path.parent == self.folder:

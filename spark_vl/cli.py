@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_parser.add_argument(
         "--allow-config-change",
         action="store_true",
-        help="resume although the checkpoint was written under other settings",
+        help="resume although the checkpoint was written under other settings or with other data",
     )
     train_parser.add_argument(
         "--trust-checkpoint",

@@ -151,7 +151,10 @@ def load_trainer(
                 resumed=resumed,
             )
         own.append(JudgmentSink(shards, quarantine))
-    _describe_run(config, accelerator, folder, resumed, log)
+    if checkpoints.data_changes:
+        changes = "; ".join(checkpoints.data_changes)
+        log.say(f"other data than before: {changes}; the epoch that was under way begins again, shuffled anew")
+    _describe_run(config, accelerator, folder, resumed, checkpoints.data_changes, log)
 
     def evaluate_after(step: int) -> Mapping[str, Any]:
         if evaluate is None:
@@ -204,7 +207,12 @@ def load_trainer(
 
 
 def _describe_run(
-    config: TrainConfig, accelerator: Accelerator, folder: Path, resumed: int | None, log: RunLog
+    config: TrainConfig,
+    accelerator: Accelerator,
+    folder: Path,
+    resumed: int | None,
+    data_changes: Sequence[str],
+    log: RunLog,
 ) -> None:
     """Write down settings, data and machine of this start, and tell the trackers of the settings."""
     if accelerator.is_main_process:
@@ -214,7 +222,7 @@ def _describe_run(
             changed = config_differences(yaml.safe_load(written.read_text()), config)
         save_config(config, written)
         write_recipes(folder, [*config.data.recipes, *config.evaluation.recipes])
-        note_environment(folder, resumed or 0, describe_launch(accelerator), changed)
+        note_environment(folder, resumed or 0, describe_launch(accelerator), [*changed, *data_changes])
     if config.logging.trackers:
         settings = {
             name: value if isinstance(value, int | float) else str(value)

@@ -6,10 +6,12 @@ Those of a judgment dataset are prompts already, and become records of their own
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -21,7 +23,7 @@ from spark_vl.data.cells import answer, cell, identifier, items, options, text, 
 from spark_vl.data.images import ImageError, encode_pixels, image_in_text, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe
-from spark_vl.data.sources import DEFAULT_LIMITS, Row, RowLimits, Rows, open_rows, read_column
+from spark_vl.data.sources import DEFAULT_LIMITS, Row, RowLimits, Rows, digest_rows, open_rows, read_column
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
@@ -109,14 +111,35 @@ class ProblemSet:
             row = self._rows[index]
             if not isinstance(row, Mapping):
                 raise ValueError(f"the row is {type_name(row)}; a mapping of columns is allowed")
-            columns = self.recipe.columns
-            self._limits.check(row, "images" if isinstance(columns, JudgmentColumns) else columns.images)
+            self._limits.check(row, self._image_column)
             if self.recipe.columns.id is not None:
                 name = self.renamed.get(index) or identifier(row, self.recipe.columns.id)
                 record_id = f"{self.recipe.name}/{self.split}/{name}"
             return self._record(row, record_id)
         except ValueError as error:
             raise BadRecordError(record_id, str(error)) from error
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What these problems are, as JSON values: `recipe` (its name), `rows` (how many), `digest` (of their content,
+        see `digest_rows`), and the fields of the recipe that decide what becomes of a row."""
+        recipe, columns = self.recipe, self.recipe.columns
+        facts = {
+            "recipe": recipe.name,
+            "rows": len(self),
+            "digest": digest_rows(self._rows, columns.used, self._image_column),
+            "columns": {name: column for name, column in vars(columns).items() if column is not None},
+            "verifier": recipe.verifier_of(self.split),
+            "settings": dict(recipe.settings),
+            "weights": dict(recipe.weights),
+            "image_placeholder": recipe.image_placeholder,
+        }
+        return json.loads(json.dumps(facts, default=str))
+
+    @property
+    def _image_column(self) -> str | None:
+        columns = self.recipe.columns
+        return "images" if isinstance(columns, JudgmentColumns) else columns.images
 
     @property
     def has_image_paths(self) -> bool:
@@ -221,6 +244,27 @@ class ProblemSet:
         between: list[str | ImageRef] = [*images, ""]
         content = [part for pair in zip(pieces, between, strict=True) for part in pair]
         return tuple(part for part in content if part != "")
+
+
+def data_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How problem sets differ from earlier ones, recipe by recipe, from the fingerprints of both."""
+    was, now = ({each["recipe"]: each for each in fingerprints} for fingerprints in (old, new))
+    changes = [f"{name}: is gone" for name in was if name not in now]
+    for name, fields in now.items():
+        if name not in was:
+            changes.append(f"{name}: is new")
+            continue
+        before = was[name]
+        if before["rows"] != fields["rows"]:
+            changes.append(f"{name}: {before['rows']} rows → {fields['rows']} rows")
+        elif before["digest"] != fields["digest"]:
+            changes.append(f"{name}: as many rows as before, with other content")
+        for field in fields:
+            if field not in ("rows", "digest") and field in before and before[field] != fields[field]:
+                changes.append(f"{name}: {field}: {before[field]!r:.100} → {fields[field]!r:.100}")
+    if not changes and list(was) != list(now):
+        changes.append(f"the order of the recipes: {', '.join(was)} → {', '.join(now)}")
+    return changes
 
 
 def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecord | BadRecordError]:
