@@ -106,6 +106,8 @@ class BestFigure:
     def __init__(self, name: str | None) -> None:
         self.name = name
         self.value = -math.inf
+        self.step: int | None = None
+        """In which it was reached; None: by the untrained model, or it is not known."""
 
     def update(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> bool:
         """Take in `figures`, evaluated after `step`; without any, nothing changes. Returns whether it is the best step
@@ -122,16 +124,19 @@ class BestFigure:
                 return False
             raise ConfigError(f"checkpoint.keep_best: there is no figure {self.name!r}; there are {', '.join(figures)}")
         value, before = figures[self.name]["value"], self.value
-        self.value = max(value, before)
-        return step > 0 and value > before
+        if value <= before:
+            return False
+        self.value, self.step = value, step or None
+        return step > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The value."""
-        return {"value": self.value}
+        """The figure, its value and its step."""
+        return {"name": self.name, "value": self.value, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Stateful`."""
-        self.value = state["value"]
+        """See `Stateful`. The state of another figure says nothing about this one."""
+        if state.get("name", self.name) == self.name:  # a checkpoint of an earlier version has no name, and no step
+            self.value, self.step = state["value"], state.get("step")
 
 
 @dataclass(kw_only=True)
@@ -148,6 +153,7 @@ class Checkpoints:
     config: TrainConfig
     feed: PromptFeed
     """Knows how to deal its state out to another number of processes."""
+    best: BestFigure
     parts: Mapping[str, Stateful]
     """What else the run remembers, by name."""
     data_changes: Sequence[str] = ()
@@ -171,7 +177,8 @@ class Checkpoints:
             if (free := shutil.disk_usage(self.folder).free) < needed:
                 fault = f"about {needed:,} bytes are needed, {free:,} are free"
         _raise_together(fault and _unwritten(final, fault))
-        state = {"feed": self.feed.state_dict()} | {name: part.state_dict() for name, part in self.parts.items()}
+        state = {"feed": self.feed.state_dict(), "best": self.best.state_dict()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
         state["random"] = random_state(self.accelerator.device)
         try:
             save_state(self.accelerator, self.policy, self.optimizer, temporary)
@@ -202,7 +209,7 @@ class Checkpoints:
             point(self.folder, LATEST, self.folder / name_of(step))
             if is_best:
                 point(self.folder, BEST, self.folder / name_of(step))
-            _delete_old(self.folder, self.config.checkpoint.save_total_limit)
+            _delete_old(self.folder, step, self.config.checkpoint.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path, *, allow_config_change: bool = False, trust: bool = False) -> int:
@@ -232,6 +239,7 @@ class Checkpoints:
             anew = bool(changes) or (allow_config_change and feeds[0]["sampler"]["seed"] != self.config.seed)
             self.feed.load_state_dict(feeds[0] if was == now else self.feed.deal_out(feeds, rank, now), anew=anew)
             self.data_changes = changes
+            self.best.load_state_dict(states[0]["best"])
             for name, part in self.parts.items():
                 part.load_state_dict(states[0][name])
             load_state(self.accelerator, self.policy, self.optimizer, path)
@@ -242,9 +250,20 @@ class Checkpoints:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be resumed from: {type(error).__name__}: {error}") from error
-        if self.accelerator.is_main_process and path.parent == self.folder:
-            point(self.folder, LATEST, path)  # newer ones will be written anew
+        if self.accelerator.is_main_process:
+            self._go_back(path)
         return manifest["step"]
+
+    def _go_back(self, path: Path) -> None:
+        """Let `latest` and `best` name what they named when the checkpoint at `path` was written: later ones will be
+        written anew, and may turn out worse. What was the best then may be gone; `best` then names nothing."""
+        if path.parent == self.folder:
+            point(self.folder, LATEST, path)
+        best = self.folder / name_of(self.best.step) if self.best.step else None
+        if best is not None and path.parent == self.folder and (best / MANIFEST).is_file():
+            point(self.folder, BEST, best)
+        else:
+            (self.folder / BEST).unlink(missing_ok=True)
 
     def is_latest(self, step: int) -> bool:
         """Whether the newest checkpoint is that of `step`."""
@@ -450,8 +469,10 @@ def _unwritten(path: Path, problem: str) -> str:
     return f"{path}: the checkpoint could not be written: {problem}. Earlier ones are untouched"
 
 
-def _delete_old(folder: Path, limit: int) -> None:
+def _delete_old(folder: Path, step: int, limit: int) -> None:
+    """Delete what is over the limit: first checkpoints of steps after `step`, which an earlier start left behind."""
     kept = [pointed(folder, pointer) for pointer in (LATEST, BEST)]
-    for old in sorted(folder.glob("step-*"))[:-limit]:
+    newest = name_of(step)
+    for old in sorted(folder.glob("step-*"), key=lambda path: (path.name <= newest, path.name))[:-limit]:
         if old not in kept:
             shutil.rmtree(old)

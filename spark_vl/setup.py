@@ -129,7 +129,8 @@ def load_trainer(
         templater=templater,
         config=config,
         feed=feed,
-        parts={"updater": updater, "best": best},
+        best=best,
+        parts={"updater": updater},
     )
     resumed = None
     if checkpoint:
