@@ -58,14 +58,14 @@ def unicode(value: Any, column: str) -> str:
     return value
 
 
-def identifier(row: Row, column: str) -> str:
-    """An integer, or a printable text of at most 1000 characters that is not blank."""
+def identifier(row: Row, column: str, longest: int = 1000) -> str:
+    """An integer, or a printable text of at most `longest` characters that is not blank."""
     value = cell(row, column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     value = text(row, column)
-    if len(value) > 1000:  # the ids of all rows are held in memory
-        raise ValueError(f"{column!r} has {len(value)} characters; 1000 are allowed")
+    if len(value) > longest:  # the ids of all rows are held in memory
+        raise ValueError(f"{column!r} has {len(value)} characters; {longest} are allowed")
     if not value.isprintable():
         raise ValueError(f"{column!r} is {value!r:.100}; printable text is allowed")
     return value

@@ -84,7 +84,10 @@ class ProblemSet:
         """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only the
         recipe's own `module:function`."""
         column = recipe.columns.id
-        self.renamed: dict[int, str] = {} if column is None else _ids_of_repeats(read_column(rows, column), column)
+        # A run adds to the id of a problem what it made of it, and that to what somebody makes of its judgments.
+        self._longest_id = 4000 if isinstance(recipe.columns, JudgmentColumns) else 1000
+        cells = () if column is None else read_column(rows, column)
+        self.renamed: dict[int, str] = _ids_of_repeats(cells, str(column), self._longest_id)
         """Row → the id of its own that it has in place of the one in its cell, which an earlier row has."""
         if self.renamed:
             row, name = next(iter(self.renamed.items()))
@@ -113,7 +116,7 @@ class ProblemSet:
                 raise ValueError(f"the row is {type_name(row)}; a mapping of columns is allowed")
             self._limits.check(row, self._image_column)
             if self.recipe.columns.id is not None:
-                name = self.renamed.get(index) or identifier(row, self.recipe.columns.id)
+                name = self.renamed.get(index) or identifier(row, self.recipe.columns.id, self._longest_id)
                 record_id = f"{self.recipe.name}/{self.split}/{name}"
             return self._record(row, record_id)
         except ValueError as error:
@@ -297,7 +300,7 @@ def _is_path(item: Any) -> bool:
         return False
 
 
-def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:
+def _ids_of_repeats(cells: Iterable[Any], column: str, longest: int) -> dict[int, str]:
     """Row → an id of its own, `ID#ROW`, for each row whose cell has the id of an earlier row.
 
     Args:
@@ -307,7 +310,7 @@ def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:
     repeats: dict[int, str] = {}
     for index, value in enumerate(cells):
         try:
-            name = identifier({column: value}, column)
+            name = identifier({column: value}, column, longest)
         except ValueError:
             continue
         if name in taken:
