@@ -11,7 +11,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +35,7 @@ from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
-from spark_vl.records import KINDS, BadRecordError, plain_text
+from spark_vl.records import KINDS, BadRecordError, PromptRecord, plain_text
 from spark_vl.run.paths import CONFIG
 from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.verifiers import VerifierPool
@@ -96,6 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipes_parser.add_argument("name", nargs="?", help="name of a shipped recipe, or path of a recipe file")
     recipes_parser.add_argument("--split", default="train", help="train, validation or test")
     recipes_parser.add_argument("--show", type=int, default=3, help="how many rows to print")
+    recipes_parser.add_argument(
+        "--render",
+        action="store_true",
+        help="print them as the model of model.path gets them, chat template and special tokens included",
+    )
+    add_config_arguments(recipes_parser, TrainConfig)
 
     parsers = {"train": train_parser, "eval": eval_parser, "recycle": recycle_parser, "publish": publish_parser}
     parsers |= {"recipes": recipes_parser, "show": show_parser}
@@ -141,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "publish":
                 publish(command.what, command[command.what])
             case "recipes":
-                show_recipes(command.name, command.split, command.show)
+                config = instantiate(recipes_parser, command, TrainConfig)
+                show_recipes(command.name, command.split, command.show, config if command.render else None)
             case "doctor":
                 parser.exit(diagnose())
             case "estimate":
@@ -363,15 +370,20 @@ def estimate(model: str | None, config: TrainConfig, setup: Setup) -> bool:
     return print_estimate(shape, config, setup, Console())
 
 
-def show_recipes(name: str | None, split: str, show: int) -> None:
-    """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one."""
+def show_recipes(name: str | None, split: str, show: int, render: TrainConfig | None = None) -> None:
+    """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one.
+
+    Args:
+        render: print rows as the model of a run with these settings gets them.
+    """
     if name is None:
         for written in map(usage, recipes()):
             recipe = load_recipe(written)
             print(f"{written:20} {recipe.license:12} {recipe.description}")
         return
     try:
-        problems = open_recipe(load_recipe(name), split, Templater.load())
+        templater, rendered = (Templater.load(), None) if render is None else _renderer(render)
+        problems = open_recipe(load_recipe(name), split, templater)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     bad: list[BadRecordError] = []
@@ -383,12 +395,31 @@ def show_recipes(name: str | None, split: str, show: int) -> None:
             if isinstance(found, BadRecordError):
                 bad.append(found)
             elif rows - len(bad) <= show:
-                print(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({found.verifier})")
+                shown = plain_text(found.question) if rendered is None else rendered(found)
+                print(f"── {found.id}\n{shown}\n→ {found.gold}   ({found.verifier})")
     for fault in bad[:20]:
         print(f"cannot be used: {fault}")
     if problems.renamed:
         print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
     print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {problems.recipe.license})")
+
+
+def _renderer(config: TrainConfig) -> tuple[Templater, Callable[[PromptRecord], str]]:
+    """The templater of a run with these settings, and what says what its model gets."""
+    from spark_vl.families.registry import find_family
+
+    family = find_family(config.model)
+    processor = family.load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
+
+    def rendered(record: PromptRecord) -> str:
+        try:
+            prompt = processor.process(record)
+        except BadRecordError as error:
+            return f"cannot be asked: {error.reason}"
+        images = sum(image.tokens for image in prompt.images)
+        return f"{processor.render(prompt)}\n[{len(prompt.input_ids)} tokens, {images} of them of images]"
+
+    return Templater.from_config(config.prompts, family.reserved), rendered
 
 
 def diagnose() -> int:

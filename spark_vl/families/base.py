@@ -88,6 +88,9 @@ class Processor(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
 
+    def render(self, prompt: ProcessedPrompt) -> str:
+        """The text of a prompt with its special tokens; the tokens of an image as `<token>×N`."""
+
     def save(self, folder: Path) -> None:
         """Write the Hugging Face processor's files into `folder`."""
 

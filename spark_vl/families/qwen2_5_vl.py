@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +295,12 @@ class QwenVLProcessor:
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Processor.decode`."""
         return self.hf.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def render(self, prompt: ProcessedPrompt) -> str:
+        """See `Processor.render`."""
+        text = self.hf.tokenizer.decode(prompt.input_ids.tolist())
+        runs = re.compile(f"(?:{re.escape(self._image_token)})+")
+        return runs.sub(lambda run: f"{self._image_token}×{len(run[0]) // len(self._image_token)}", text)
 
     def save(self, folder: Path) -> None:
         """See `Processor.save`. What is saved resizes as this processor does, not as the base model's."""
