@@ -18,17 +18,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from spark_vl import __version__
 from spark_vl.config import ConfigError, TrainConfig, config_differences, read_config, save_config
@@ -42,6 +45,8 @@ from spark_vl.run.manifest import MANIFEST, find_damage, read_manifest, write_ma
 from spark_vl.run.paths import BEST, CONFIG, LATEST, MODEL, TRAINING_FILE, name_of, pointed
 from spark_vl.run.provenance import public_name
 from spark_vl.run.trained import limits_of
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 4
 """Of the checkpoints that this version writes and reads. 1: before prompts had a feed of their own. 2: before recycled
@@ -102,6 +107,8 @@ class BestFigure:
     def __init__(self, name: str | None) -> None:
         self.name = name
         self.value = -math.inf
+        self.step: int | None = None
+        """In which it was reached; None: by the untrained model, or it is not known."""
 
     def update(self, step: int, figures: Mapping[str, Mapping[str, Any]]) -> bool:
         """Take in `figures`, evaluated after `step`; without any, nothing changes. Returns whether it is the best step
@@ -118,16 +125,19 @@ class BestFigure:
                 return False
             raise ConfigError(f"checkpoint.keep_best: there is no figure {self.name!r}; there are {', '.join(figures)}")
         value, before = figures[self.name]["value"], self.value
-        self.value = max(value, before)
-        return step > 0 and value > before
+        if value <= before:
+            return False
+        self.value, self.step = value, step or None
+        return step > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The value."""
-        return {"value": self.value}
+        """The figure, its value and its step."""
+        return {"name": self.name, "value": self.value, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Stateful`."""
-        self.value = state["value"]
+        """See `Stateful`. The state of another figure says nothing about this one."""
+        if state.get("name", self.name) == self.name:  # a checkpoint of an earlier version has no name, and no step
+            self.value, self.step = state["value"], state.get("step")
 
 
 @dataclass(kw_only=True)
@@ -144,8 +154,11 @@ class Checkpoints:
     config: TrainConfig
     feed: PromptFeed
     """Knows how to deal its state out to another number of processes."""
+    best: BestFigure
     parts: Mapping[str, Stateful]
     """What else the run remembers, by name."""
+    data_changes: Sequence[str] = ()
+    """How the data differ from those of the checkpoint that was loaded, recipe by recipe."""
 
     def write(self, step: int) -> Path:
         """Write `step-…` on all processes. It counts once `commit` has been called.
@@ -165,7 +178,8 @@ class Checkpoints:
             if (free := shutil.disk_usage(self.folder).free) < needed:
                 fault = f"about {needed:,} bytes are needed, {free:,} are free"
         _raise_together(fault and _unwritten(final, fault))
-        state = {"feed": self.feed.state_dict()} | {name: part.state_dict() for name, part in self.parts.items()}
+        state = {"feed": self.feed.state_dict(), "best": self.best.state_dict()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
         state["random"] = random_state(self.accelerator.device)
         try:
             save_state(self.accelerator, self.policy, self.optimizer, temporary)
@@ -196,7 +210,7 @@ class Checkpoints:
             point(self.folder, LATEST, self.folder / name_of(step))
             if is_best:
                 point(self.folder, BEST, self.folder / name_of(step))
-            _delete_old(self.folder, self.config.checkpoint.save_total_limit)
+            _delete_old(self.folder, step, self.config.checkpoint.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path, *, allow_config_change: bool = False, trust: bool = False) -> int:
@@ -207,7 +221,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: a file is missing or damaged, the checkpoint does not go with this launch or this version,
-                the configuration has changed, or reading it could run somebody's code.
+                configuration or data have changed, or reading it could run somebody's code.
         """
         manifest = _checked_manifest(self.accelerator, path, self.config, allow_config_change=allow_config_change)
         if strategy(self.accelerator) in UNPICKLED and not trust:
@@ -217,18 +231,40 @@ class Checkpoints:
         try:
             states = [json.loads((path / _state_file(each)).read_text()) for each in ranks]
             feeds = [state["feed"] for state in states]
-            self.feed.load_state_dict(feeds[0] if was == now else self.feed.deal_out(feeds, rank, now))
+            changes = self.feed.changes_since(feeds[0])
+            if changes and not allow_config_change:
+                raise CheckpointError(
+                    f"{path}: the run had other data: {'; '.join(changes)}. Give it the old data, or go on with the "
+                    "new with --allow-config-change: the epoch that was under way then begins again, shuffled anew"
+                )
+            anew = bool(changes) or (allow_config_change and feeds[0]["sampler"]["seed"] != self.config.seed)
+            self.feed.load_state_dict(feeds[0] if was == now else self.feed.deal_out(feeds, rank, now), anew=anew)
+            self.data_changes = changes
+            self.best.load_state_dict(states[0]["best"])
             for name, part in self.parts.items():
                 part.load_state_dict(states[0][name])
             load_state(self.accelerator, self.policy, self.optimizer, path)
             # Last: nothing that is loaded draws from them. A process that was not there goes on as seeded.
             if rank < was:
                 set_random_state(states[0 if was == now else rank]["random"], self.accelerator.device)
+        except CheckpointError:
+            raise
         except Exception as error:  # somebody may have signed anything
             raise CheckpointError(f"{path}: cannot be resumed from: {type(error).__name__}: {error}") from error
-        if self.accelerator.is_main_process and path.parent == self.folder:
-            point(self.folder, LATEST, path)  # newer ones will be written anew
+        if self.accelerator.is_main_process:
+            self._go_back(path)
         return manifest["step"]
+
+    def _go_back(self, path: Path) -> None:
+        """Let `latest` and `best` name what they named when the checkpoint at `path` was written: later ones will be
+        written anew, and may turn out worse. What was the best then may be gone; `best` then names nothing."""
+        if path.parent == self.folder:
+            point(self.folder, LATEST, path)
+        best = self.folder / name_of(self.best.step) if self.best.step else None
+        if best is not None and path.parent == self.folder and (best / MANIFEST).is_file():
+            point(self.folder, BEST, best)
+        else:
+            (self.folder / BEST).unlink(missing_ok=True)
 
     def is_latest(self, step: int) -> bool:
         """Whether the newest checkpoint is that of `step`."""
@@ -373,6 +409,33 @@ def export_model(
     accelerator.wait_for_everyone()
 
 
+def prepare_export(model: PreTrainedModel, processor: Processor) -> None:
+    """Make sure that `export_model` can write all that lies beside the weights: a run must not find out at its first
+    checkpoint. The generation configuration gets the stop tokens of the run. Where it has sampling settings, which
+    transformers does not save without `do_sample: true`, it gets that.
+
+    Raises:
+        ConfigError: something cannot be written.
+    """
+    generation = model.generation_config
+    generation.eos_token_id = list(processor.stop_token_ids)
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        logger.warning("generation_config.json: do_sample is set to true in what is saved: %.200s", error)
+        generation.do_sample = True
+    for name, part in (
+        ("config.json", model.config.save_pretrained),
+        ("generation_config.json", generation.save_pretrained),
+        ("the processor", processor.save),
+    ):
+        with TemporaryDirectory() as folder:
+            try:
+                part(Path(folder))
+            except Exception as error:  # transformers raises what it likes of somebody else's file
+                raise ConfigError(f"model.path: {name} could not be saved with the trained model: {error}") from error
+
+
 def point(folder: Path, pointer: str, checkpoint: Path) -> None:
     """Let `pointer` (`latest`, `best`) name `checkpoint`; at no moment does it name nothing."""
     with written_whole(folder / pointer) as file:
@@ -408,8 +471,10 @@ def _unwritten(path: Path, problem: str) -> str:
     return f"{path}: the checkpoint could not be written: {problem}. Earlier ones are untouched"
 
 
-def _delete_old(folder: Path, limit: int) -> None:
+def _delete_old(folder: Path, step: int, limit: int) -> None:
+    """Delete what is over the limit: first checkpoints of steps after `step`, which an earlier start left behind."""
     kept = [pointed(folder, pointer) for pointer in (LATEST, BEST)]
-    for old in sorted(folder.glob("step-*"))[:-limit]:
+    newest = name_of(step)
+    for old in sorted(folder.glob("step-*"), key=lambda path: (path.name <= newest, path.name))[:-limit]:
         if old not in kept:
             shutil.rmtree(old)

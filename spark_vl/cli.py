@@ -6,6 +6,7 @@ Everything heavy is imported inside a command, so that `--help` and a mistake in
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import signal
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +42,7 @@ from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
-from spark_vl.records import KINDS, BadRecordError, plain_text, visible
+from spark_vl.records import KINDS, BadRecordError, PromptRecord, plain_text, visible
 from spark_vl.run.paths import CONFIG, model_folder
 from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.run.trained import saved_limits
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_parser.add_argument(
         "--allow-config-change",
         action="store_true",
-        help="resume although the checkpoint was written under other settings",
+        help="resume although the checkpoint was written under other settings or with other data",
     )
     train_parser.add_argument(
         "--trust-checkpoint",
@@ -109,6 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipes_parser.add_argument("name", nargs="?", help="name of a shipped recipe, or path of a recipe file")
     recipes_parser.add_argument("--split", default="train", help="train, validation or test")
     recipes_parser.add_argument("--show", type=int, default=3, help="how many rows to print")
+    recipes_parser.add_argument(
+        "--render",
+        action="store_true",
+        help="print them as the model of model.path gets them, chat template and special tokens included",
+    )
+    add_config_arguments(recipes_parser, TrainConfig)
 
     parsers = {"train": train_parser, "eval": eval_parser, "recycle": recycle_parser, "publish": publish_parser}
     parsers |= {"recipes": recipes_parser, "show": show_parser}
@@ -131,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command_parser.prog = f"{publish_parser.prog} {name}"
 
     _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what is printed quotes data, and a terminal may know ASCII
     arguments = _shape_for_model(sys.argv[1:] if arguments is None else arguments)
     arguments = _evaluation_of_a_run(arguments)
     parsed = parser.parse_args(arguments)
@@ -159,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "publish":
                 publish(command.what, command[command.what])
             case "recipes":
-                parser.exit(0 if show_recipes(command.name, command.split, command.show) else 1)
+                render = instantiate(recipes_parser, command, TrainConfig) if command.render else None
+                parser.exit(0 if show_recipes(command.name, command.split, command.show, render) else 1)
             case "doctor":
                 parser.exit(diagnose())
             case "estimate":
@@ -393,16 +404,21 @@ def estimate(model: str | None, config: TrainConfig, setup: Setup) -> bool:
     return print_estimate(shape, config, setup, Console())
 
 
-def show_recipes(name: str | None, split: str, show: int) -> bool:
+def show_recipes(name: str | None, split: str, show: int, render: TrainConfig | None = None) -> bool:
     """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one. Returns whether all rows can be
-    used."""
+    used.
+
+    Args:
+        render: print rows as the model of a run with these settings gets them.
+    """
     if name is None:
         for written in map(usage, recipes()):
             recipe = load_recipe(written)
             print(f"{written:20} {recipe.license:12} {recipe.description}")
         return True
     try:
-        problems = open_recipe(load_recipe(name), split, Templater.load())
+        templater, rendered = (Templater.load(), None) if render is None else _renderer(render)
+        problems = open_recipe(load_recipe(name), split, templater)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     bad: list[BadRecordError] = []
@@ -414,8 +430,8 @@ def show_recipes(name: str | None, split: str, show: int) -> bool:
             if isinstance(found, BadRecordError):
                 bad.append(found)
             elif rows - len(bad) <= show:
-                verifier = public_name(found.verifier)
-                print(visible(f"── {found.id}\n{plain_text(found.question)}\n→ {found.gold}   ({verifier})"))
+                shown = plain_text(found.question) if rendered is None else rendered(found)
+                print(visible(f"── {found.id}\n{shown}\n→ {found.gold}   ({public_name(found.verifier)})"))
     for faults in _alike(bad):
         for fault in faults[:_SHOWN_ALIKE]:
             print(visible(f"cannot be used: {fault}"))
@@ -434,6 +450,24 @@ def _alike(faults: Sequence[BadRecordError]) -> list[list[BadRecordError]]:
     for fault in faults:
         groups[re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", fault.reason)].append(fault)
     return sorted(groups.values(), key=len, reverse=True)
+
+
+def _renderer(config: TrainConfig) -> tuple[Templater, Callable[[PromptRecord], str]]:
+    """The templater of a run with these settings, and what says what its model gets."""
+    from spark_vl.families.registry import find_family
+
+    family = find_family(config.model)
+    processor = family.load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
+
+    def rendered(record: PromptRecord) -> str:
+        try:
+            prompt = processor.process(record)
+        except BadRecordError as error:
+            return f"cannot be asked: {error.reason}"
+        images = sum(image.tokens for image in prompt.images)
+        return f"{processor.render(prompt)}\n[{len(prompt.input_ids)} tokens, {images} of them of images]"
+
+    return Templater.from_config(config.prompts, family.reserved), rendered
 
 
 def diagnose() -> int:

@@ -84,7 +84,7 @@ def _check_filled(parsed: Namespace, config_class: type, prefix: str = "") -> No
         path, value = f"{prefix}{setting.name}", parsed[setting.name]
         if is_dataclass(setting.default_factory):
             if not isinstance(value, Namespace):
-                raise ConfigError(f"{path}: is {value!r}; allowed is a mapping of settings")
+                raise ConfigError(f"{path}: is {value!r:.200}; allowed is a mapping of settings")
             _check_filled(value, setting.default_factory, f"{path}.")
         elif value is None and setting.default is not None:
             raise ConfigError(f"{path}: is null; allowed is {setting.type}")

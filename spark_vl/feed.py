@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from spark_vl.config import DataConfig, RecycleConfig
+from spark_vl.data.problems import data_changes
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.distributed.gather import each_process
 from spark_vl.distributed.spread import send
@@ -203,6 +204,7 @@ class PromptFeed:
         """Where this process is, as JSON values."""
         return {
             "sampler": self.sampler.state_dict(),
+            "data": self.sampler.fingerprints,
             "quarantine": self.quarantine.state_dict(),
             "waiting": [waiting.to_json() for waiting in self._waiting],
             "surplus": [waiting.to_json() for waiting in self._surplus],
@@ -210,18 +212,35 @@ class PromptFeed:
             "difficulty": self._difficulty.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def changes_since(self, state: Mapping[str, Any]) -> list[str]:
+        """How the data differ from those that `state` was made with, recipe by recipe; empty: they do not."""
+        # A checkpoint of an earlier version has no fingerprints.
+        return data_changes(state["data"], self.sampler.fingerprints) if "data" in state else []
+
+    def load_state_dict(self, state: Mapping[str, Any], *, anew: bool = False) -> None:
         """Go on where `state_dict` was made.
 
+        Args:
+            anew: with other data, or data in another order: see `PromptSampler.load_state_dict`. Prompts that wait are
+                left out if their recipe or its verifier is gone.
+
         Raises:
-            ValueError: the sampler's state is of other data (`PromptSampler.load_state_dict`), or a prompt that waits
-                names a verifier that none of its recipes does.
+            ValueError: the sampler's state is of other data, or a prompt that waits names a verifier that none of its
+                recipes does; and not `anew`.
         """
-        self.sampler.load_state_dict(state["sampler"])
+        self.sampler.load_state_dict(state["sampler"], anew=anew)
         self.quarantine.load_state_dict(state["quarantine"])
-        verifiers = self.sampler.verifiers
-        self._waiting = [_Waiting.from_json(waiting, verifiers) for waiting in state["waiting"]]
-        self._surplus = [_Waiting.from_json(waiting, verifiers) for waiting in state["surplus"]]
+        verifiers, recipes = self.sampler.verifiers, self.sampler.recipes
+
+        def restored(name: str) -> list[_Waiting]:
+            return [
+                _Waiting.from_json(waiting, verifiers)
+                for waiting in state[name]
+                if not anew
+                or all(each["verifier"] in verifiers and each["recipe"] in recipes for each in waiting["records"])
+            ]
+
+        self._waiting, self._surplus = restored("waiting"), restored("surplus")
         self._recycled = state["recycled"]
         self._difficulty.load_state_dict(state["difficulty"])
 

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from rich.console import Console, Group
 from rich.live import Live
@@ -178,12 +179,12 @@ class RunLog(Sink):
         self.accelerator = accelerator
         self.folder = folder
         self.on_progress = on_progress
-        self.console = Console(quiet=not accelerator.is_main_process, highlight=False)
+        self.console = Console(quiet=not accelerator.is_main_process, highlight=False, markup=False, emoji=False)
         self._means = Means()
         self._seconds: dict[str, float] = defaultdict(float)
         self._step = resumed or 0
         self._failed: set[str] = set()
-        """Verifiers of which it has been said that they fail."""
+        """Verifiers and trackers of which it has been said that they fail."""
         self._first_fault = ""
         self._steps = steps
         self._bar = Progress(
@@ -287,7 +288,7 @@ class RunLog(Sink):
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a finished step."""
         self._append("metrics", {"step": step, **metrics})
-        self.accelerator.log(dict(metrics), step=step)
+        self._track(lambda tracker: tracker.log(dict(metrics), step=step))
         rewards = "  ".join(f"{kind} {metrics[f'{kind}/reward']:.2f}" for kind in KINDS if f"{kind}/reward" in metrics)
         self._bar.update(self._task, completed=step)
         bad = (
@@ -313,17 +314,57 @@ class RunLog(Sink):
 
     # ── beside the steps ──
 
+    def start_trackers(self, settings: Mapping[str, Any]) -> None:
+        """Start the trackers that the accelerator was made with, and tell them of the run's settings. One that cannot
+        be started is reported and left out: no tracker stops a run, here or later."""
+        started: list[GeneralTracker] = []
+        place = self.folder.resolve()
+        named = {"wandb": {"name": place.name, "dir": str(place)}, "trackio": {"name": place.name}}
+        for name in self.accelerator.log_with:
+            self.accelerator.log_with, self.accelerator.trackers = [name], []
+            # TensorBoard makes a folder of that name in the run's.
+            project = "tensorboard" if name == "tensorboard" else place.parent.name or "spark-vl"
+            try:
+                self.accelerator.init_trackers(project, config=dict(settings), init_kwargs=named)
+            except Exception as error:
+                self._report(str(name), error)
+            else:
+                started += self.accelerator.trackers
+        self.accelerator.trackers = started
+
+    def finish_trackers(self) -> None:
+        """Let the trackers write what they still hold; nothing is logged afterwards."""
+        self._track(lambda tracker: tracker.finish())
+        self.accelerator.trackers = []
+
+    def _track(self, call: Callable[[GeneralTracker], None]) -> None:
+        """Call each tracker. One that fails is reported once, and asked again the next time: its server may be back."""
+        for tracker in self.accelerator.trackers:
+            try:
+                call(tracker)
+            except Exception as error:
+                self._report(tracker.name, error)
+
+    def _report(self, tracker: str, error: Exception) -> None:
+        if tracker not in self._failed:
+            self._failed.add(tracker)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.say(f"warning: the tracker {tracker} fails: {reason:.300}; the run goes on, and metrics.jsonl has all")
+
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Write an evaluation after `step`: name → estimate with `value`."""
         self._append("evaluations", {"step": step, "results": figures})
-        self.accelerator.log({f"eval/{name}": figure["value"] for name, figure in figures.items()}, step=step)
+        values = {f"eval/{name}": figure["value"] for name, figure in figures.items()}
+        self._track(lambda tracker: tracker.log(values, step=step))
         listed = "  ".join(f"{name} {figure['value']:.2f}" for name, figure in figures.items())
         self.say(f"evaluation after {step} steps: {listed}")
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
         self._pace.reset()
-        self.console.print(line, soft_wrap=True, markup=False)
+        # Whatever it quotes: a terminal may know no more than ASCII.
+        written = line.encode(self.console.encoding, "backslashreplace").decode(self.console.encoding)
+        self.console.print(written, soft_wrap=True)
 
     def dump(self, step: int, groups: Sequence[RolloutGroup]) -> Path:
         """Write all of the groups of this process whose update of `step` went wrong, to study. Returns the file."""

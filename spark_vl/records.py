@@ -21,6 +21,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 JUDGMENTS: tuple[Kind, ...] = ("pointwise", "pairwise")
 
 
+_MAX_REASON = 500
+"""Characters of the reason why a row cannot be used."""
+
+
 class BadRecordError(ValueError):
     """One row cannot be used, for a reason in the row itself. Callers quarantine the row and continue.
 
@@ -30,6 +34,8 @@ class BadRecordError(ValueError):
     """
 
     def __init__(self, record_id: str, reason: str) -> None:
+        # Reasons quote what is in the row, and go to logs and messages.
+        reason = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}…"
         super().__init__(f"{record_id}: {reason}")
         self.record_id = record_id
         self.reason = reason
@@ -57,7 +63,7 @@ class ImageRef:
             raise ValueError("an ImageRef holds either data, or path and root")
 
     def __repr__(self) -> str:
-        return f"ImageRef({self.path!r})" if self.data is None else f"ImageRef({len(self.data)} bytes)"
+        return f"ImageRef({self.path!r:.100})" if self.data is None else f"ImageRef({len(self.data)} bytes)"
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,11 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 def visible(text: str) -> str:
     """`text`, which may be a stranger's, for a terminal: it gives it no orders."""
     return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def writable(text: str) -> str:
+    """`text` with each lone surrogate, which neither a file nor a tokenizer takes, as its escape (`\\ud83d`)."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def plain_text(content: Content) -> str:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint
+from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint, prepare_export
 from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, read_config, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
@@ -108,6 +108,7 @@ def load_trainer(
     updates = steps * len(PHASES[config.recycle.schedule]) * config.optimizer.updates_per_batch
     updater = load_updater(config, accelerator, processor, updates=updates)
     disable_progress_bar()  # those of files that are written would run through the run's own
+    prepare_export(accelerator.unwrap_model(updater.policy).model, processor)
     engine = load_engine(config.rollout, accelerator, updater.policy, processor)
     verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
     make_batches = BatchMaker(
@@ -129,7 +130,8 @@ def load_trainer(
         templater=templater,
         config=config,
         feed=feed,
-        parts={"updater": updater, "best": best},
+        best=best,
+        parts={"updater": updater},
     )
     resumed = None
     if checkpoint:
@@ -151,7 +153,10 @@ def load_trainer(
                 resumed=resumed,
             )
         own.append(JudgmentSink(shards, quarantine))
-    _describe_run(config, accelerator, folder, resumed)
+    if checkpoints.data_changes:
+        changes = "; ".join(checkpoints.data_changes)
+        log.say(f"other data than before: {changes}; the epoch that was under way begins again, shuffled anew")
+    _describe_run(config, accelerator, folder, resumed, checkpoints.data_changes, log)
 
     def evaluate_after(step: int) -> Mapping[str, Any]:
         if evaluate is None:
@@ -203,7 +208,14 @@ def load_trainer(
     )
 
 
-def _describe_run(config: TrainConfig, accelerator: Accelerator, folder: Path, resumed: int | None) -> None:
+def _describe_run(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    folder: Path,
+    resumed: int | None,
+    data_changes: Sequence[str],
+    log: RunLog,
+) -> None:
     """Write down settings, data and machine of this start, and tell the trackers of the settings."""
     if accelerator.is_main_process:
         written = folder / CONFIG  # by the start before this one
@@ -212,10 +224,10 @@ def _describe_run(config: TrainConfig, accelerator: Accelerator, folder: Path, r
             changed = config_differences(read_config(written), config)
         save_config(config, written)
         write_recipes(folder, [*config.data.recipes, *config.evaluation.recipes])
-        note_environment(folder, resumed or 0, describe_launch(accelerator), changed)
+        note_environment(folder, resumed or 0, describe_launch(accelerator), [*changed, *data_changes])
     if config.logging.trackers:
         settings = {
             name: value if isinstance(value, int | float) else str(value)
             for name, value in flat(asdict(config)).items()
         }
-        accelerator.init_trackers("spark-vl", config=settings)
+        log.start_trackers(settings)

@@ -92,6 +92,7 @@ class Trainer:
         """
         with self.session:
             finished = self._run()
+        self.log.finish_trackers()
         self.accelerator.end_training()
         return finished
 

@@ -162,3 +162,12 @@ def obey(completion: str, record: PromptRecord) -> Verdict:
     elif command == "sleep":
         time.sleep(float(argument))
     return Verdict(1.0, completion)
+
+
+def half_a_character(completion: str, record: PromptRecord) -> Verdict:
+    """Parses what no file and no tokenizer takes; the longer half of the completions is right."""
+    return Verdict(float(len(completion) % 2), f"{completion[:9]}\ud83d", "ok", "half \udc80")
+
+
+def complains_of_half_a_character(completion: str, record: PromptRecord) -> Verdict:
+    raise ValueError("half \ud83d")

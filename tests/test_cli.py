@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoProcessor
 
 from spark_vl import __version__
+from spark_vl.config import PromptConfig
+from spark_vl.data.images import load_image
+from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipe, recipes, usage
+from spark_vl.demo.tiny import CHECKPOINT
+from spark_vl.prompts import Templater
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "sympy"}
 GOOD = ("train", "--data.recipes=[digits]")
@@ -223,3 +230,50 @@ main()
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, run.stderr) in ((0, ""), (130, "\nspark-vl: interrupted\n"))
     assert run.returncode or after > 1, "it was over before"
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_rows_are_rendered_as_the_model_gets_them(tmp_path, system):
+    """Against the chat template of a model that adds a system prompt of its own, as Qwen2.5-VL's does."""
+    model = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+    own = "{%- if messages[0].role != 'system' -%}<|im_start|>system\nYou help.<|im_end|>\n{%- endif -%}\n"
+    (model / "chat_template.jinja").write_text(own + (model / "chat_template.jinja").read_text())
+    arguments = ("recipes", "digits", "--split=test", "--show=1", "--render", f"--model.path={model}")
+    status, output, _, _ = spark_vl(tmp_path, *arguments, f"--prompts.system={system}")
+    assert status == 0
+    _, *shown, count, gold, _ = output.splitlines()
+
+    with_images = AutoProcessor.from_pretrained(model)
+    problem = open_recipe(load_recipe("digits"), "test", Templater.from_config(PromptConfig(system=system)))[0]
+    chat = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in message.content
+            ],
+        }
+        for message in problem.messages
+    ]
+    text = with_images.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = with_images(text=[text], images=[load_image(ref) for ref in problem.images], return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    images = ids.count(with_images.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    assert "\n".join(shown) == text.replace("<|image_pad|>", f"<|image_pad|>×{images}")
+    assert shown[:2] == ["<|im_start|>system", f"{system or 'You help.'}<|im_end|>"]
+    assert count == f"[{len(ids)} tokens, {images} of them of images]"
+    assert gold == f"→ {problem.gold}   (number)"
+
+
+def test_a_row_that_is_too_long_to_be_asked_says_so(tmp_path):
+    arguments = ("recipes", "digits", "--split=test", "--show=1", "--render", f"--model.path={CHECKPOINT}")
+    status, output, _, _ = spark_vl(tmp_path, *arguments, "--data.max_prompt_tokens=9")
+    assert status == 0
+    assert "cannot be asked: " in output
+    assert "at most 9 are allowed" in output
+
+
+def test_to_render_takes_a_model(tmp_path):
+    status, _, error, _ = spark_vl(tmp_path, "recipes", "digits", "--render", "--model.path=nowhere")
+    assert status == 2
+    assert "model.path: nowhere" in error

@@ -127,7 +127,7 @@ def test_a_long_line_is_neither_held_nor_read(tmp_path: Path) -> None:
     tracemalloc.start()
     found, _ = open_rows(Source("jsonl", str(tmp_path)), "t.jsonl", ("a",), TINY)
     assert (len(found), found[0], found[2], list(found.column("a"))) == (3, {"a": 1}, {"a": 2}, [1, None, 2])
-    with pytest.raises(ValueError, match=r"more than 2000 bytes \(4 × data.max_row_chars\)"):
+    with pytest.raises(ValueError, match=r"more than 3000 bytes \(4 × data.max_row_chars, and data.max_row_bytes"):
         found[1]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

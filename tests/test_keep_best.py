@@ -66,6 +66,52 @@ def test_a_resumed_run_knows_the_best_one(tmp_path):
     assert best(tmp_path) == "step-000006"
 
 
+def test_a_run_that_goes_back_points_to_what_was_the_best_then(tmp_path, monkeypatch):
+    limit = "--checkpoint.save_total_limit=9"
+    run(tmp_path, "--checkpoint.every=1", limit)
+    assert best(tmp_path) == "step-000006"
+    # This time the steps after 4 are worse: none of them is the best, whatever lies there from the first time.
+    monkeypatch.setattr("tests.test_keep_best.FIGURES", [*FIGURES[:5], 0.1, 0.2])
+    checkpoint = tmp_path / "checkpoints" / "step-000004"
+    trainer = load_trainer(make_config(tmp_path, *KEEP, "--checkpoint.every=1", limit), resume=str(checkpoint))
+    assert best(tmp_path) == "step-000002"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000004"
+    trainer.session.__enter__()
+    trainer.session.__exit__(None, None, None)  # lets go of the folder
+    seen = run(tmp_path, "--checkpoint.every=1", limit, resume=str(checkpoint))
+    assert {name for name, _ in seen} == {"step-000002"}
+    assert best(tmp_path) == "step-000002"
+
+
+def test_a_best_one_that_is_gone_is_not_named(tmp_path):
+    run(tmp_path, "--checkpoint.every=1", "--checkpoint.save_total_limit=3")
+    assert saved(tmp_path) == ["step-000004", "step-000005", "step-000006"]  # 2 was the best until 6 was
+    load_trainer(make_config(tmp_path, *KEEP), resume=str(tmp_path / "checkpoints" / "step-000004"))
+    assert best(tmp_path) == ""
+
+
+def test_the_best_of_another_figure_says_nothing(tmp_path):
+    run(tmp_path, "--checkpoint.every=1")
+    trainer = load_trainer(make_config(tmp_path, *KEEP, "--checkpoint.keep_best=other"), resume="auto")
+    assert best(tmp_path) == ""
+    assert trainer.best.update(7, {"other": {"value": 0.1}})
+
+
+def test_a_checkpoint_of_another_run_brings_no_best_one(tmp_path):
+    run(tmp_path / "one", "--checkpoint.every=1")
+    run(tmp_path / "two", "--checkpoint.every=1")
+    elsewhere = tmp_path / "one" / "checkpoints" / "step-000006"
+    load_trainer(make_config(tmp_path / "two", *KEEP), resume=str(elsewhere))
+    assert best(tmp_path / "two") == ""
+
+
+def test_what_an_earlier_start_left_behind_is_deleted_first(tmp_path):
+    run(tmp_path, "--checkpoint.every=1", "--checkpoint.save_total_limit=9", "--checkpoint.keep_best=null")
+    overrides = ("--checkpoint.every=1", "--checkpoint.save_total_limit=2", "--checkpoint.keep_best=null")
+    run(tmp_path, *overrides, stop_at=4, resume=str(tmp_path / "checkpoints" / "step-000002"))
+    assert saved(tmp_path) == ["step-000003", "step-000004"]
+
+
 def test_a_figure_that_later_evaluations_lack_stops_nothing():
     best = BestFigure("pointwise_own")
     assert not best.update(0, {"pointwise_own": {"value": 0.5}})

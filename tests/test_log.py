@@ -9,6 +9,7 @@ from math import log
 
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from spark_vl.log import Means, RunLog, add_balanced_accuracy, group_metrics
 from spark_vl.records import Origin, Rollout, RolloutGroup, Verdict
@@ -326,3 +327,59 @@ def test_a_steps_line_says_how_many_rows_were_bad_and_why_the_first(open_log, ca
     assert line.endswith("1.3 s  quarantined: 12, the first: mine/train/#7: an image is null")
     log.on_metrics(4, STEP | {"data/quarantined": 0})
     assert "quarantined" not in capsys.readouterr().out
+
+
+# ── trackers ──
+
+
+class BadTracker(GeneralTracker):
+    """Fails at one thing that it is asked for, each time, and remembers what it was asked for."""
+
+    requires_logging_directory = False
+    name = "bad"
+
+    def __init__(self, fails_at: str) -> None:
+        super().__init__()
+        self.fails_at, self.asked = fails_at, []
+
+    tracker = None
+
+    def _do(self, what: str) -> None:
+        self.asked.append(what)
+        if what == self.fails_at:
+            raise ConnectionError(f"[red]no\nroute[/nowhere] to {self.name} \ud83d" + "x" * 999)
+
+    def start(self) -> None:
+        self._do("start")
+
+    def store_init_configuration(self, values: dict) -> None:
+        self._do("settings")
+
+    def log(self, values: dict, step: int | None, **kwargs) -> None:
+        self._do("log")
+
+    def finish(self) -> None:
+        self._do("finish")
+
+
+@pytest.mark.parametrize("fails_at", ["start", "settings", "log", "finish"])
+def test_no_tracker_stops_a_run(tmp_path, capsys, fails_at):
+    bad, good = BadTracker(fails_at), BadTracker("nothing")
+    good.name = "good"
+    log = RunLog(Accelerator(cpu=True, log_with=[bad, good]), tmp_path, steps=9)
+    with log:
+        log.start_trackers({"lr": 1.0})
+        for step in (1, 2):
+            log.on_metrics(step, STEP)
+        log.evaluation(2, {"problem": {"value": 0.5}})
+    log.finish_trackers()
+    assert good.asked == ["start", "settings", "log", "log", "log", "finish"]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    said = [line for line in capsys.readouterr().out.splitlines() if "tracker" in line]
+    assert len(said) == 1
+    assert said[0].startswith("warning: the tracker ")
+    assert "bad" in said[0]
+    assert "fails: ConnectionError: [red]no route[/nowhere] to bad" in said[0]
+    assert len(said[0]) < 450
+    if fails_at == "log":
+        assert bad.asked == good.asked, "it is asked again"

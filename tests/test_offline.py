@@ -171,14 +171,26 @@ def test_steps_are_read_one_after_the_other(run: Path, tmp_path: Path, monkeypat
 
 
 def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    said = problem("b", picture(1), "What does <image> mean here?")
+    said = replace(problem("b", picture(1), "What?"), license=" ")
     groups = [sampled(record, (1, 0)) for record in (problem("a"), said, problem("c"))]
     write(tmp_path / "run", {1: groups})
     with caplog.at_level(logging.WARNING):
         counts = again(tmp_path / "run", tmp_path / "out")
     assert counts["unusable"] == 1
     assert {row["parent_id"] for row in rows(tmp_path / "out").values()} == {"r/train/a", "r/train/c"}
-    assert "row 'r/train/b@1': 'question' has 2 places '<image>' for 1 'images'" in caplog.text
+    assert "row 'r/train/b@1': 'license' is empty" in caplog.text
+
+
+def test_a_question_with_the_words_of_a_place_is_recycled(tmp_path: Path):
+    said = problem("b", picture(1), "What does <image> mean here?")
+    write(tmp_path / "run", {1: [sampled(said, (1, 0))]})
+    counts = again(tmp_path / "run", tmp_path / "out")
+    assert counts["unusable"] == 0
+    found = list(rows(tmp_path / "out").values())
+    assert found
+    for row in found:
+        asked = "".join(part["text"] or "[picture]" for message in row["messages"] for part in message["content"])
+        assert "[picture]What does <image> mean here?" in asked
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "../secret.png", "file:///etc/hostname", "http://127.0.0.1:1/a.png"])

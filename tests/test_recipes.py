@@ -410,6 +410,7 @@ def test_a_placeholder_of_its_own(problems, tmp_path: Path) -> None:
         (True, "true"),
         ([10, 20.5, 30, 40], "[10, 20.5, 30, 40]"),
         (["café", "coffee shop"], '["café", "coffee shop"]'),
+        ([10, 20, None, None], "[10, 20]"),
         ([{"bbox_2d": [1, 2, 3, 4], "label": "cat"}], '[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]'),
     ],
 )
@@ -424,6 +425,7 @@ def test_choices_are_shown_and_the_gold_is_a_letter(problems) -> None:
         {"q": "How long?\nChoices:\n(A) 5 cm\n(B) 6 cm", "choices": ["5 cm", "6 cm"], "a": r"\boxed{5 cm}"},
         {"q": "Which figure?", "choices": ["A", "B", "C"], "a": "C"},
         {"q": "How long?", "choices": [], "a": "5 cm"},
+        {"q": "How long?", "choices": ["5 cm", "6 cm", None, None], "a": "B"},
     )
     assert [plain_text(record.question) for record in opened] == [
         "How long?\nA. 5 cm\nB. 6 cm",
@@ -431,9 +433,10 @@ def test_choices_are_shown_and_the_gold_is_a_letter(problems) -> None:
         "How long?\nChoices:\n(A) 5 cm\n(B) 6 cm",
         "Which figure?",
         "How long?",
+        "How long?\nA. 5 cm\nB. 6 cm",
     ]
-    assert [record.gold for record in opened] == ["B", "B", "A", "C", "5 cm"]
-    assert [record.verifier for record in opened] == ["choice"] * 4 + ["math"]
+    assert [record.gold for record in opened] == ["B", "B", "A", "C", "5 cm", "B"]
+    assert [record.verifier for record in opened] == ["choice"] * 4 + ["math", "choice"]
     assert opened[0].choices == ("5 cm", "6 cm")
 
 
@@ -527,7 +530,24 @@ def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
         ({"images": [["a.png"]]}, "an image is list"),
         ({"images": {}}, "an image is a mapping of nothing"),
         ({"images": {"bytes": None, "path": None}}, "an image is a mapping of 'bytes': NoneType, 'path': NoneType"),
-        ({"images": {"bytes": "iVBORw0KGgo=", "path": "a.png"}}, "an image is a mapping of 'bytes': str"),
+        (
+            {"images": {"bytes": "a text", "path": "a.png"}},
+            "an image are the text 'a text', which is not base64",
+        ),
+        ({"images": ["data:image/svg+xml,<svg/>"]}, "is a data URL without base64, which alone is read"),
+        ({"images": ["data:image/png;base64"]}, "is a data URL without base64"),
+        ({"images": ["data:image/png;base64,iVBÖ"]}, "is not base64"),
+        ({"images": ["iVBORw0KGgo" + "!" * 5000]}, "is not base64"),
+        ({"images": ["x" * 5000]}, r"has 5000 characters, and is neither a path nor the base64 of an image \(PNG"),
+        ({"images": ["x" * 3000]}, "cannot be followed: File name too long"),
+        (
+            {"images": [{"url": "https://x.org/a.png"}]},
+            "an image is a mapping of 'url': str; allowed are bytes, a",
+        ),
+        ({"images": ["\udc80.png"]}, "'images' is not valid Unicode"),
+        ({"a": [1, None, 2]}, "'a' has null as item 2; nulls are allowed at its end"),
+        ({"a": [None]}, r"'a' is list \[\]"),
+        ({"choices": ["5", None, "6"]}, "'choices' is .*; a list of texts"),
         ({"images": {"bytes": None, "path": "/etc/hostname"}}, "'/etc/hostname', which is not below the media root"),
         ({"images": ["/etc/hostname"]}, "'/etc/hostname', which is not below the media root"),
         ({"images": ["../mine.yaml"]}, "'../mine.yaml' must be relative"),
@@ -546,6 +566,7 @@ def test_a_bad_row_is_refused_with_its_reason(problems, tmp_path: Path, row: Any
     with pytest.raises(BadRecordError, match=expected) as caught:
         opened[1]
     assert caught.value.record_id == "mine/train/#1"
+    assert len(str(caught.value)) < 300
     assert [opened[0].gold, opened[2].gold] == ["5", "5"]  # its neighbours are well
 
 

@@ -123,3 +123,12 @@ def test_nothing_to_draw_from_is_refused() -> None:
         with pytest.raises(ValueError, match="no problems"):
             PromptSampler(sets, seed=0)
     assert draw(PromptSampler([problem_set("a", 0), problem_set("b", 2)], seed=0), 2)
+
+
+def test_an_epoch_that_begins_anew_misses_no_row() -> None:
+    sampler = PromptSampler([problem_set("a", 8)], seed=0)
+    sampler.draw([21])
+    changed = PromptSampler([problem_set("a", 9)], seed=1)
+    changed.load_state_dict(sampler.state_dict(), anew=True)
+    assert changed.epoch == 2.0
+    assert sorted(draw(changed, 9)) == ids(("a", 9))

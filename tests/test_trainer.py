@@ -319,7 +319,7 @@ def test_trackers_get_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     load_trainer(make_config(tmp_path / "run", "--steps=2", "--logging.trackers=[tensorboard]")).train()
-    (events,) = {path.parent for path in (tmp_path / "run").rglob("events.*") if path.parent.name == "spark-vl"}
+    (events,) = {path.parent for path in (tmp_path / "run").rglob("events.*") if path.parent.name == "tensorboard"}
     accumulator = EventAccumulator(str(events)).Reload()
     tracked = [event.value for event in accumulator.Scalars("problem/reward")]
     assert tracked == pytest.approx([line["problem/reward"] for line in metrics(tmp_path / "run")])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
 
@@ -16,7 +17,7 @@ from spark_vl.data.sources import Row
 def cell(row: Row, column: str) -> Any:
     """The value of `column`, of any type."""
     if column not in row:
-        raise ValueError(f"no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
+        raise ValueError(f"no column {column!r}; the row has {', '.join(map(repr, row)) or 'none':.300}")
     return row[column]
 
 
@@ -34,10 +35,15 @@ def text(row: Row, column: str) -> str:
 
 
 def answer(row: Row, column: str) -> str:
-    """A text unchanged; a number, true or false, or a list or mapping that is not empty, as JSON."""
+    """A text unchanged; a number, true or false, or a list (without nulls at its end) or mapping that is not empty, as
+    JSON."""
     value = cell(row, column)
     if isinstance(value, str):
         return text(row, column)
+    if isinstance(value, list | tuple):
+        value = without_padding(value)
+        if None in value:
+            raise ValueError(f"{column!r} has null as item {value.index(None) + 1}; nulls are allowed at its end")
     if value is None or (isinstance(value, float) and not math.isfinite(value)) or value in ([], {}):
         allowed = "a text, a finite number, true, false, a list or a mapping is allowed"
         raise ValueError(f"{column!r} is {type_name(value)}; {allowed}")
@@ -59,16 +65,16 @@ def unicode(value: Any, column: str) -> str:
     return value
 
 
-def identifier(row: Row, column: str) -> str:
-    """An integer, or a printable text of at most 1000 characters that is not blank."""
+def identifier(row: Row, column: str, longest: int = 1000) -> str:
+    """An integer, or a printable text of at most `longest` characters that is not blank."""
     value = cell(row, column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     value = text(row, column)
-    if len(value) > 1000:  # the ids of all rows are held in memory
-        raise ValueError(f"{column!r} has {len(value)} characters; 1000 are allowed")
+    if len(value) > longest:  # the ids of all rows are held in memory
+        raise ValueError(f"{column!r} has {len(value)} characters; {longest} are allowed")
     if not value.isprintable():
-        raise ValueError(f"{column!r} is {value!r}; printable text is allowed")
+        raise ValueError(f"{column!r} is {value!r:.100}; printable text is allowed")
     return value
 
 
@@ -78,13 +84,25 @@ def items(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
+def without_padding(found: Sequence[Any]) -> list[Any]:
+    """A list without the nulls at its end: tables of fixed width fill a short list up with them."""
+    filled = list(found)
+    while filled and filled[-1] is None:
+        filled.pop()
+    return filled
+
+
 def options(row: Row, column: str) -> tuple[str, ...]:
     """2 to 26 texts that are not blank, or none. They may also be written as JSON."""
     found = _listed(cell(row, column))
+    if isinstance(found, list | tuple):
+        found = without_padding(found)
     if found is None or found == []:
         return ()
-    if not isinstance(found, list | tuple) or not all(isinstance(item, str) and item.strip() for item in found):
-        raise ValueError(f"{column!r} is {found!r:.80}; a list of texts that are not empty is allowed")
+    if not isinstance(found, list) or not all(isinstance(item, str) and item.strip() for item in found):
+        raise ValueError(
+            f"{column!r} is {found!r:.80}; a list of texts that are not empty is allowed, with nulls at its end"
+        )
     if not 2 <= len(found) <= len(ascii_uppercase):
         raise ValueError(f"{column!r} has {len(found)} options; 2 to {len(ascii_uppercase)} are allowed")
     return tuple(unicode(item.strip(), column) for item in found)
@@ -103,9 +121,8 @@ def _listed(value: Any) -> Any:
 def type_name(value: Any) -> str:
     """A value's type, for messages; never the bytes of an image."""
     if isinstance(value, dict):
-        return (
-            f"a mapping of {', '.join(f'{key!r}: {type(item).__name__}' for key, item in value.items()) or 'nothing'}"
-        )
+        held = ", ".join(f"{key!r:.40}: {type(item).__name__}" for key, item in value.items())
+        return f"a mapping of {held or 'nothing':.200}"
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     return "null" if value is None else f"{type(value).__name__} {value!r:.40}"

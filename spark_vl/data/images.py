@@ -9,6 +9,7 @@ was cropped away, nothing behind the end of the file. `check_encoded` proves tha
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import struct
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -67,7 +69,7 @@ def image_path(ref: ImageRef) -> Path:
         ImageError: the path is absolute, a URL, climbs with `..` or through a symbolic link out of the root, is not a
             regular file, or the file is larger than `MAX_BYTES`.
     """
-    path, shown = str(ref.path), repr(ref.path)
+    path, shown = str(ref.path), f"{ref.path!r:.100}"
     if re.match(r"[A-Za-z][\w+.-]*:/|data:", path):
         raise ImageError(f"path {shown} is a URL; only files below the media root are read")
     if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
@@ -81,9 +83,70 @@ def image_path(ref: ImageRef) -> Path:
             raise ImageError(f"path {shown} is not a file below the media root {str(root)!r}")
         size = file.stat().st_size
     except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
-        raise ImageError(f"path {shown} cannot be followed: {error}") from error
+        raise ImageError(f"path {shown} cannot be followed: {_reason(error)}") from error
     _check_bytes(size)
     return file
+
+
+def image_in_text(text: str) -> bytes | None:
+    """The encoded image that `text` holds: a data URL, or base64 (also URL-safe, in lines, or without padding) that
+    begins as an image file does. None: it holds none, and is a path.
+
+    Raises:
+        ImageError: it is a data URL that does not hold base64, or too long for a path.
+    """
+    start = text[:200].lstrip()
+    if is_url := start[:5].lower() == "data:":
+        header, comma, encoded = text.partition(",")
+        if not comma or not header.rstrip().lower().endswith(";base64"):
+            raise ImageError(f"{start!r:.60} is a data URL without base64, which alone is read")
+        encoded = unquote(encoded)
+    elif len(text) >= _SHORTEST and _BEGINNINGS.match(start):
+        encoded = text
+    elif len(text) > _LONGEST_PATH:
+        raise ImageError(
+            f"{start!r:.60} has {len(text)} characters, and is neither a path nor the base64 of an image "
+            f"({', '.join(FORMATS)})"
+        )
+    else:
+        return None
+    encoded = "".join(encoded.split()).translate(_URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except ValueError as error:  # characters that are not of its alphabet, or that are not ASCII
+        if not is_url and len(text) <= _LONGEST_PATH:  # a path that begins like one
+            return None
+        raise ImageError(f"{start!r:.60} is not base64: {error}") from error
+
+
+_BEGINNINGS = re.compile(r"iVBORw0KGgo|/9j/|UklGR.{6}XRUJQ|Qk[0-3].{5}AAAA|R0lGOD|SUkqA|TU0AK", re.DOTALL)
+"""In base64: PNG, JPEG, WebP and BMP; and GIF and TIFF, which are refused by name."""
+_URL_SAFE = str.maketrans("-_", "+/")
+_LONGEST_PATH = 4096
+_SHORTEST = 48
+"""Characters of the smallest GIF; shorter texts are paths, however they begin."""
+
+
+def encode_pixels(image: Image.Image) -> bytes:
+    """An image that Pillow has opened or made, as a PNG of the same pixels, upright.
+
+    Raises:
+        ImageError: its file is broken or has several frames, or it is larger than `MAX_PIXELS` or `MAX_ASPECT` allow.
+    """
+    _check_size(*image.size)
+    _check_single(image)
+    buffer = io.BytesIO()
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode not in _PNG_MODES:
+            upright = upright.convert("I;16" if upright.mode == "I" else "RGB")
+        upright.save(buffer, "PNG", compress_level=1)
+    except Exception as error:  # Pillow opens files late, and its decoders raise almost anything
+        raise ImageError(f"broken image: {error or type(error).__name__}") from error
+    return buffer.getvalue()
+
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 def load_image(ref: ImageRef) -> Image.Image:
@@ -163,7 +226,12 @@ def _read(ref: ImageRef) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:  # no permission, or gone since
-        raise ImageError(f"path {ref.path!r} cannot be read: {error}") from error
+        raise ImageError(f"path {ref.path!r:.100} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Without the path, which has been said."""
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def _check_bytes(size: int) -> None:
@@ -241,18 +309,25 @@ def _check_exif(size: int) -> None:
         raise ImageError(f"the image has {size} bytes of EXIF; {MAX_EXIF_BYTES} are allowed")
 
 
-def _check_header(image: Image.Image) -> None:
-    """Everything that is known before pixels are decoded."""
-    width, height = image.size
+def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width}×{height} is more than {MAX_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"the sides {width}×{height} are in a ratio of more than {MAX_ASPECT}")
+
+
+def _check_header(image: Image.Image) -> None:
+    """Everything that is known before pixels are decoded."""
+    _check_size(*image.size)
     if image.format == "BMP" and image.tile[0].codec_name == "bmp_rle":  # type: ignore[attr-defined]  # of an ImageFile
         # Pillow expands them in Python: a file of three kilobytes takes ten seconds.
         raise ImageError("a BMP with run lengths is not supported; convert it to PNG")
     if image.format == "MPO":  # the first frame is the photograph, and nothing else is read
         return
+    _check_single(image)
+
+
+def _check_single(image: Image.Image) -> None:
     try:
         image.seek(1)
     except EOFError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from itertools import islice
@@ -32,7 +33,6 @@ from spark_vl.records import (
     Rollout,
     RolloutGroup,
     Verdict,
-    plain_text,
 )
 from spark_vl.verifiers.base import VERIFIERS, check_settings, one_of, public_name
 
@@ -49,7 +49,7 @@ _TEST_SHARE = 20
 """One problem in this many is in the split `test`."""
 
 _PLACE = "<image>"
-"""What marks the place of an image in the column `question` (see `plain_text`)."""
+"""What marks the place of an image in the column `question` (see `_marked`)."""
 
 _ROLES = ("system", "user", "assistant")
 _STATUSES = ("ok", "unparsable", "timeout", "error")
@@ -164,7 +164,7 @@ def row_of(
         "id": record.id if recycled_here else f"{record.id}@{step}",
         "images": images,
         "messages": [{"role": message.role, "content": _parts(message.content)} for message in record.messages],
-        "question": plain_text(record.question),
+        "question": _marked(record.question),
         "label": record.gold,
         "choices": list(record.choices),
         **(_quoted(record) if isinstance(record, RecycledRecord) else {}),
@@ -182,6 +182,18 @@ def row_of(
         "model_revision": model_revision,
         "step": step,
     }
+
+
+def _marked(content: Content) -> str:
+    r"""The text of `content`, with `<image>` where an image stands, and `\<image>` where the text itself has these
+    words. Backslashes before either are doubled, so that the content can be read back whatever it is (`_question`)."""
+    marked = ""
+    for part in content:
+        if isinstance(part, str):
+            marked += re.sub(rf"(\\*){_PLACE}", rf"\1\1\\{_PLACE}", part)
+        else:
+            marked += "\\" * (len(marked) - len(marked.rstrip("\\"))) + _PLACE
+    return marked
 
 
 def _parts(content: Content) -> list[dict[str, str | None]]:
@@ -231,9 +243,11 @@ def record_of(
         raise ValueError(f"'verifier' is {verifier!r:.200}; allowed: {', '.join(sorted(map(public_name, allowed)))}")
     verifier = known
     if verifier == "judgment" and gold not in choices:
-        raise ValueError(f"'label' is {gold!r}; allowed are the choices {list(choices)}")
+        raise ValueError(f"'label' is {gold!r:.100}; allowed are the choices {list(choices)!r:.200}")
     if verifier == "choice" and ", ".join(match_choices(gold, choices)) != gold:
-        raise ValueError(f"'label' is {gold!r}; the letter of one of the choices {list(choices)} is allowed")
+        raise ValueError(
+            f"'label' is {gold!r:.100}; the letter of one of the choices {list(choices)!r:.200} is allowed"
+        )
     fields: dict[str, Any] = {
         "id": id,
         "messages": _messages(row, images, neutralize),
@@ -288,8 +302,8 @@ def _verifier_settings(row: Row, verifier: str) -> tuple[tuple[str, Any], ...]:
         settings = json.loads(words)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'settings' is not JSON: {error}") from error
-    if not isinstance(settings, dict) or not all(isinstance(value, str | int | float) for value in settings.values()):
-        raise ValueError(f"'settings' is {words!r:.80}; a JSON object whose values are strings and numbers is allowed")
+    if not isinstance(settings, dict):
+        raise ValueError(f"'settings' is {words!r:.80}; a JSON object is allowed")
     if settings and verifier in VERIFIERS:
         check_settings(verifier, settings)
     return tuple(settings.items())
@@ -343,7 +357,14 @@ def _messages(row: Row, images: Sequence[ImageRef], neutralize: Callable[[str], 
 
 
 def _question(words: str, images: Sequence[ImageRef]) -> Content:
-    pieces = words.split(_PLACE)
+    pieces = [""]
+    end = 0
+    for mark in re.finditer(rf"(\\*){_PLACE}", words):
+        slashes, is_text = divmod(len(mark[1]), 2)
+        pieces[-1] += words[end : mark.start()] + "\\" * slashes + _PLACE * is_text
+        pieces += [] if is_text else [""]
+        end = mark.end()
+    pieces[-1] += words[end:]
     if len(pieces) != len(images) + 1:
         raise ValueError(f"'question' has {len(pieces) - 1} places {_PLACE!r} for {len(images)} 'images'")
     between: list[str | ImageRef] = [*images, ""]

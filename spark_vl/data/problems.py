@@ -6,22 +6,26 @@ Those of a judgment dataset are prompts already, and become records of their own
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from PIL.Image import Image
+
 from spark_vl.answers import last_boxed, match_choices, plain
-from spark_vl.data.cells import answer, identifier, items, optional, options, text, type_name
-from spark_vl.data.images import ImageError, image_path, load_image
+from spark_vl.data.cells import answer, identifier, items, optional, options, text, type_name, unicode
+from spark_vl.data.images import ImageError, encode_pixels, image_in_text, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe, check_verifiers
-from spark_vl.data.sources import DEFAULT_LIMITS, Row, RowLimits, Rows, open_rows, read_column
+from spark_vl.data.sources import DEFAULT_LIMITS, Row, RowLimits, Rows, digest_rows, open_rows, read_column
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
@@ -94,7 +98,10 @@ class ProblemSet:
         """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only what the
         recipe itself names."""
         column = recipe.columns.id
-        self.renamed: dict[int, str] = {} if column is None else _ids_of_repeats(read_column(rows, column), column)
+        # A run adds to the id of a problem what it made of it, and that to what somebody makes of its judgments.
+        self._longest_id = 4000 if isinstance(recipe.columns, JudgmentColumns) else 1000
+        cells = () if column is None else read_column(rows, column)
+        self.renamed: dict[int, str] = _ids_of_repeats(cells, str(column), self._longest_id)
         """Row of the source → the id that it has in place of the one in its cell, which an earlier row has."""
         if self.renamed:
             row, name = next(iter(self.renamed.items()))
@@ -120,14 +127,38 @@ class ProblemSet:
         record_id = f"{self.recipe.name}/{self.split}/#{index}"
         try:
             row = self._rows[index]
-            columns = self.recipe.columns
-            self._limits.check(row, "images" if isinstance(columns, JudgmentColumns) else columns.images)
+            if not isinstance(row, Mapping):
+                raise ValueError(f"the row is {type_name(row)}; a mapping of columns is allowed")
+            self._limits.check(row, self._image_column)
             if self.recipe.columns.id is not None:
-                name = self.renamed.get(index) or _name(row.get(self.recipe.columns.id), self.recipe.columns.id, index)
+                column = self.recipe.columns.id
+                name = self.renamed.get(index) or _name(row.get(column), column, index, self._longest_id)
                 record_id = f"{self.recipe.name}/{self.split}/{name}"
             return self._record(row, record_id)
         except ValueError as error:
             raise BadRecordError(record_id, str(error)) from error
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What these problems are, as JSON values: `recipe` (its name), `rows` (how many), `digest` (of their content,
+        see `digest_rows`), and the fields of the recipe that decide what becomes of a row."""
+        recipe, columns = self.recipe, self.recipe.columns
+        facts = {
+            "recipe": recipe.name,
+            "rows": len(self),
+            "digest": digest_rows(self._rows, columns.used, self._image_column),
+            "columns": {name: column for name, column in vars(columns).items() if column is not None},
+            "verifier": recipe.verifier_of(self.split),
+            "settings": dict(recipe.settings),
+            "weights": dict(recipe.weights),
+            "image_placeholder": recipe.image_placeholder,
+        }
+        return json.loads(json.dumps(facts, default=str))
+
+    @property
+    def _image_column(self) -> str | None:
+        columns = self.recipe.columns
+        return "images" if isinstance(columns, JudgmentColumns) else columns.images
 
     @property
     def has_image_paths(self) -> bool:
@@ -139,7 +170,7 @@ class ProblemSet:
             row = self._rows[self._chosen[0]]
         except ValueError:  # which is said when the row is drawn
             return False
-        return any(isinstance(item, str) for item in items(row.get(column)))
+        return isinstance(row, Mapping) and any(_is_path(item) for item in items(row.get(column)))
 
     def _record(self, row: Row, record_id: str) -> PromptRecord:
         recipe, columns = self.recipe, self.recipe.columns
@@ -198,17 +229,26 @@ class ProblemSet:
 
     def _image(self, item: Any) -> ImageRef:
         match item:
-            case bytes(data) | {"bytes": bytes(data)}:
+            case bytes() | bytearray() | memoryview() | {"bytes": bytes() | bytearray() | memoryview()}:
+                return ImageRef(data=bytes(item["bytes"] if isinstance(item, Mapping) else item))
+            case Image():
+                return ImageRef(data=encode_pixels(item))
+            case {"bytes": str(text)}:
+                if (data := image_in_text(text)) is None:
+                    raise ValueError(f"the bytes of an image are the text {text!r:.60}, which is not base64")
                 return ImageRef(data=data)
-            case str(path) | {"bytes": None, "path": str(path)}:
-                pass
+            case str(path) | {"bytes": None, "path": str(path)} | {"path": str(path)}:
+                if (data := image_in_text(path)) is not None:
+                    return ImageRef(data=data)
             case _:
                 raise ValueError(
-                    f"an image is {type_name(item)}; bytes, a path, or a mapping of bytes and path are allowed"
+                    f"an image is {type_name(item)}; allowed are bytes, a path, base64, a data URL, a mapping of bytes "
+                    "and path, or an image of Pillow"
                 )
+        unicode(path, str(self.recipe.columns.images))
         if self.root is None:
             raise ValueError(
-                f"an image is the path {path!r}, but the recipe has no media_root that paths are relative to"
+                f"an image is the path {path!r:.100}, but the recipe has no media_root that paths are relative to"
             )
         if Path(path).is_absolute():
             path = _below(path, self.root)
@@ -230,6 +270,27 @@ class ProblemSet:
         between: list[str | ImageRef] = [*images, ""]
         content = [part for pair in zip(pieces, between, strict=True) for part in pair]
         return tuple(part for part in content if part != "")
+
+
+def data_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How problem sets differ from earlier ones, recipe by recipe, from the fingerprints of both."""
+    was, now = ({each["recipe"]: each for each in fingerprints} for fingerprints in (old, new))
+    changes = [f"{name}: is gone" for name in was if name not in now]
+    for name, fields in now.items():
+        if name not in was:
+            changes.append(f"{name}: is new")
+            continue
+        before = was[name]
+        if before["rows"] != fields["rows"]:
+            changes.append(f"{name}: {before['rows']} rows → {fields['rows']} rows")
+        elif before["digest"] != fields["digest"]:
+            changes.append(f"{name}: as many rows as before, with other content")
+        for field in fields:
+            if field not in ("rows", "digest") and field in before and before[field] != fields[field]:
+                changes.append(f"{name}: {field}: {before[field]!r:.100} → {fields[field]!r:.100}")
+    if not changes and list(was) != list(now):
+        changes.append(f"the order of the recipes: {', '.join(was)} → {', '.join(now)}")
+    return changes
 
 
 def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecord | BadRecordError]:
@@ -282,7 +343,15 @@ def _is_readable(rows: Rows, index: int) -> bool:
     return True
 
 
-def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:
+def _is_path(item: Any) -> bool:
+    """Whether an image is a text that names a file; one that cannot be read is left to its row's own error."""
+    try:
+        return isinstance(item, str) and image_in_text(item) is None
+    except ImageError:
+        return False
+
+
+def _ids_of_repeats(cells: Iterable[Any], column: str, longest: int) -> dict[int, str]:
     """Row → an id of its own, `ID#ROW`, for each row whose cell has the id of an earlier row.
 
     Args:
@@ -292,7 +361,7 @@ def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:
     repeats: dict[int, str] = {}
     for index, value in enumerate(cells):
         try:
-            name = _name(value, column, index)
+            name = _name(value, column, index, longest)
         except ValueError:
             continue
         if name in taken:
@@ -305,9 +374,9 @@ def _ids_of_repeats(cells: Iterable[Any], column: str) -> dict[int, str]:
     return repeats
 
 
-def _name(value: Any, column: str, index: int) -> str:
+def _name(value: Any, column: str, index: int, longest: int) -> str:
     """The id of row `index`, whose cell of `column` is `value`: its number where it has none."""
-    return f"#{index}" if value is None else identifier({column: value}, column)
+    return f"#{index}" if value is None else identifier({column: value}, column, longest)
 
 
 def _below(path: str, root: Path) -> str:

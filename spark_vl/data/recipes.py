@@ -36,6 +36,7 @@ import yaml
 
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
 from spark_vl.data.sources import FILES, Source, SourceType
+from spark_vl.records import writable
 from spark_vl.verifiers.base import VERIFIERS, absolute_name, check_own_verifier, check_settings, file_of
 from spark_vl.verifiers.shaping import SHAPING
 
@@ -495,6 +496,8 @@ def _mapping(where: str, field: str, value: Any) -> dict[str, str]:
 def _text(where: str, field: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: {field}: found {_shown(value)}; allowed: text that is not empty")
+    if writable(value) != value:
+        raise ValueError(f"{where}: {field}: found {_shown(value)}; allowed: valid Unicode")
     return value
 
 

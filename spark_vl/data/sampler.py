@@ -37,6 +37,16 @@ class PromptSampler:
         self._position = 0  # rows drawn by all processes together
         self._shuffled: tuple[int, np.ndarray] = 0, self._permutation(0)
 
+    @property
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """Of the problem sets, in order (`ProblemSet.fingerprint`)."""
+        return [problems.fingerprint for problems in self._sets]
+
+    @property
+    def recipes(self) -> set[str]:
+        """The names of the recipes."""
+        return {problems.recipe.name for problems in self._sets}
+
     def __len__(self) -> int:
         """Rows in an epoch."""
         return self._ends[-1]
@@ -66,12 +76,19 @@ class PromptSampler:
         epoch, position = divmod(self._position, len(self))
         return {"seed": self._seed, "rows": len(self), "epoch": epoch, "position": position}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, anew: bool = False) -> None:
         """Continue where `state_dict` was called.
 
+        Args:
+            anew: the rows are others, or are shuffled otherwise: begin the epoch that was under way again. So none is
+                left out of it, and some may be drawn twice in it.
+
         Raises:
-            ValueError: the state is of another seed or of another number of rows.
+            ValueError: the state is of another seed or of another number of rows, and not `anew`.
         """
+        if anew:
+            self._position = state["epoch"] * len(self)
+            return
         for name, found, here in (("seed", state["seed"], self._seed), ("rows", state["rows"], len(self))):
             if found != here:
                 raise ValueError(f"the sampler's state was saved with {name} {found}, but {name} is {here} now")

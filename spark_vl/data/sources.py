@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import re
+import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,6 +37,14 @@ class ColumnarRows(Rows, Protocol):
         """See `read_column`."""
 
 
+@runtime_checkable
+class DigestedRows(Rows, Protocol):
+    """Rows that know a digest of their content."""
+
+    def digest(self, images: str | None) -> str:
+        """See `digest_rows`."""
+
+
 @dataclass(frozen=True)
 class RowLimits:
     """The most that a row may hold. `DataConfig` says why; the defaults are the same."""
@@ -55,19 +66,21 @@ class RowLimits:
             raise ValueError(
                 f"{images!r} holds {len(found)} images; {self.images} are allowed in a row (data.max_row_images)"
             )
-        size, chars, waiting = 0, 0, [list(row.values())]
-        while waiting:
-            for value in waiting.pop():
-                if isinstance(value, str):
-                    chars += len(value)
-                elif isinstance(value, bytes):
-                    size += len(value)
-                elif isinstance(value, Mapping):
-                    waiting.append([*value, *value.values()])
-                elif isinstance(value, list | tuple):
-                    waiting.append(list(value))
-                chars += 1
-            self.check_size(size, chars)
+        size, chars = 0, 0
+        for is_image, cells in ((False, [v for k, v in row.items() if k != images]), (True, [row.get(str(images))])):
+            waiting = [cells]
+            while waiting:
+                for value in waiting.pop():
+                    if isinstance(value, str) and not is_image:
+                        chars += len(value)
+                    elif isinstance(value, str | bytes | bytearray):  # the texts of images are their bytes, in base64
+                        size += len(value)
+                    elif isinstance(value, Mapping):
+                        waiting.append([*value, *value.values()])
+                    elif isinstance(value, list | tuple):
+                        waiting.append(list(value))
+                    chars += 1
+                self.check_size(size, chars)
 
     def check_size(self, size: int, chars: int = 0) -> None:
         """Refuse a row of `size` bytes, or of `chars` characters and values."""
@@ -94,8 +107,9 @@ class Source:
     location: str
     """`hub`: id of a dataset, or a local copy of its repository. `jsonl`, `csv`, `parquet`: the folder of the files.
     `folder`: the folder of the splits' folders, each with images and a `metadata.jsonl`. `factory`: `module:function`,
-    called with `split=`, which returns a sequence of rows; one that cannot be made raises ValueError. Where making a
-    row is slow, the sequence should be `ColumnarRows`: the ids of all rows are read when the split is opened."""
+    called with `split=`, which returns a sequence of rows, or a `datasets.Dataset`; a row that cannot be made raises
+    ValueError. Where making a row is slow, the sequence should be `ColumnarRows`: the ids of all rows are read when the
+    split is opened."""
     config: str | None = None
     """`hub`: name of the dataset's configuration."""
     revision: str | None = None
@@ -119,7 +133,7 @@ def open_rows(
     """
     match source.type:
         case "factory":
-            return _with_columns(_call_factory(source.location, split), columns), None
+            return _with_columns(_call_factory(source.location, split, columns, limits), columns), None
         case "jsonl":
             rows = _JsonLines(_files(source.location, split)[0], limits)
             return _with_columns(rows, columns), Path(source.location)
@@ -176,6 +190,36 @@ def read_column(rows: Rows, name: str) -> Iterator[Any]:
             yield row.get(name)
 
 
+_ROWS_SAMPLED = 64
+"""Rows of a factory that its digest reads: each may take long to make."""
+
+
+def digest_rows(rows: Rows, columns: Sequence[str], images: str | None) -> str:
+    """SHA-256 that tells rows from others in seconds, for any number of them. It covers their texts, and of the images
+    their paths or sizes in bytes, never their pixels; of what a factory makes, 64 rows without the images.
+
+    Args:
+        columns: those that are used.
+        images: the one of the images.
+    """
+    if isinstance(rows, DigestedRows):
+        return rows.digest(images)
+    digest = hashlib.sha256()
+    count = len(rows)
+    all_of_them = isinstance(rows, list | tuple) or count <= _ROWS_SAMPLED
+    for index in (
+        range(count) if all_of_them else (i * (count - 1) // (_ROWS_SAMPLED - 1) for i in range(_ROWS_SAMPLED))
+    ):
+        try:
+            row = rows[index]
+            cells = [row.get(name) for name in columns if name != images] if isinstance(row, Mapping) else None
+        except ValueError as error:
+            cells = [str(error)]
+        # What is not JSON may show itself with its address in memory.
+        digest.update(json.dumps(cells, default=lambda value: type(value).__name__).encode())
+    return digest.hexdigest()
+
+
 def _open_repository(source: Source, split: str) -> datasets.Dataset:
     """As `datasets.load_dataset`, of files in the repository alone: its README.md can name any other as well.
 
@@ -225,9 +269,25 @@ def _files(folder: str | Path, pattern: str) -> list[Path]:
     return files
 
 
-def _call_factory(location: str, split: str) -> Rows:
+def _call_factory(location: str, split: str, columns: Sequence[str], limits: RowLimits) -> Rows:
     module, _, function = location.partition(":")
-    return getattr(importlib.import_module(module), function)(split=split)
+    found = getattr(importlib.import_module(module), function)(split=split)
+    # Who returns one has imported it.
+    if "datasets" in sys.modules and isinstance(found, sys.modules["datasets"].Dataset):
+        return _ArrowRows(found, columns, limits)
+    is_frame = "pandas" in sys.modules and isinstance(found, sys.modules["pandas"].DataFrame)
+    if is_frame or isinstance(found, Mapping | str) or not isinstance(found, Sized) or not isinstance(found, _Indexed):
+        advice = "; to_dict('records') is one" if is_frame else ""
+        raise ValueError(
+            f"{location} returned {type(found).__name__}; allowed: a sequence of rows, such as a list of mappings or a "
+            f"datasets.Dataset of one split{advice}"
+        )
+    return found
+
+
+@runtime_checkable
+class _Indexed(Protocol):
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 _MAX_EXPANDED_BYTES = 2**29
@@ -310,6 +370,22 @@ def _values(array: pa.Array) -> int:
     return len(array)
 
 
+def _outline(array: pa.Array) -> list[Any]:
+    """Lengths of lists and bytes in an array of images, and the beginnings of texts, which may be paths or base64."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        return [pc.list_value_length(array).to_pylist(), _outline(array.flatten())]
+    if isinstance(array, pa.StructArray):
+        return [array.is_valid().to_pylist(), *map(_outline, array.flatten())]
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return [pc.binary_length(array).to_pylist(), pc.utf8_slice_codeunits(array, 0, 200).to_pylist()]
+    if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
+        return pc.binary_length(array).to_pylist()
+    return array.to_pylist()
+
+
 class _ArrowRows:
     """A memory-mapped table. Rows come as they are stored: images are neither decoded nor looked up on disk."""
 
@@ -333,10 +409,23 @@ class _ArrowRows:
         self._limits.check_size(row.nbytes, sum(_values(chunk) for column in row.columns for chunk in column.chunks))
         return row.to_pylist()[0]
 
+    def digest(self, images: str | None) -> str:
+        """See `digest_rows`."""
+        digest = hashlib.sha256()
+        for rows in self._table.iter(batch_size=1000):
+            for name in rows.column_names:
+                chunks = [_outline(chunk) for chunk in rows[name].chunks] if name == images else rows[name].to_pylist()
+                digest.update(repr(chunks).encode(errors="backslashreplace"))
+        return digest.hexdigest()
+
     def column(self, name: str) -> Iterator[Any]:
         """See `read_column`."""
         for rows in self._table.select_columns([name]).iter(batch_size=1000):
             yield from rows[name].to_pylist()
+
+
+_BASE64 = re.compile(rb"[A-Za-z0-9+/=_\\-]{1000,}+")
+"""A text in base64, or anything else that is one value in JSON."""
 
 
 class _JsonLines:
@@ -344,12 +433,15 @@ class _JsonLines:
 
     def __init__(self, file: Path, limits: RowLimits) -> None:
         self._file = file
-        self._most = 4 * limits.chars  # bytes of a line: a character has at most four, and there are no images in it
+        self._most_text = 4 * limits.chars  # bytes of a line without its images: a character has at most four
+        self._most = self._most_text + limits.bytes
         self._offsets = array("q")
+        self._digest = hashlib.sha256()
         with file.open("rb") as lines:
             for offset, line in self._lines(lines):
                 if line.strip():
                     self._offsets.append(offset)
+                    self._digest.update(line)
 
     def _lines(self, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         """Where each line begins, and its first `_most` + 1 bytes. The rest of a longer line is skipped."""
@@ -362,7 +454,12 @@ class _JsonLines:
 
     def _row(self, line: bytes) -> Row:
         if len(line) > self._most:
-            raise ValueError(f"the line has more than {self._most} bytes (4 × data.max_row_chars)")
+            raise ValueError(
+                f"the line has more than {self._most} bytes (4 × data.max_row_chars, and data.max_row_bytes for images)"
+            )
+        # Parsed, other text takes many times its size in memory.
+        if len(line) > self._most_text and len(_BASE64.sub(b"", line)) > self._most_text:
+            raise ValueError(f"the line has more than {self._most_text} bytes besides images (4 × data.max_row_chars)")
         return _json_object(line)
 
     def __len__(self) -> int:
@@ -377,6 +474,10 @@ class _JsonLines:
         with self._file.open("rb") as lines:
             lines.seek(self._offsets[index])
             return self._row(lines.readline(self._most + 1))
+
+    def digest(self, images: str | None) -> str:
+        """See `digest_rows`; of the whole lines, which were read anyway."""
+        return self._digest.hexdigest()
 
     def column(self, name: str) -> Iterator[Any]:
         """See `read_column`. Reads the file once, from its beginning to its end."""

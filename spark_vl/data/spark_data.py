@@ -51,13 +51,15 @@ class SparkRows:
                     question += part if isinstance(part, str) else part["text"]
             return {"question": question.partition(_INSTRUCTION)[0], "images": images, "answer": row["answer"]}
         except (TypeError, KeyError, ValueError, RecursionError) as error:
-            raise ValueError(f"the row is not a chat of one turn with an answer: {error!r} in {row!r:.200}") from error
+            raise ValueError(
+                f"the row is not a chat of one turn with an answer: {error!r:.200} in {row!r:.200}"
+            ) from error
 
 
 def _below_images(path: str) -> str:
     _, mark, name = path.rpartition("images/")
     if not mark:
-        raise ValueError(f"the image {path!r} is not in a folder named images")
+        raise ValueError(f"the image {path!r:.100} is not in a folder named images")
     return mark + name
 
 

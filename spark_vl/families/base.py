@@ -68,7 +68,7 @@ class Processor(Protocol):
     """Commit of the Hub that it was loaded from; None: it was in a folder."""
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
-    """Tokens that end a completion."""
+    """Tokens that end a completion: those of the generation configuration, and the end of a turn in the chat."""
     suppressed_token_ids: tuple[int, ...]
     """Tokens that are never sampled: a vision token in a completion would corrupt the next forward pass."""
     padding: ModelInputs
@@ -87,6 +87,9 @@ class Processor(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
+
+    def render(self, prompt: ProcessedPrompt) -> str:
+        """The text of a prompt with its special tokens; the tokens of an image as `<token>×N`."""
 
     def save(self, folder: Path) -> None:
         """Write the Hugging Face processor's files into `folder`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from spark_vl.data.images import ImageError, load_image
 from spark_vl.families import read_facts
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
 from spark_vl.families.registry import load_configuration, load_part, loaded_commit
-from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, Message, PromptRecord
+from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, Message, PromptRecord, writable
 
 COORDINATES: Coordinates = "resized"
 """Pixels of the image as the model sees it:
@@ -145,11 +146,14 @@ class QwenVLProcessor:
     Args:
         processor: the Hugging Face processor.
         config: the model's configuration.
-        generation_config: names the stop tokens.
+        generation_config: names stop tokens; the token that ends a turn of the chat is one too.
         min_pixels, max_pixels: images are resized, ratio kept, to sides that are multiples of 28 and an area in
             between.
         max_prompt_tokens: longer prompts are refused.
         commit: see `Processor`.
+
+    Raises:
+        ValueError: the chat template fails, or no token ends a completion.
     """
 
     def __init__(
@@ -168,8 +172,7 @@ class QwenVLProcessor:
         self.min_pixels, self.max_pixels, self.max_prompt_tokens = min_pixels, max_pixels, max_prompt_tokens
         self.image_token_id: int = config.image_token_id
         self.pad_token_id: int = processor.tokenizer.pad_token_id
-        stop = generation_config.eos_token_id
-        self.stop_token_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+        self.stop_token_ids = self._stop_tokens(generation_config)
         vocabulary = processor.tokenizer.get_vocab()
         tokens = set(vocabulary.values())
         for name, ids in (
@@ -199,6 +202,23 @@ class QwenVLProcessor:
             images=(image,),
         )
 
+    def _stop_tokens(self, generation_config: GenerationConfig) -> tuple[int, ...]:
+        """Those of the configuration, and the one that the chat template writes behind a reply: a base model's
+        configuration names the end of a text only, and a fine-tuned one may have lost its own."""
+        named = generation_config.eos_token_id
+        stop = named if isinstance(named, list) else [] if named is None else [named]
+        reply = "The digit is seven."
+        chat = [Message("user", (ImageRef(data=b""), "Which digit is this?")), Message("assistant", (reply,))]
+        behind = self._chat(chat, ask=False).rpartition(reply)[2]
+        end = self.hf.tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+        stop += [token for token in end if token in self.hf.tokenizer.added_tokens_decoder and token not in stop]
+        if not stop:
+            raise ValueError(
+                "nothing ends a completion: generation_config.json has no eos_token_id, and the chat template ends a "
+                "reply without a special token; name the token that does as eos_token_id"
+            )
+        return tuple(stop)
+
     def check_chat_template(self) -> None:
         """Try the chat template on one question with an image.
 
@@ -214,11 +234,15 @@ class QwenVLProcessor:
                 f"{found[1]} times; allowed: each once"
             )
 
-    def _chat(self, messages: Sequence[Message]) -> str:
-        """The text that the chat template makes of `messages`; raises ValueError if it fails."""
+    def _chat(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+        """The text that the chat template makes of `messages`, and `ask`s for a reply to them.
+
+        Raises:
+            ValueError: it fails.
+        """
         try:
             return self.hf.apply_chat_template(
-                [_chat_message(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [_chat_message(message) for message in messages], tokenize=False, add_generation_prompt=ask
             )
         except Exception as error:  # a template is a program, and raises what it likes
             raise ValueError(f"chat_template: fails with {type(error).__name__}: {error}") from error
@@ -239,6 +263,8 @@ class QwenVLProcessor:
             chat = self._chat(record.messages)
         except ValueError as error:
             raise BadRecordError(record.id, str(error)) from error
+        if writable(chat) != chat:
+            raise BadRecordError(record.id, "the prompt is not valid Unicode")  # which no tokenizer takes
         # The chat template writes one image token for each image; the vision tower makes one feature for each merged
         # patch.
         pieces = chat.split(self._image_token)
@@ -278,6 +304,12 @@ class QwenVLProcessor:
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Processor.decode`."""
         return self.hf.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def render(self, prompt: ProcessedPrompt) -> str:
+        """See `Processor.render`."""
+        text = self.hf.tokenizer.decode(prompt.input_ids.tolist())
+        runs = re.compile(f"(?:{re.escape(self._image_token)})+")
+        return runs.sub(lambda run: f"{self._image_token}×{len(run[0]) // len(self._image_token)}", text)
 
     def save(self, folder: Path) -> None:
         """See `Processor.save`. What is saved resizes as this processor does, not as the base model's."""

@@ -24,7 +24,7 @@ import yaml
 from spark_vl.answers import last_boxed, match_label
 from spark_vl.config import DEFAULT_REASONING_SUFFIX as REASONING_SUFFIX
 from spark_vl.config import PromptConfig, blamed_on
-from spark_vl.records import JUDGMENTS, Content, Message, Origin, PromptRecord, RecycledKind, RecycledRecord
+from spark_vl.records import JUDGMENTS, Content, Message, Origin, PromptRecord, RecycledKind, RecycledRecord, writable
 
 PROMPTS_FILE = "spark_prompts.json"
 """What `Templater.save` writes into the folder of a model, so that the model is asked in the words that it was trained
@@ -88,7 +88,7 @@ class Template:
             ("text", text, all(box in text for box in asked), f"a text that asks for {' and '.join(asked)}"),
         ):
             if not ok:
-                raise ValueError(f"template {self.name!r}: {field}: found {value!r}; allowed: {allowed}")
+                raise ValueError(f"template {self.name!r}: {field}: found {value!r:.500}; allowed: {allowed}")
 
     def parse(self, reply: str) -> str | None:
         """The label in the last box of `reply`, for a reflection the answer in it; None if there is none."""
@@ -141,13 +141,14 @@ class Templater:
 
     Args:
         templates: at least one pointwise, one pairwise and, for each `shows`, one reflection that claims "check".
-        system_prompt: opens every prompt; none when None.
+        system_prompt: opens every prompt. None: a chat template may put one of its own there, as Qwen2.5-VL's does.
         reasoning_suffix: appended to every problem as it is.
         reserved: texts, each of two characters or more, that are or begin a special token of the model that is asked.
             None: that is not known, so those of all model families count.
 
     Raises:
-        ValueError: two templates have the same name, one that is needed is missing, or `reserved` is not as described.
+        ValueError: two templates have the same name, one that is needed is missing, a text is not valid Unicode, or
+            `reserved` is not as described.
     """
 
     def __init__(
@@ -160,6 +161,11 @@ class Templater:
     ) -> None:
         if repeated := _repeated(templates):
             raise ValueError(f"templates: more than one is named {', '.join(repeated)}; names are unique")
+        for where, text in (("system", system_prompt or ""), ("reasoning_suffix", reasoning_suffix)):
+            _check_unicode(where, text)
+        for template in templates:
+            for text in (template.name, template.text, *(template.options or ())):
+                _check_unicode(f"template {template.name!r}", text)
         self.templates: Mapping[str, Template] = {template.name: template for template in templates}
         """By name, to parse replies to what was rendered."""
         self._system_prompt = system_prompt
@@ -431,7 +437,7 @@ def _templates(rows: Any, file: Path | Traversable) -> list[Template]:
     for number, row in enumerate(rows, 1):
         where = f"{file}: entry {number}"
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: found {row!r}; allowed: a mapping with {', '.join(allowed)}")
+            raise ValueError(f"{where}: found {row!r:.200}; allowed: a mapping with {', '.join(allowed)}")
         if unknown := [str(key) for key in row if key not in allowed]:
             raise ValueError(
                 f"{where}: template {row.get('name')!r}: found {', '.join(unknown)}; allowed: {', '.join(allowed)}"
@@ -444,6 +450,12 @@ def _templates(rows: Any, file: Path | Traversable) -> list[Template]:
     if repeated := _repeated(templates):
         raise ValueError(f"{file}: name: more than one template is named {', '.join(repeated)}; names are unique")
     return templates
+
+
+def _check_unicode(where: str, text: str) -> None:
+    """YAML and JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    if writable(text) != text:
+        raise ValueError(f"{where}: found {text!r:.200}; allowed: valid Unicode")
 
 
 def _repeated(templates: Sequence[Template]) -> list[str]:

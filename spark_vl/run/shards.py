@@ -206,7 +206,7 @@ def check_shard(
 def _check_image(image: Mapping[str, Any] | None, proven: set[bytes]) -> None:
     if image is None or image["bytes"] is None or image["path"] is not None:
         path = None if image is None else image["path"]
-        raise ImageError(f"it is {'missing' if path is None else f'the path {path!r}'}; bytes alone are allowed")
+        raise ImageError(f"it is {'missing' if path is None else f'the path {path!r:.100}'}; bytes alone are allowed")
     digest = hashlib.sha256(image["bytes"]).digest()
     if digest not in proven:
         check_encoded(image["bytes"])

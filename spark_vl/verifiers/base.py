@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Protocol, SupportsFloat, cast
 
 from spark_vl.answers import last_boxed
-from spark_vl.records import PromptRecord, Status, Verdict
+from spark_vl.records import PromptRecord, Status, Verdict, writable
 
 
 class Verifier(Protocol):
@@ -161,11 +161,11 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
         ):
             if not fits:
                 raise TypeError(f"verifier {name!r}: {field}: found {value!r:.200}; allowed: {allowed}")
-        plain = str.__str__  # makes a str of an instance of a subclass
-        parsed = None if parsed is None else plain(parsed)
-        return Verdict(float(score), parsed, cast(Status, plain(status)), plain(detail), verdict.shaping)
+        # A user's function may return a subclass of str, and what no file can hold.
+        parsed = None if parsed is None else writable(parsed)
+        return Verdict(float(score), parsed, cast(Status, writable(status)), writable(detail[:500]), verdict.shaping)
     except Exception as error:
-        return Verdict(0.0, None, "error", f"{type(error).__name__}: {error}"[:500])
+        return Verdict(0.0, None, "error", writable(f"{type(error).__name__}: {error}"[:500]))
 
 
 def check_settings(verifier: str, settings: Mapping[str, Any]) -> None:
@@ -183,15 +183,15 @@ def check_settings(verifier: str, settings: Mapping[str, Any]) -> None:
         return
     for name, value in settings.items():
         if name not in known:
-            raise ValueError(f"{verifier}: {name!r} is not a setting; allowed: {', '.join(known) or 'none'}")
+            raise ValueError(f"{verifier}: {name!r:.100} is not a setting; allowed: {', '.join(known) or 'none'}")
         default = known[name]
         if isinstance(default, tuple):
             if value not in default:
-                raise ValueError(f"{verifier}: {name}: found {value!r}; allowed: {', '.join(map(repr, default))}")
+                raise ValueError(f"{verifier}: {name}: found {value!r:.100}; allowed: {', '.join(map(repr, default))}")
         elif isinstance(default, bool) is not isinstance(value, bool) or not isinstance(
             value, int | float if isinstance(default, float) else type(default)
         ):
-            found = f"{verifier}: {name}: found {value!r}"
+            found = f"{verifier}: {name}: found {value!r:.100}"
             raise ValueError(f"{found}; allowed: {type(default).__name__}, like {default!r}")
         elif not isinstance(value, str) and not 0 <= value < inf:
             raise ValueError(f"{verifier}: {name}: found {value!r}; allowed: a finite number from 0")
