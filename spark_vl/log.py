@@ -323,7 +323,7 @@ class RunLog(Sink):
         for name in self.accelerator.log_with:
             self.accelerator.log_with, self.accelerator.trackers = [name], []
             # TensorBoard makes a folder of that name in the run's.
-            project = "tensorboard" if name == "tensorboard" else place.parent.name or "spark-vl"
+            project = "tensorboard" if str(name) == "tensorboard" else place.parent.name or "spark-vl"
             try:
                 self.accelerator.init_trackers(project, config=dict(settings), init_kwargs=named)
             except Exception as error:
