@@ -222,6 +222,14 @@ def test_a_prompt_that_is_too_long_says_by_how_much(tiny):
         make_processor(tiny, max_prompt_tokens=length - 1).process(record)
 
 
+def test_images_after_those_that_are_too_many_are_not_read(tiny):
+    """Thousands of small ones would fill the memory before the limit refuses them."""
+    images = [make_image(seed) for seed in range(3)]  # of 4 tokens each
+    record = make_record("r", *images, ImageRef(data=b"not an image"), "?")
+    with pytest.raises(BadRecordError, match=r"the first 2 of 4 images have 8 tokens; at most 7 are allowed"):
+        make_processor(tiny, max_prompt_tokens=7).process(record)
+
+
 @pytest.mark.parametrize("images", [(), (make_image(1),)])
 @pytest.mark.parametrize("text", ["<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>", "<<|image_pad|>|>"])
 def test_a_question_cannot_smuggle_in_an_image(processor, images, text):
