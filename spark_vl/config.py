@@ -72,8 +72,8 @@ class PromptConfig:
     """How prompts are worded."""
 
     system: str = ""
-    """System prompt of every prompt. Empty: the model's chat template decides, and that of Qwen2.5-VL puts "You are a
-    helpful assistant." there. `spark-vl recipes NAME --render --model.path MODEL` prints what is sent."""
+    """System prompt of every prompt. Empty: the model's chat template decides, and that of the default model puts "You
+    are a helpful assistant." there. `spark-vl recipes NAME --render --model.path MODEL` prints what is sent."""
     reasoning_suffix: str = DEFAULT_REASONING_SUFFIX
     """Appended to each problem."""
     templates: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: `qwen-vl-utils` resizes, the Hugging Face processor normalizes and tokenizes."""
+"""Qwen2.5-VL: the Hugging Face processor normalizes and tokenizes; images are resized by its rule, with Pillow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import ImageError, load_image
@@ -148,7 +148,8 @@ class QwenVLProcessor:
         config: the model's configuration.
         generation_config: names stop tokens; the token that ends a turn of the chat is one too.
         min_pixels, max_pixels: images are resized, ratio kept, to sides that are multiples of 28 and an area in
-            between.
+            between, by the rule of the Hugging Face processor; only where a side would be less than 28 is the area
+            larger.
         max_prompt_tokens: longer prompts are refused.
         commit: see `Processor`.
 
@@ -323,17 +324,10 @@ class QwenVLProcessor:
                 decoded = load_image(ref)
             except ImageError as error:
                 raise BadRecordError(record_id, f"image {ref}: {error}") from error
-            try:
-                resized = fetch_image(
-                    {"image": decoded, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels},
-                    image_patch_size=self._patch,
-                )
-            except ValueError as error:  # a long and narrow image, whose shorter side would vanish
-                raise BadRecordError(
-                    record_id,
-                    f"image {ref}: {decoded.width}×{decoded.height} cannot be resized to {self.min_pixels} to "
-                    f"{self.max_pixels} pixels (model.min_pixels, model.max_pixels): {error}",
-                ) from error
+            height, width = smart_resize(
+                decoded.height, decoded.width, self._patch * self._merge, self.min_pixels, self.max_pixels
+            )
+            resized = decoded.resize((width, height))
             # Not resized again: the Hugging Face processor has limits of its own.
             inputs = self.hf.image_processor(images=[resized], do_resize=False, return_tensors="pt")
             grid_thw = inputs["image_grid_thw"][0]

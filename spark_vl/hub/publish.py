@@ -27,7 +27,8 @@ from spark_vl.run.shards import ShardError, check_shard, find_shards
 logger = logging.getLogger(__name__)
 
 _OF_MODELS = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(metrics|evaluations)\.jsonl|\.eval_results/.+\.yaml"
+    r"adapter/adapter_(model\.safetensors|config\.json)|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|(metrics|evaluations)\.jsonl|\.eval_results/.+\.yaml"
 )
 _OF_JUDGMENTS = re.compile(rf"({'|'.join(CONFIGS)})/(train|test)-[^/]+\.parquet")
 """All that the card's patterns would load."""

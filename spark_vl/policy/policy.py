@@ -15,6 +15,7 @@ from spark_vl.config import ConfigError, LoraConfig, ModelConfig
 from spark_vl.families.registry import find_family, get_family, load_configuration, load_part
 from spark_vl.policy.head import ScoringHead, TokenScores
 from spark_vl.policy.packing import Pack, attention_mask
+from spark_vl.run.provenance import public_name
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class Policy(nn.Module):
         model.lm_head = head
         self.model = model
         self.family = get_family(model.config.model_type)
+        self.adapters: Any = None
+        """The configuration of the adapters (a `peft.LoraConfig`); None: there are none."""
         self.attention = attention
         self.temperature = temperature
         self.suppressed: torch.Tensor
@@ -84,8 +87,10 @@ class Policy(nn.Module):
         )
 
     def plain_state_dict(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`state`, of this module, as the Hugging Face model's own, with the adapters merged into the weights."""
+        """`state`, of this module, as the Hugging Face model's own, with the adapters merged into the weights. Of
+        weights that are tied, one copy."""
         plain = {}
+        tied = self.model.all_tied_weights_keys  # a copy → what it is a copy of
         for name, tensor in state.items():
             name = name.removeprefix("model.")
             if ".lora_" in name:
@@ -98,8 +103,17 @@ class Policy(nn.Module):
                     adapted: Any = self.model.get_submodule(layer)  # a LoRA layer of peft
                     scaling = adapted.scaling["default"]
                     tensor = (tensor.double() + scaling * up @ down).to(tensor.dtype)
-            plain[name] = tensor
+            if name not in tied:
+                plain[name] = tensor
         return plain
+
+    def adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The adapters in `state`, of this module, by the names that peft gives them beside a Hugging Face model."""
+        return {
+            f"base_model.{name.replace('.default.', '.')}": tensor.contiguous()
+            for name, tensor in state.items()
+            if ".lora_" in name
+        }
 
     @contextmanager
     def _without_adapters(self) -> Iterator[None]:
@@ -156,7 +170,9 @@ def load_policy(
     if trained is None:
         return policy
     if config.lora:
-        _add_adapters(model, family.adapter_targets, config.lora, trained)
+        policy.adapters = _add_adapters(model, family.adapter_targets, config.lora, trained)
+        policy.adapters.base_model_name_or_path = public_name(config.path)
+        policy.adapters.revision = config.revision
     if "vision" in config.freeze:
         family.freeze_vision(model)
     if config.gradient_checkpointing:
@@ -167,8 +183,9 @@ def load_policy(
     return policy.train()
 
 
-def _add_adapters(model: PreTrainedModel, targets: str, config: LoraConfig, dtype: torch.dtype) -> None:
-    """Give each layer whose name `targets` matches a trained adapter, and freeze all else."""
+def _add_adapters(model: PreTrainedModel, targets: str, config: LoraConfig, dtype: torch.dtype) -> Any:
+    """Give each layer whose name `targets` matches a trained adapter, and freeze all else. Returns their
+    configuration, a `peft.LoraConfig`."""
     try:
         import peft
     except ImportError as error:
@@ -184,3 +201,4 @@ def _add_adapters(model: PreTrainedModel, targets: str, config: LoraConfig, dtyp
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    return adapters

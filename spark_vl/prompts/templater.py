@@ -141,7 +141,7 @@ class Templater:
 
     Args:
         templates: at least one pointwise, one pairwise and, for each `shows`, one reflection that claims "check".
-        system_prompt: opens every prompt. None: a chat template may put one of its own there, as Qwen2.5-VL's does.
+        system_prompt: opens every prompt. None: the model's chat template may put one of its own there.
         reasoning_suffix: appended to every problem as it is.
         reserved: texts, each of two characters or more, that are or begin a special token of the model that is asked.
             None: that is not known, so those of all model families count.

@@ -20,6 +20,8 @@ CHECKPOINTS = "checkpoints"
 LATEST, BEST = "latest", "best"
 MODEL = "model"
 """The plain Hugging Face checkpoint: in each checkpoint, and in the run's folder when the run has finished."""
+ADAPTER = "adapter"
+"""In `model/`, of a run that trains adapters: these alone, for peft, in the type that they were trained in."""
 TRAINING_FILE = "spark_training.json"
 """In `model/`: the step after which the model was saved, and what the run started from; `base_commit` is null if that
 was not a repository on the Hub."""
