@@ -158,7 +158,7 @@ def test_cpu_adam_is_really_compiled_where_it_is_said_to_be_possible(healthy, tm
 
 def test_a_broken_environment_is_named_part_by_part(tmp_path):
     site = tmp_path / "site"
-    install(site, "math-verify", "0.33.0", "Requires-Dist: transformers<5.21,>=5.16", "Requires-Dist: torch==2.1.7")
+    install(site, "qwen-vl-utils", "0.33.0", "Requires-Dist: transformers<5.21,>=5.16", "Requires-Dist: torch==2.1.7")
     install(site, "transformers", "5.22.0")
     for module, error in (("torchvision", "operator torchvision::nms does not exist"), ("deepspeed", "out\nof order")):
         (site / module).mkdir()
@@ -168,10 +168,10 @@ def test_a_broken_environment_is_named_part_by_part(tmp_path):
 
     assert status == 1
     mark, text, below = found["transformers"]
-    assert (mark, text) == ("error", "5.22.0; math-verify 0.33.0 requires transformers<5.21,>=5.16")
+    assert (mark, text) == ("error", "5.22.0; qwen-vl-utils 0.33.0 requires transformers<5.21,>=5.16")
     advised = Requirement(re.search(r'fix: pip install "(.*)"', below)[1])
     assert [advised.specifier.contains(one) for one in ("5.15", "5.20.2", "5.21")] == [False, True, False]
-    assert found["torch"][:2] == ("error", f"{version('torch')}; math-verify 0.33.0 requires torch==2.1.7")
+    assert found["torch"][:2] == ("error", f"{version('torch')}; qwen-vl-utils 0.33.0 requires torch==2.1.7")
     mark, text, below = found["torchvision"]
     assert mark == "error"
     assert text.endswith("operator torchvision::nms does not exist")

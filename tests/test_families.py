@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "spark_vl"
 FREE = ("families", "demo", "doctor")
 """The demo's model is one of a family, and the doctor tries one."""
 NAMES = (
-    r"qwen|llava|gemma|internvl|mistral",
+    r"qwen(?!-vl-utils)|llava|gemma|internvl|mistral",  # qwen-vl-utils: a package whose version a run notes
     # What tokens are called, and their spelling.
     r"<\\?\||\|>|<｜|tool_call|im_(start|end)|endoftext|(vision|box|object_ref)_(start|end|pad)|(image|video)_(pad|token_)",
     # What a model's modules, their inputs and settings are called.

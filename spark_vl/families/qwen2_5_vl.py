@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: the Hugging Face processor normalizes and tokenizes; images are resized by its rule, with Pillow."""
+"""Qwen2.5-VL: `qwen-vl-utils` resizes, the Hugging Face processor normalizes and tokenizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
@@ -148,8 +149,7 @@ class QwenVLProcessor:
         config: the model's configuration.
         generation_config: names stop tokens; the token that ends a turn of the chat is one too.
         min_pixels, max_pixels: images are resized, ratio kept, to sides that are multiples of 28 and an area in
-            between, by the rule of the Hugging Face processor; only where a side would be less than 28 is the area
-            larger.
+            between.
         max_prompt_tokens: longer prompts are refused.
         commit: see `Processor`.
 
@@ -324,10 +324,26 @@ class QwenVLProcessor:
                 decoded = load_image(ref)
             except ImageError as error:
                 raise BadRecordError(record_id, f"image {ref}: {error}") from error
-            height, width = smart_resize(
-                decoded.height, decoded.width, self._patch * self._merge, self.min_pixels, self.max_pixels
-            )
-            resized = decoded.resize((width, height))
+            try:
+                resized = fetch_image(
+                    {"image": decoded, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels},
+                    image_patch_size=self._patch,
+                )
+            except ValueError as error:  # a long and narrow image, whose shorter side would vanish
+                raise BadRecordError(
+                    record_id,
+                    f"image {ref}: {decoded.width}×{decoded.height} cannot be resized to {self.min_pixels} to "
+                    f"{self.max_pixels} pixels (model.min_pixels, model.max_pixels): {error}",
+                ) from error
+            # Of sides up to half a merged patch the two have different rules, and the model would later be shown
+            # another image than it was trained on.
+            limits = self._patch * self._merge, self.min_pixels, self.max_pixels
+            if resized.size[::-1] != smart_resize(decoded.height, decoded.width, *limits):
+                raise BadRecordError(
+                    record_id,
+                    f"image {ref}: {decoded.width}×{decoded.height} is resized differently by qwen-vl-utils and by the "
+                    f"exported processor; allowed: sides of more than {limits[0] // 2} pixels",
+                )
             # Not resized again: the Hugging Face processor has limits of its own.
             inputs = self.hf.image_processor(images=[resized], do_resize=False, return_tensors="pt")
             grid_thw = inputs["image_grid_thw"][0]

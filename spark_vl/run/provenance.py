@@ -16,7 +16,7 @@ from spark_vl.data.recipes import load_recipe
 from spark_vl.run.jsonl import append_lines
 from spark_vl.run.paths import CONFIG, ENVIRONMENT, RECIPES
 
-_PACKAGES = ("spark-vl", "torch", "transformers", "accelerate")
+_PACKAGES = ("spark-vl", "torch", "transformers", "accelerate", "qwen-vl-utils")
 
 
 def write_recipes(run: Path, names: Iterable[str]) -> None:
