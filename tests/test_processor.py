@@ -124,7 +124,7 @@ def test_the_grid_is_that_of_the_exported_processor_from_one_pixel_on(tiny, tmp_
         inputs = exported.image_processor(images=[load_image(smooth_image(width, height))], return_tensors="pt")
         assert image.grid_thw.tolist() == inputs["image_grid_thw"][0].tolist(), (width, height)
     assert refused
-    assert not [size for size in refused if min(size) > 14 and max(size) <= 7 * min(size)]
+    assert not [size for size in refused if min(size) > 14 and max(size) <= 4 * min(size)]
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id)
