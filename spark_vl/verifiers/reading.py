@@ -333,7 +333,7 @@ def _brackets(text: str) -> Answer | None:
     if text == r"\emptyset":
         return Group("set", ())
     if matrix := _MATRIX.fullmatch(text):
-        rows = (matrix["rows"] or matrix["array"]).split(r"\\")
+        rows = (matrix["rows"] or matrix["array"] or "").split(r"\\")
         return Group("matrix", tuple(_group("row", row.split("&")) for row in rows if row.strip()))
     left, right = (r"\{", r"\}") if text.startswith(r"\{") else (text[0], text[-1])
     if left not in (r"\{", "(", "[") or _closes(text, 0) != len(text) - 1:
