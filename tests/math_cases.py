@@ -777,6 +777,7 @@ KNOWN = [
     (r"5\%", "5", NOT, 1.0, "a percent sign may be added or left out: the question may ask for percent"),
     ("0.10000001", "0.1", NOT, 1.0, "decimals are compared in six places"),
     ("dcba", "abcd", EQUAL, 0.0, "four letters are taken for a word, whose letters do not commute"),
+    (r"2^{\frac{1}{2^{1000}}}", "1", NOT, 1.0, "they differ in the 301st digit, and values are computed with 60"),
     ("1, 2", "(1, 2)", NOT, 1.0, "the parentheses of a point may be left out"),
     ("P(1, 2)", "(1, 2)", EQUAL, 0.0, "P may be a function"),
     (

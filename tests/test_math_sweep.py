@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from spark_vl.answers import last_boxed
 from spark_vl.records import PromptRecord
 from spark_vl.verifiers import verify
 from spark_vl.verifiers.math import verify_math
@@ -206,3 +207,87 @@ def test_one_value_in_any_spelling_is_right_and_its_neighbor_wrong(family) -> No
     refused = [(answer, gold) for gold, answer, _ in pairs(family) if not right(answer, gold)]
     accepted = [(answer, gold) for gold, _, answer in pairs(family) if right(answer, gold)]
     assert (accepted, refused) == ([], [])
+
+
+# ── any text ──
+
+PIECES = [
+    *(
+        "1",
+        "12",
+        "0.5",
+        "x",
+        "a",
+        "i",
+        "e",
+        "+",
+        "-",
+        "/",
+        "^",
+        "_",
+        "=",
+        "<",
+        "(",
+        ")",
+        "[",
+        "]",
+        "{",
+        "}",
+        "|",
+        ",",
+        ";",
+    ),
+    *(
+        r"\{",
+        r"\}",
+        r"\frac",
+        r"\frac{1}{2}",
+        r"\sqrt",
+        r"\pi ",
+        r"\infty ",
+        r"\cup ",
+        r"\pm ",
+        r"\sin ",
+        r"\log_",
+        "!",
+        "%",
+    ),
+    *(
+        "°",
+        "'",
+        r"\text{cm}",
+        r"\text{ or }",
+        "and ",
+        "cm",
+        ":",
+        "$",
+        r"\quad ",
+        r"\begin{cases}",
+        r"\end{cases}",
+        r"\\",
+    ),
+    *(
+        "&",
+        r"\begin{pmatrix}",
+        r"\end{pmatrix}",
+        r"\angle ABC",
+        "f(x)",
+        r"\mathbb{R}",
+        "if ",
+        "(1)",
+        "(2)",
+        "yes",
+        "B. ",
+    ),
+    *("12:30", "5 ft ", "_7", "10^{5}", r"\le ", r"\in ", r"\overline{AB}"),
+]
+
+
+def test_any_text_is_read_or_unparsable_and_what_is_not_read_to_its_end_is_not_right() -> None:
+    random = Random("any")
+    for _ in range(800):
+        text = "".join(random.choice(PIECES) for _ in range(random.randint(1, 9)))
+        verdict = verify_math(rf"\boxed{{{text}}}", PromptRecord("toy/7", "problem", (), (), "5", "math", "toy"))
+        assert verdict.status in ("ok", "unparsable"), text
+        if last_boxed(rf"\boxed{{5 {text} ?}}") == f"5 {text} ?":  # its braces are balanced
+            assert not right(f"5 {text} ?", "5"), text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from math import factorial, prod
 from random import Random
@@ -35,6 +36,8 @@ _mp.dps = 60
 _LARGEST_POWER = 10**7
 """Bits of the largest power that is computed."""
 _LARGEST_ARGUMENT = 10**6
+_ANY_ARGUMENT = frozenset(("absolute", "logarithm", "floor", "ceiling"))
+"""What is quick for larger arguments, too."""
 _LONGEST_FRACTION = 10**6
 """Bits."""
 _LARGEST_FACTORIAL = 5000
@@ -88,12 +91,7 @@ def _value(tree: Tree, draw: Callable[[str], Any]) -> Any:
             if _mp.im(x) == 0 and _mp.re(x) < 0 and index == _mp.floor(index) and index % 2 == 1:
                 return -_power(-x, 1 / index)
             return _power(x, 1 / index)
-    if any(abs(value) > _LARGEST_ARGUMENT for value in values) and kind not in (
-        "absolute",
-        "logarithm",
-        "floor",
-        "ceiling",
-    ):
+    if kind not in _ANY_ARGUMENT and any(abs(value) > _LARGEST_ARGUMENT for value in values):
         raise TooLargeError
     return _FUNCTION_OF[kind](*values)
 
@@ -161,22 +159,30 @@ def equal(answer: Expression, gold: Expression) -> bool:
         a, b = _exact(answer.tree), _exact(gold.tree)
         if a is not None and b is not None:
             return a == b
-    imaginary = "i" in answer.text.replace("\\pi", "").replace("\\in", "") + gold.text
+    imaginary = _holds(answer.tree, "i") or _holds(gold.tree, "i")
     real: list[bool] = []
     other: list[bool] = []
-    try:
-        for point in range(1 if constant else _POINTS):
+    too_large = False
+    for point in range(1 if constant else _POINTS):
+        try:
             a, b = _defined(answer.tree, point), _defined(gold.tree, point)
             if a is None or b is None:
                 continue
             agree = _agree(a, b, rounded, scientific) or _noise(answer.tree, gold.tree, point)
-            is_real = imaginary or (_mp.im(a) == 0 == _mp.im(b))
-            if is_real and not agree:
-                return False
-            (real if is_real else other).append(agree)
-    except TooLargeError:
+        except TooLargeError:
+            too_large = True
+            continue
+        is_real = imaginary or (_mp.im(a) == 0 == _mp.im(b))
+        if is_real and not agree:
+            return False
+        (real if is_real else other).append(agree)
+    if not real and not other and too_large:
         return _symbolically_equal(answer, gold)
     return len(real) > 1 or (constant and bool(real)) or (bool(other) and all(other))
+
+
+def _holds(tree: Tree, kind: str) -> bool:
+    return tree[0] == kind or any(_holds(part, kind) for part in tree[1:] if isinstance(part, tuple))
 
 
 def _agree(a: Any, b: Any, rounded: bool = False, scientific: bool = False) -> bool:
@@ -210,8 +216,8 @@ def proportional(answer: tuple[Expression, Expression], gold: tuple[Expression, 
         return None
     rounded = any(side.rounded for side in (*answer, *gold))
     differences: list[tuple[Any, Any]] = []
-    try:
-        for point in range(_POINTS):
+    for point in range(_POINTS):
+        with suppress(TooLargeError):
             values = [_defined(tree, point) for tree in trees if tree is not None]
             if any(value is None or not _mp.isfinite(value) for value in values):
                 continue
@@ -220,8 +226,6 @@ def proportional(answer: tuple[Expression, Expression], gold: tuple[Expression, 
             if abs(one) <= size or abs(other) <= size:
                 return None
             differences.append((one, other))
-    except TooLargeError:
-        return None
     margin = _mp.mpf(10) ** (-6 if rounded else -30)
 
     def fixed(values: list[Any]) -> bool:

@@ -230,7 +230,7 @@ class _Reader:
             self.need("}")
             return tree
         kind, value = self.next
-        if kind == "number":
+        if kind == "number" and value.isdigit():
             self.tokens[self.at : self.at + 1] = [("number", digit) for digit in value]
             self.at += 1
             return ("number", Fraction(value[0]))
@@ -239,8 +239,11 @@ class _Reader:
     def raw(self) -> str:
         """The argument of a command or an index, as text."""
         if not self.take("{"):
+            kind, value = self.next
+            if kind in ("mark", "end"):
+                raise UnreadableError("no argument")
             self.at += 1
-            return self.tokens[self.at - 1][1] if self.at <= len(self.tokens) else ""
+            return value
         depth, start = 1, self.at
         while depth:
             if self.next == _END:

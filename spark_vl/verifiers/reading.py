@@ -218,19 +218,13 @@ def _list(text: str) -> Answer | None:
     if rows := _ROWS.fullmatch(text.removeprefix(r"\{").strip()):
         members = [row.replace("&", " ").strip(f",; {WIDE}") for row in rows[2].split(r"\\")]
         return _group("list", [member for member in members if member])
-    numbers = _NUMBERED.split(text)
-    if (
-        len(numbers) > 3
-        and not numbers[0]
-        and all(numbers[2::2])
-        and numbers[1::2] == list("123456789")[: len(numbers) // 2]
-    ):
-        return _group("sequence", numbers[2::2])
+    before, *numbered = _NUMBERED.split(text)
+    numbers = "".join(numbered[::2])
+    if len(numbers) > 1 and not before and "123456789".startswith(numbers) and all(numbered[1::2]):
+        return _group("sequence", numbered[1::2])
     said: list[str] = []
     separated = _AND_OR.sub(lambda match: said.append(match[1]) or ";", text)  # type: ignore[func-returns-value]
-    marks = (",", ";", WIDE)
-    members, _ = _split(separated, marks)
-    members = [member for member in members if member]
+    members = [member for member in _split(separated, (",", ";", WIDE))[0] if member]
     if len(members) < 2:
         return _signs(text) if len(members) == 1 and separated == text else None
     answer = _group("or" if "or" in said else "list", members)
@@ -339,7 +333,7 @@ def _brackets(text: str) -> Answer | None:
     if text == r"\emptyset":
         return Group("set", ())
     if matrix := _MATRIX.fullmatch(text):
-        rows = (matrix["rows"] or matrix["array"]).split(r"\\")
+        rows = (matrix["rows"] or matrix["array"] or "").split(r"\\")
         return Group("matrix", tuple(_group("row", row.split("&")) for row in rows if row.strip()))
     left, right = (r"\{", r"\}") if text.startswith(r"\{") else (text[0], text[-1])
     if left not in (r"\{", "(", "[") or _closes(text, 0) != len(text) - 1:
@@ -379,7 +373,7 @@ def _ratio(text: str) -> Answer | None:
     return Group("ratio", tuple(Value(read_expression(term.strip())) for term in terms))
 
 
-_NUMERAL = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)?_(?:\{(?:\\text\{)?(\w+)\}?\}|(\d+))")
+_NUMERAL = re.compile(r"\(?(-?[0-9A-F]*[0-9][0-9A-F]*(?:\.[0-9A-F]+)?)\)?_(?:\{(?:\\text\{)?(\w+)\}?\}|(\d+))")
 
 
 def _numeral(text: str) -> Answer | None:
