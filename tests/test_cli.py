@@ -167,7 +167,8 @@ def test_rows_of_a_recipe_are_printed_and_counted(tmp_path):
 def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
     rows = [{"q": "How many?", "a": "3"}, {"q": "", "a": "3"}, {"q": "How many?", "a": "4"}, {"a": "4"}]
     rows = [row | {"n": name} for row, name in zip(rows, "xyxz", strict=True)]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, *others = map(json.dumps, rows)
+    (tmp_path / "train.jsonl").write_text("\n".join([first, "", *others]))
     (tmp_path / "mine.yaml").write_text(
         "{name: mine, description: none, license: none, source: {jsonl: .}, verifier: number, "
         "splits: {train: train.jsonl}, columns: {question: q, answer: a, id: n}}"
@@ -181,8 +182,8 @@ def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
         "── mine/train/x#2",
         "How many?",
         "→ 4   (number)",
-        "cannot be used: mine/train/y: 'q' is empty",
-        "cannot be used: mine/train/z: no column 'q'; the row has 'a', 'n'",
+        "cannot be used: mine/train/y: 'q' is empty (train.jsonl, line 3)",
+        "cannot be used: mine/train/z: no column 'q'; the row has 'a', 'n' (train.jsonl, line 5)",
         "1 rows have the id of an earlier row; the number of the row is added to it",
         "2 of 4 rows can be used (license of the data: none)",
     ]

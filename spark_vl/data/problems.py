@@ -25,7 +25,7 @@ from spark_vl.data.cells import answer, identifier, items, optional, options, te
 from spark_vl.data.images import ImageError, encode_pixels, image_in_text, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe, check_verifiers
-from spark_vl.data.sources import DEFAULT_LIMITS, Row, RowLimits, Rows, digest_rows, open_rows, read_column
+from spark_vl.data.sources import DEFAULT_LIMITS, PlacedRows, Row, RowLimits, Rows, digest_rows, open_rows, read_column
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
@@ -136,7 +136,8 @@ class ProblemSet:
                 record_id = f"{self.recipe.name}/{self.split}/{name}"
             return self._record(row, record_id)
         except ValueError as error:
-            raise BadRecordError(record_id, str(error)) from error
+            place = f" ({self._rows.place(index)})" if isinstance(self._rows, PlacedRows) else ""
+            raise BadRecordError(record_id, f"{error}{place}") from error
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -152,6 +153,7 @@ class ProblemSet:
             "settings": dict(recipe.settings),
             "weights": dict(recipe.weights),
             "image_placeholder": recipe.image_placeholder,
+            "filter": dict(recipe.filter),
         }
         return json.loads(json.dumps(facts, default=str))
 

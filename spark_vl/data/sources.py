@@ -30,6 +30,14 @@ class Rows(Protocol):
 
 
 @runtime_checkable
+class PlacedRows(Rows, Protocol):
+    """Rows of a file that a person may open."""
+
+    def place(self, index: int) -> str:
+        """Where the row stands, such as `train.jsonl, line 4`."""
+
+
+@runtime_checkable
 class ColumnarRows(Rows, Protocol):
     """Rows of which one column can be read without the others."""
 
@@ -429,18 +437,19 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/=_\\-]{1000,}+")
 
 
 class _JsonLines:
-    """One JSON object a line; only the offsets of the lines are held in memory."""
+    """One JSON object a line; only the offsets and numbers of the lines are held in memory."""
 
     def __init__(self, file: Path, limits: RowLimits) -> None:
         self._file = file
         self._most_text = 4 * limits.chars  # bytes of a line without its images: a character has at most four
         self._most = self._most_text + limits.bytes
-        self._offsets = array("q")
+        self._offsets, self._numbers = array("q"), array("q")
         self._digest = hashlib.sha256()
         with file.open("rb") as lines:
-            for offset, line in self._lines(lines):
+            for number, (offset, line) in enumerate(self._lines(lines), 1):
                 if line.strip():
                     self._offsets.append(offset)
+                    self._numbers.append(number)
                     self._digest.update(line)
 
     def _lines(self, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -474,6 +483,10 @@ class _JsonLines:
         with self._file.open("rb") as lines:
             lines.seek(self._offsets[index])
             return self._row(lines.readline(self._most + 1))
+
+    def place(self, index: int) -> str:
+        """Where a person finds the row."""
+        return f"{self._file.name}, line {self._numbers[index]}"
 
     def digest(self, images: str | None) -> str:
         """See `digest_rows`; of the whole lines, which were read anyway."""
