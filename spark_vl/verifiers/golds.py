@@ -35,4 +35,7 @@ def gold_fault(record: PromptRecord, verdict: Verdict) -> BadRecordError | None:
     reason = (
         f"the {public_name(record.verifier)} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
     )
-    return BadRecordError(record.id, f"{reason} ({verdict.status}{verdict.detail and ': ' + verdict.detail})")
+    why = verdict.detail or (
+        "no answer is found in it" if verdict.parsed is None else f"it reads {verdict.parsed!r:.80}"
+    )
+    return BadRecordError(record.id, f"{reason} ({verdict.status}: {why})")
