@@ -170,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 publish(command.what, command[command.what])
             case "recipes":
                 render = instantiate(recipes_parser, command, TrainConfig) if command.render else None
-                parser.exit(0 if show_recipes(command.name, command.split, command.show, render) else 1)
+                if not show_recipes(command.name, command.split, command.show, render):
+                    parser.exit(1)
             case "doctor":
                 parser.exit(diagnose())
             case "estimate":

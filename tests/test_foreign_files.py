@@ -480,7 +480,7 @@ def test_nonsense_in_a_configuration_is_an_error_in_words_or_harmless(model, fie
         *(("config.json", ["image_token_id"], value, "image_token_id: found") for value in (10**9, -1)),
         *(
             ("generation_config.json", ["eos_token_id"], value, "eos_token_id: found")
-            for value in ([], ["x"], "x", [[1]], -1, 10**30, {"a": 1}, True, 1.5)
+            for value in (["x"], "x", [[1]], -1, 10**30, {"a": 1}, True, 1.5)
         ),
         ("tokenizer_config.json", ["pad_token"], None, "pad_token: found"),
         ("config.json", ["text_config", "hidden_act"], "__import__", "KeyError"),

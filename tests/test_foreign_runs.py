@@ -283,7 +283,8 @@ def test_rows_and_errors_give_a_terminal_no_orders(tmp_path, capsys):
         f"name: r\ndescription: d\nlicense: none\nsource: {{jsonl: {tmp_path}}}\nsplits: {{train: t.jsonl}}\n"
         "columns: {question: q, answer: a}\nverifier: text\n"
     )
-    cli.main(["recipes", str(tmp_path / "r.yaml")])
+    with contextlib.suppress(SystemExit):  # 1, if there is a row that cannot be used
+        cli.main(["recipes", str(tmp_path / "r.yaml")])
     with pytest.raises(SystemExit):
         cli.main(["recipes", f"{tmp_path}/{ORDERS}"])
     said = "".join(capsys.readouterr())

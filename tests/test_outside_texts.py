@@ -111,7 +111,8 @@ def test_rows_are_printed_on_any_terminal(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(fields))
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
-    cli.main(["recipes", str(tmp_path / "own.yaml")])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["recipes", str(tmp_path / "own.yaml")])
     sys.stdout.flush()
     printed = buffer.getvalue().decode()
     assert r"\xbd or \u4e94?" in printed

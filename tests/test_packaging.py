@@ -131,7 +131,7 @@ def test_a_commit_is_checked_as_make_lint_does():
 def test_the_command_is_installed(installed, tmp_path):
     [distribution] = [d for d in distributions(path=[str(installed)]) if d.name == "spark-vl"]
     [command] = distribution.entry_points.select(group="console_scripts")
-    assert (command.name, command.value) == ("spark-vl", "spark_vl.cli:main")
+    assert (command.name, command.value) == ("spark-vl", "spark_vl.__main__:main")
     answers = {
         python(*arguments, cwd=tmp_path, PYTHONPATH=str(installed))
         for arguments in ((str(installed / "bin" / "spark-vl"), "--version"), ("-m", "spark_vl", "--version"))

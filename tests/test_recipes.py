@@ -850,8 +850,13 @@ def test_a_file_that_is_no_csv_is_an_error_in_words(tmp_path: Path, text: bytes,
 def test_lists_that_are_texts_of_json_have_the_limits_of_lists(problems) -> None:
     opened = problems({"images": json.dumps(["a.png"] * 257)}, {"choices": '["A", 5]'}, {"choices": "[A"})
     assert reason(opened, 0).startswith("'images' holds 257 images; 256 are allowed")
-    assert reason(opened, 1) == "'choices' is ['A', 5]; a list of texts that are not empty is allowed"
-    assert reason(opened, 2) == "'choices' is '[A'; a list of texts that are not empty is allowed"
+    assert (
+        reason(opened, 1)
+        == "'choices' is ['A', 5]; a list of texts that are not empty is allowed, with nulls at its end"
+    )
+    assert (
+        reason(opened, 2) == "'choices' is '[A'; a list of texts that are not empty is allowed, with nulls at its end"
+    )
 
 
 # ── some of the rows ──

@@ -43,7 +43,7 @@ def rollout(text: str, tokens: int = 5, finish_reason: str = "stop") -> Rollout:
 
 def test_settings_and_weights_reach_the_reward(tmp_path):
     verifier = {"number": 2.0, "format": 0.5, "overlong": 1.0}
-    record = first(write_recipe(tmp_path, verifier=verifier, settings={"relative": 0.05}))
+    record = first(write_recipe(tmp_path, verifier=verifier, settings={"number": {"relative": 0.05}}))
     assert (record.verifier, record.weight) == ("number", 2.0)
     group = RolloutGroup(
         record,
@@ -91,18 +91,18 @@ def test_a_term_that_needs_the_limit_says_so(tmp_path):
         ({"verifier": {"math": 1, "format": True}}, r"verifier\.format: found True; allowed: a finite weight"),
         ({"verifier": {"math": 1, "format": float("inf")}}, r"verifier\.format: found inf; allowed"),
         (
-            {"verifier": "number", "settings": {"relativ": 0.1}},
+            {"verifier": "number", "settings": {"number": {"relativ": 0.1}}},
             r"settings: number: 'relativ' is not a setting; allowed: ",
         ),
         (
-            {"verifier": "number", "settings": {"relative": "5%"}},
+            {"verifier": "number", "settings": {"number": {"relative": "5%"}}},
             r"number: relative: found '5%'; allowed: float",
         ),
         (
             {"verifier": "number", "settings": [0.1]},
             r"settings: found \[0\.1\]; allowed: a mapping",
         ),
-        ({"verifier": {"train": "number"}, "settings": {"relative": 0.1}}, r"settings: .*beside one verifier"),
+        ({"verifier": {"train": "number"}, "settings": {"relative": 0.1}}, r"settings stand below the name of their"),
         ({"verifier": "number", "weights": {"format": 1}}, r"weights: is not a field"),
     ],
 )

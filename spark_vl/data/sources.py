@@ -444,13 +444,14 @@ class _JsonLines:
         self._most_text = 4 * limits.chars  # bytes of a line without its images: a character has at most four
         self._most = self._most_text + limits.bytes
         self._offsets, self._numbers = array("q"), array("q")
-        self._digest = hashlib.sha256()
+        digest = hashlib.sha256()
         with file.open("rb") as lines:
             for number, (offset, line) in enumerate(self._lines(lines), 1):
                 if line.strip():
                     self._offsets.append(offset)
                     self._numbers.append(number)
-                    self._digest.update(line)
+                    digest.update(line)
+        self._digest = digest.hexdigest()
 
     def _lines(self, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         """Where each line begins, and its first `_most` + 1 bytes. The rest of a longer line is skipped."""
@@ -490,7 +491,7 @@ class _JsonLines:
 
     def digest(self, images: str | None) -> str:
         """See `digest_rows`; of the whole lines, which were read anyway."""
-        return self._digest.hexdigest()
+        return self._digest
 
     def column(self, name: str) -> Iterator[Any]:
         """See `read_column`. Reads the file once, from its beginning to its end."""

@@ -14,6 +14,7 @@ MODULES = (
     "answers/__init__.py",
     "answers/boxed.py",
     "answers/choices.py",
+    "answers/latex.py",
     "answers/quantities.py",
     "answers/sequences.py",
     "config.py",

@@ -22,7 +22,7 @@ def verify_choice(completion: str, record: PromptRecord) -> Verdict:
         letters = match_choices(boxed, record.choices, letter_first=False)
     else:
         letters = tuple(filter(None, [match_choice(boxed, record.choices)]))
-        if not (letters or record.choices) and match_choice(boxed, (_text(record),)):
+        if not (letters or record.choices) and (words := _text(record)) and match_choice(boxed, (words,)):
             letters = gold
     if not letters:
         return Verdict(0.0, None, "unparsable", f"the last box names no {'single ' if len(gold) == 1 else ''}choice")
@@ -46,5 +46,5 @@ def _gold(record: PromptRecord) -> tuple[str, ...]:
 
 
 def _text(record: PromptRecord) -> str:
-    """What stands behind the letter in the gold."""
+    """What stands behind the letter in the gold; empty: nothing."""
     return plain(last_boxed(record.gold) or record.gold).partition(" ")[2]
