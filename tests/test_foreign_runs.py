@@ -3,6 +3,7 @@ card their words are words."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil

@@ -201,3 +201,17 @@ def test_options_are_read_once_whatever_the_answer_has() -> None:
 def test_a_long_gold_of_mathematics_is_refused() -> None:
     with pytest.raises(BadRecordError, match="gold has 1001 characters; math allows 1000"):
         get_verifier("math")(r"\boxed{1}", make_record("r", "?", gold="1" * 1001, verifier="math"))
+
+
+def test_a_parquet_file_with_odd_metadata_or_many_row_groups_is_read_or_refused_in_words(tmp_path):
+    source = Source("parquet", str(tmp_path))
+    table = pa.table({"q": ["?"], "a": ["1"]})
+    deep = table.replace_schema_metadata({"huggingface": '{"info": {"features": {"q": ' + '{"feature": ' * 3000})
+    pq.write_table(deep, tmp_path / "deep.parquet")
+    with pytest.raises(ValueError, match=r"cannot be read|JSON"):
+        open_rows(source, "deep.parquet", ["q", "a"])
+    pq.write_table(pa.table({"q": ["?"] * 4000, "a": ["1"] * 4000}), tmp_path / "many.parquet", row_group_size=1)
+    start = time.process_time()
+    rows, _ = open_rows(source, "many.parquet", ["q", "a"])
+    assert len(rows) == 4000
+    assert time.process_time() - start < 20

@@ -426,3 +426,10 @@ def test_rows_are_read_a_few_at_a_time(tmp_path: Path):
     for _ in read_shard(path, ("id", "images")):
         most = max(most, pa.total_allocated_bytes() - before)
     assert 100_000 < most < 7_000_000
+
+
+def test_a_pipe_with_the_name_of_a_shard_is_not_waited_for(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    os.mkfifo(tmp_path / "rollouts" / "train-000001-000002-0.parquet")
+    with pytest.raises(ShardError, match=r"train-000001-000002-0\.parquet: is not a regular file"):
+        find_shards(tmp_path)

@@ -9,6 +9,7 @@ import re
 import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 Row = Mapping[str, Any]
 
@@ -156,7 +158,8 @@ def open_rows(
             files = _files(source.location, split)
             for file in files:
                 _check_parquet(file, limits)
-            table = datasets.Dataset.from_parquet([str(file) for file in files])
+            with _read_in_words(source.location):
+                table = datasets.Dataset.from_parquet([str(file) for file in files])
             return _ArrowRows(table, columns, limits), Path(source.location)
         case "hub":
             return _ArrowRows(_open_repository(source, split), columns, limits), None
@@ -236,7 +239,7 @@ def _open_repository(source: Source, split: str) -> datasets.Dataset:
     """
     import datasets
 
-    try:
+    with _read_in_words(source.location):
         builder = datasets.load_dataset_builder(source.location, source.config, revision=source.revision)
         for files in (builder.config.data_files or {}).values():
             for file in files:
@@ -247,11 +250,18 @@ def _open_repository(source: Source, split: str) -> datasets.Dataset:
                     )
         builder.download_and_prepare()
         return builder.as_dataset(split)
+
+
+@contextmanager
+def _read_in_words(location: str) -> Iterator[None]:
+    """Turn what `datasets` raises into a ValueError; it has no common class for what odd metadata cause."""
+    try:
+        yield
     except (ValueError, OSError):
         raise
-    except Exception as error:  # datasets has no common class for what odd metadata cause
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{source.location!r}: its README.md or its files cannot be read: {reason:.500}") from error
+        raise ValueError(f"{location!r}: its README.md or its files cannot be read: {reason:.500}") from error
 
 
 def _is_inside(file: str, repository: str) -> bool:
@@ -310,9 +320,15 @@ def _check_parquet(file: Path, limits: RowLimits) -> None:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(file)
+        opened = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: is not a parquet file: {error}") from error
+    with opened:
+        _check_row_groups(file, opened, limits)
+
+
+def _check_row_groups(file: Path, opened: pq.ParquetFile, limits: RowLimits) -> None:
+    metadata = opened.metadata
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         columns = [group.column(i) for i in range(group.num_columns)]
@@ -321,18 +337,15 @@ def _check_parquet(file: Path, limits: RowLimits) -> None:
             limits.check_size(group.total_byte_size // rows, values // rows)
         except ValueError as error:
             raise ValueError(f"{file}: on average, {error}") from error
-        expanded, small = (
-            0,
-            [column.path_in_schema for column in columns if column.total_compressed_size <= _SMALL_BYTES],
-        )
-        with pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as parts:
-            for batch in parts.iter_batches(100, row_groups=[number], columns=small):
-                expanded += batch.nbytes
-                if expanded > _MAX_EXPANDED_BYTES:
-                    raise ValueError(
-                        f"{file}: row group {number} has {group.total_byte_size} bytes and expands to more than "
-                        f"{_MAX_EXPANDED_BYTES}, which are allowed; write smaller row groups"
-                    )
+        small = [column.path_in_schema for column in columns if column.total_compressed_size <= _SMALL_BYTES]
+        expanded = 0
+        for batch in opened.iter_batches(100, row_groups=[number], columns=small):
+            expanded += batch.nbytes
+            if expanded > _MAX_EXPANDED_BYTES:
+                raise ValueError(
+                    f"{file}: row group {number} has {group.total_byte_size} bytes and expands to more than "
+                    f"{_MAX_EXPANDED_BYTES}, which are allowed; write smaller row groups"
+                )
 
 
 def _read_csv(file: Path) -> datasets.Dataset:

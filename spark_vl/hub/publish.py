@@ -139,7 +139,10 @@ def prepare_judgments(folder: Path, *, run: Path | str, repo: str, token_from: s
     """
     check_repo_name(repo)
     run = run_of(Path(run))
-    shards = find_shards(run / JUDGMENTS)
+    try:
+        shards = find_shards(run / JUDGMENTS)
+    except ShardError as error:
+        raise ReleaseError(str(error)) from error
     if not shards:
         raise ReleaseError(f"{run / JUDGMENTS}: holds no judgments; a run writes them unless logging.judgments is off")
     known = {shard.path for shard in shards}

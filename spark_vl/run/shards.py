@@ -46,11 +46,17 @@ class Shard:
 
 
 def find_shards(folder: Path) -> list[Shard]:
-    """The shards of all configurations below `folder`, by configuration, split, rank, and step."""
+    """The shards of all configurations below `folder`, by configuration, split, rank, and step.
+
+    Raises:
+        ShardError: something that has the name of one is no file.
+    """
     found = []
     for config in CONFIGS:
         for path in (folder / config).glob("*.parquet"):
             if match := re.fullmatch(r"(train|test)-(\d{6,})-(\d{6,})-(\d+)\.parquet", path.name, re.ASCII):
+                if not path.is_file():  # a pipe would be waited for
+                    raise ShardError(f"{path}: is not a regular file")
                 found.append(Shard(path, config, match[1], int(match[2]), int(match[3]), int(match[4])))
     return sorted(found, key=lambda shard: (shard.config, shard.split, shard.rank, shard.first_step))
 
