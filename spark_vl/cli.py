@@ -38,12 +38,12 @@ from spark_vl.config import (
 from spark_vl.config_check import check_eval_config, check_train_config
 from spark_vl.config_cli import Parser, add_config_arguments, instantiate
 from spark_vl.data.problems import check, open_recipe
-from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
+from spark_vl.data.recipes import SPLITS, load_recipe, load_recipes, recipes, usage
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
 from spark_vl.prompts import Templater
 from spark_vl.records import KINDS, BadRecordError, PromptRecord, plain_text, visible
-from spark_vl.run.paths import CONFIG, model_folder
+from spark_vl.run.paths import CONFIG, MODEL, model_folder
 from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.run.trained import saved_limits
 from spark_vl.verifiers import VerifierPool
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     recipes_parser = Parser(description=RECIPES_HELP)
     recipes_parser.add_argument("name", nargs="?", help="name of a shipped recipe, or path of a recipe file")
-    recipes_parser.add_argument("--split", default="train", help="train, validation or test")
+    recipes_parser.add_argument("--split", help="train, validation or test; null: the first of these that there is")
     recipes_parser.add_argument("--show", type=int, default=3, help="how many rows to print")
     recipes_parser.add_argument(
         "--render",
@@ -262,6 +262,7 @@ def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
     from spark_vl.evaluation import evaluate_checkpoint
     from spark_vl.report import print_results
 
+    print(f"evaluates {config.model.path}")
     folder = Path(config.output)
     files = [folder / name for name in ("results.json", "samples.jsonl")]
     if (found := [str(file) for file in files if file.exists()]) and not overwrite:
@@ -317,6 +318,8 @@ def show(options: Namespace) -> None:
     if options.limit < 0:
         raise ConfigError(f"--limit: is {options.limit}; 0 and more are allowed")
     images = None if options.images is None else Path(options.images)
+    if not Path(options.run).is_dir():
+        raise ConfigError(f"run: there is no folder {options.run}")
     choice = {"step": options.step, "kind": options.kind, "wrong": options.wrong, "limit": options.limit}
     with blamed_on("run"):
         for text in show_groups(Path(options.run), images=images, **choice):
@@ -405,7 +408,7 @@ def estimate(model: str | None, config: TrainConfig, setup: Setup) -> bool:
     return print_estimate(shape, config, setup, Console())
 
 
-def show_recipes(name: str | None, split: str, show: int, render: TrainConfig | None = None) -> bool:
+def show_recipes(name: str | None, split: str | None, show: int, render: TrainConfig | None = None) -> bool:
     """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one. Returns whether all rows can be
     used.
 
@@ -419,7 +422,9 @@ def show_recipes(name: str | None, split: str, show: int, render: TrainConfig | 
         return True
     try:
         templater, rendered = (Templater.load(), None) if render is None else _renderer(render)
-        problems = open_recipe(load_recipe(name), split, templater)
+        recipe = load_recipe(name)
+        split = split or next(each for each in SPLITS if each in recipe.splits)
+        problems = open_recipe(recipe, split, templater)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     bad: list[BadRecordError] = []
@@ -440,7 +445,9 @@ def show_recipes(name: str | None, split: str, show: int, render: TrainConfig | 
             print(f"    and {more} more for the same reason")
     if problems.renamed:
         print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
-    print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {problems.recipe.license})")
+    others = [each for each in recipe.splits if each != split]
+    rest = f"; not checked: {', '.join(others)} (--split {others[0]})" if others else ""
+    print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license}){rest}")
     return not bad
 
 
@@ -501,7 +508,8 @@ def _shape_for_model(arguments: Sequence[str]) -> list[str]:
 
 def _evaluation_of_a_run(arguments: Sequence[str]) -> list[str]:
     """`eval --config FILE`, where FILE is the configuration of a training run, with those of its settings that an
-    evaluation has. They replace the name of the file: jsonargparse takes either."""
+    evaluation has, and the model that the run has trained. They replace the name of the file: jsonargparse takes
+    either."""
     arguments = [part for argument in arguments for part in re.split(r"(?<=^--config)=", argument, maxsplit=1)]
     if arguments[:1] != ["eval"]:
         return arguments
@@ -511,6 +519,8 @@ def _evaluation_of_a_run(arguments: Sequence[str]) -> list[str]:
         settings = yaml.safe_load(file.read_bytes()) if file.is_file() else None
         if isinstance(settings, dict) and "output_dir" in settings:
             kept = {name: value for name, value in settings.items() if name in own}
+            if (file.parent / MODEL).is_dir() and isinstance(kept.get("model"), dict):
+                kept["model"]["path"] = str(file.parent / MODEL)  # what the run has trained, not what it began with
             kept["max_prompt_tokens"] = settings.get("data", {}).get("max_prompt_tokens", EvalConfig.max_prompt_tokens)
             arguments[place] = dump_config(kept)
     return arguments

@@ -26,7 +26,7 @@ from spark_vl.run.sinks import Sink
 from spark_vl.verifiers.base import public_name
 
 _UNREAD_STEPS = 3
-"""Steps without one readable answer to a kind of prompt, after which it is said."""
+"""Steps without one readable answer to a kind of prompt, or without a gradient, after which it is said."""
 
 
 class Means:
@@ -199,6 +199,7 @@ class RunLog(Sink):
         # A pipe or a file gets plain lines instead.
         self._live = Live(Group(self._bar, self._rewards), console=self.console) if self.console.is_terminal else None
         self._pace = Pace()
+        self._still = 0  # steps in a row in which no group had a gradient
         self._unread: Counter[str] = Counter()  # kind → steps in a row without an answer that could be read
         if accelerator.is_main_process:
             for name in ("metrics", "evaluations"):
@@ -300,6 +301,7 @@ class RunLog(Sink):
         if not self._live:
             self.say(f"step {step}/{self._steps}  reward: {rewards}  {metrics['time/step']:.1f} s{bad}")
         self._warn_of_unread(step, metrics)
+        self._warn_of_standstill(metrics)
 
     def _warn_of_unread(self, step: int, metrics: Mapping[str, float]) -> None:
         for kind in KINDS:
@@ -311,6 +313,16 @@ class RunLog(Sink):
                         f"{_UNREAD_STEPS} steps, so nothing is learned from them; spark-vl show {self.folder} "
                         f"--step {step} --kind {kind} prints what they say"
                     )
+
+    def _warn_of_standstill(self, metrics: Mapping[str, float]) -> None:
+        shares = [metrics[f"{kind}/zero_variance"] for kind in KINDS if f"{kind}/zero_variance" in metrics]
+        self._still = self._still + 1 if shares and min(shares) == 1 else 0
+        if self._still == _UNREAD_STEPS:
+            self.say(
+                f"warning: for {_UNREAD_STEPS} steps all completions of each prompt had the same reward, so no group "
+                "has a gradient and nothing is learned: the problems are too hard or too easy for the model, or too "
+                "few completions are sampled (rollout.n, rollout.temperature)"
+            )
 
     # ── beside the steps ──
 

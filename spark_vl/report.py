@@ -23,6 +23,7 @@ LABELS = {
     "reasoning_greedy": "reasoning, greedy",
     "reasoning_sampled": "reasoning, sampled",
     "reasoning_unparsable": "  no answer found",
+    "reasoning_failed": "  the verifier failed",
     "test_time_reflection": "  + test-time reflection",
     "test_time_majority": "  + majority, same tokens",
     "pointwise_greedy": "pointwise judge, greedy",

@@ -813,3 +813,13 @@ def test_a_model_is_asked_in_the_words_it_was_trained_on_unless_others_are_asked
     (tmp_path / PROMPTS_FILE).write_text("{}")
     with pytest.raises(ConfigError, match=rf"^model\.path: .*{PROMPTS_FILE}: found"):
         suffix(PromptConfig())
+
+
+def test_a_verifier_that_fails_is_a_figure_where_one_does():
+    record = make_record("a", "?", gold="5")
+    groups = [
+        RolloutGroup(replace(record, id=name), (Rollout((), (), "", "stop"),), (Verdict(0.0, None, status),))
+        for name, status in (("a", "error"), ("b", "timeout"), ("c", "unparsable"), ("d", "ok"))
+    ]
+    assert score({"greedy": groups})["reasoning_failed"]["value"] == 0.5
+    assert "reasoning_failed" not in score({"greedy": groups[2:]})

@@ -261,6 +261,13 @@ def test_a_pipe_gets_a_line_of_progress_every_half_minute_without_another(open_l
     ]
 
 
+def test_a_run_that_learns_nothing_is_said_once(open_log, capsys):
+    log = open_log()
+    for step, shares in enumerate([(1.0, 1.0), (1.0, 0.9), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)], 1):
+        log.on_metrics(step, STEP | dict(zip(("problem/zero_variance", "pairwise/zero_variance"), shares, strict=True)))
+        assert ("nothing is learned: the problems" in capsys.readouterr().out) == (step == 5), step
+
+
 def test_a_kind_of_which_no_answer_can_be_read_is_named_once(open_log, tmp_path, capsys):
     log = open_log()
     shares = [1.0, 1.0, 0.5, 1.0, None, 1.0, 1.0, 1.0]  # null: a step without such prompts

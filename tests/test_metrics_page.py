@@ -49,4 +49,5 @@ def test_nothing_is_explained_that_is_not_written(finished_run):
     rare = {"KIND/TERM", "pairwise/accuracy_A", "pairwise/accuracy_B", "pairwise/balanced_accuracy"}
     rare |= {"pointwise/accuracy_correct", "pointwise/accuracy_incorrect", "pointwise/balanced_accuracy"}
     rare |= {"pointwise/both_right", "pointwise/difficulty_auc", "pointwise_own", "pointwise_own_pairs"}
+    rare |= {"reasoning_failed"}
     assert explained() - written - rare == set()

@@ -272,3 +272,11 @@ def test_a_checkpoint_that_was_moved_finds_the_recipes_verifier(recipe_of, tmp_p
     assert record_from_json(record_to_json(record), both).verifier == record.verifier
     with pytest.raises(ValueError, match="verifier: found "):
         record_from_json(record_to_json(replace(record, verifier="/third/check.py:near")), both)
+
+
+def test_an_error_in_it_names_its_line_but_no_folder(tmp_path):
+    """What it says is kept with the rollouts, which may be published."""
+    file = tmp_path / "mine.py"
+    file.write_text("def near(completion, record):\n    return 1 / len(record.choices)\n")
+    verdict = run_verifier(r"\boxed{5}", make_record("r", "?", verifier=f"{file}:near"))
+    assert verdict.detail == "ZeroDivisionError: division by zero (mine.py, line 2)"

@@ -45,8 +45,12 @@ def evaluate(run: Path, output: Path, *settings: str) -> tuple[dict, dict]:
     return json.loads((output / "results.json").read_text()), yaml.safe_load((output / "config.yaml").read_text())
 
 
-def test_an_evaluation_under_the_settings_of_a_run_gives_its_figures(finished_run, tmp_path):
-    results, asked = evaluate(finished_run, tmp_path / "out", f"--config={finished_run / 'config.yaml'}")
+def test_an_evaluation_under_the_settings_of_a_run_gives_its_figures(finished_run, tmp_path, capsys):
+    """Of the model that it has trained, which nobody has to name."""
+    cli.main(["eval", f"--config={finished_run / 'config.yaml'}", f"--output={tmp_path / 'out'}"])
+    assert f"evaluates {finished_run / 'model'}\n" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    asked = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert results == read_lines(finished_run / "evaluations.jsonl")[-1]["results"]
     run = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert asked["max_prompt_tokens"] == run["data"]["max_prompt_tokens"] != 8192

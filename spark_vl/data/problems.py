@@ -136,8 +136,17 @@ class ProblemSet:
                 record_id = f"{self.recipe.name}/{self.split}/{name}"
             return self._record(row, record_id)
         except ValueError as error:
-            place = f" ({self._rows.place(index)})" if isinstance(self._rows, PlacedRows) else ""
-            raise BadRecordError(record_id, f"{error}{place}") from error
+            raise self._placed(BadRecordError(record_id, str(error)), index) from error
+
+    def _placed(self, error: BadRecordError, index: int) -> BadRecordError:
+        """`error`, of row `index` of the source, with the place where a person finds that row."""
+        if not isinstance(self._rows, PlacedRows):
+            return error
+        return BadRecordError(error.record_id, f"{error.reason} ({self._rows.place(index)})")
+
+    def placed(self, error: BadRecordError, index: int) -> BadRecordError:
+        """`error`, of row `index` of those that the filter leaves, with the place where a person finds that row."""
+        return self._placed(error, self._chosen[index])
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -301,6 +310,7 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
     for start in range(0, len(problems), _ROWS_AT_ONCE):
         rows: list[PromptRecord | BadRecordError] = []
         sized: list[PromptRecord] = []
+        places: list[int] = []
         for index in range(start, min(start + _ROWS_AT_ONCE, len(problems))):
             try:
                 record = problems[index]
@@ -308,11 +318,13 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
                 image_sizes = tuple(ImageSize(size, size) for size in sizes)
                 sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
                 rows.append(record)
+                places.append(index)
             except ImageError as error:
-                rows.append(BadRecordError(record.id, str(error)))
+                rows.append(problems.placed(BadRecordError(record.id, str(error)), index))
             except BadRecordError as error:
                 rows.append(error)
-        faults = iter(check_golds(verifiers, sized))
+        found = zip(check_golds(verifiers, sized), places, strict=True)
+        faults = iter([fault and problems.placed(fault, index) for fault, index in found])
         for row in rows:
             yield row if isinstance(row, BadRecordError) else next(faults) or row
 

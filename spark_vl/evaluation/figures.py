@@ -52,6 +52,7 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     |---|---|
     | `reasoning_greedy`, `reasoning_sampled` | accuracy on problems |
     | `reasoning_unparsable` | share of problems in whose completion no answer is found (which is wrong, too) |
+    | `reasoning_failed` | share of problems whose verifier timed out or raised; left out where none did |
     | `pointwise_greedy`, `pointwise_sampled` | balanced accuracy: of each problem's gold and one wrong answer |
     | `pointwise_says_correct` | share of those verdicts that call the answer correct; .5 is right |
     | `pointwise_own` | balanced accuracy on the model's own sampled answers; left out if none is right, or none wrong |
@@ -96,6 +97,9 @@ def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate
     add("reasoning_greedy", _accuracy, "greedy", "problem")
     add("reasoning_sampled", _accuracy, "sampled", "problem")
     add("reasoning_unparsable", _unparsable, "greedy", "problem")
+    add("reasoning_failed", _failed, "greedy", "problem")
+    if "reasoning_failed" in results and results["reasoning_failed"]["value"] == 0:
+        del results["reasoning_failed"]
     add("pointwise_greedy", _accuracy, "greedy", "pointwise")
     add("pointwise_sampled", _accuracy, "sampled", "pointwise")
     add("pointwise_says_correct", _says_correct, "greedy", "pointwise")
@@ -140,6 +144,10 @@ def _both_orders(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
 
 def _accuracy(groups: Sequence[RolloutGroup]) -> float:
     return fmean(score for group in groups for score in group.scores)
+
+
+def _failed(groups: Sequence[RolloutGroup]) -> float:
+    return fmean(verdict.status in ("timeout", "error") for group in groups for verdict in group.verdicts)
 
 
 def _unparsable(groups: Sequence[RolloutGroup]) -> float:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from string import ascii_uppercase
 
 from spark_vl.answers import last_boxed
+from spark_vl.config import ConfigError
 from spark_vl.data.problems import ProblemSet
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
@@ -60,7 +61,9 @@ def draw_problems(
             else:
                 logger.warning("left out of the evaluation: %s", fault)
     if not usable:
-        raise ValueError(f"recipe {name}: none of its {drawn} rows can be evaluated on; the warnings say why")
+        raise ConfigError(
+            f"evaluation.recipes: {name}: none of its {drawn} rows can be evaluated on; the warnings say why"
+        )
     return usable, drawn
 
 

@@ -49,13 +49,18 @@ def model_folder(path: str) -> str:
     if not place.exists():
         if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path, re.ASCII) and not Path(place.parts[0]).exists():
             return path
-        raise ConfigError(f"model.path: there is no folder {path}; allowed: such a folder, or ORG/NAME of the Hub")
+        where = "" if place.is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(
+            f"model.path: there is no folder {path}{where}; allowed: such a folder, or ORG/NAME of the Hub"
+        )
     for folder in (place, place / MODEL):
         if (folder / "config.json").is_file():
             if not any(folder.glob("*.safetensors")):
                 raise ConfigError(f"model.path: {folder} has no weights (*.safetensors)")
             return str(folder)
-    raise ConfigError(f"model.path: {path} holds no model: there is no config.json in it or in its {MODEL}/")
+    latest = pointed(place / CHECKPOINTS, LATEST)
+    advice = f"; its latest checkpoint is {latest}" if latest else ""
+    raise ConfigError(f"model.path: {path} holds no model: there is no config.json in it or in its {MODEL}/{advice}")
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:

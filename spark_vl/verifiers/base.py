@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Protocol, SupportsFloat, cast
 
 from spark_vl.answers import last_boxed
-from spark_vl.records import PromptRecord, Status, Verdict, writable
+from spark_vl.records import BadRecordError, PromptRecord, Status, Verdict, writable
 
 
 class Verifier(Protocol):
@@ -128,13 +128,18 @@ def check_own_verifier(name: str) -> None:
         raise ValueError(f"verifier {name!r}: found {found}; it is called with (completion, record)") from error
 
 
-def _with_line(error: BaseException) -> str:
-    """What was raised, and in which line of which file outside of the kit."""
+def _with_line(error: BaseException, *, folder: bool = True) -> str:
+    """What was raised, and in which line of which file outside of the kit.
+
+    Args:
+        folder: whether that of the file is named; what is published names none.
+    """
     frames = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
     file, line = frames[-1].filename, frames[-1].lineno
     if isinstance(error, SyntaxError):
         file, line = error.filename or file, error.lineno
-    return f"{type(error).__name__}: {error}" + (f" ({file}, line {line})" if file != __file__ else "")
+    named = file if folder else Path(file).name
+    return f"{type(error).__name__}: {error}" + (f" ({named}, line {line})" if file != __file__ else "")
 
 
 def run_verifier(completion: str, record: PromptRecord) -> Verdict:
@@ -164,8 +169,12 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
         # A user's function may return a subclass of str, and what no file can hold.
         parsed = None if parsed is None else writable(parsed)
         return Verdict(float(score), parsed, cast(Status, writable(status)), writable(detail[:500]), verdict.shaping)
+    except BadRecordError as error:
+        return Verdict(0.0, None, "error", writable(error.reason[:500]))
     except Exception as error:
-        return Verdict(0.0, None, "error", writable(f"{type(error).__name__}: {error}"[:500]))
+        # Of one's own, a person wants to know the line.
+        said = f"{type(error).__name__}: {error}" if record.verifier in VERIFIERS else _with_line(error, folder=False)
+        return Verdict(0.0, None, "error", writable(said[:500]))
 
 
 def check_settings(verifier: str, settings: Mapping[str, Any]) -> None:
