@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from qwen_vl_utils import vision_process
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from spark_vl.data.images import ImageError, encode_image, load_image
 from spark_vl.data.problems import ProblemSet, check
@@ -78,6 +80,13 @@ def problems(tmp_path: Path):
     return make
 
 
+def _is_cut_differently(size: tuple[int, int]) -> bool:
+    """By the rules of Qwen's own package and of the Hugging Face processor, at the limits of the tests' processor."""
+    width, height = size
+    limits = {"factor": 28, "min_pixels": 28 * 28, "max_pixels": 224 * 224}
+    return vision_process.smart_resize(height, width, **limits) != smart_resize(height, width, **limits)
+
+
 def test_a_bad_image_is_a_bad_record_and_nothing_else(
     specimen: Specimen, problems, processor, tmp_path: Path, pool
 ) -> None:
@@ -85,8 +94,10 @@ def test_a_bad_image_is_a_bad_record_and_nothing_else(
     (tmp_path / "picture.png").write_bytes(specimen.data)
     rows = problems([specimen.data, "picture.png"])
     for row in range(len(rows)):
-        if specimen.refused:
-            with pytest.raises(BadRecordError, match=specimen.refused):
+        # Very small ones are read, and then refused where two libraries would cut them differently.
+        refused = specimen.refused or ("is resized differently" if _is_cut_differently(specimen.size) else None)
+        if refused:
+            with pytest.raises(BadRecordError, match=refused):
                 processor.process(rows[row])
         else:
             prompt = processor.process(rows[row])
