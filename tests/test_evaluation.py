@@ -315,7 +315,7 @@ def test_bad_rows_are_replaced_counted_and_named(make_evaluator, processor, veri
     for reason in ("rows/test/5: 'q' is empty", "rows/test/6: the number verifier"):
         assert reason in caplog.text
 
-    with pytest.raises(ValueError, match="recipe bad/test: none of its 2 rows"):
+    with pytest.raises(ConfigError, match=r"^evaluation\.recipes: bad/test: none of its 2 rows"):
         make_evaluator({"bad": rows[5:7]})(Scripted(oracle), processor, verifiers)
 
 

@@ -138,8 +138,8 @@ def test_a_bad_gold_is_an_error_of_its_own_item(pool: VerifierPool) -> None:
         [(r"\boxed{5}", record("math", "5?")), (r"\boxed{5}", record("math")), (r"\boxed{5}", record("number", "many"))]
     )
     assert (bad.status, good.score, inline.status) == ("error", 1.0, "error")
-    assert "gold" in bad.detail
-    assert "gold" in inline.detail
+    assert "toy/7" in bad.detail
+    assert "toy/7" in inline.detail
 
 
 def test_workers_get_neither_pixels_nor_the_parents_modules() -> None:

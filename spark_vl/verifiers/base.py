@@ -169,11 +169,10 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
         # A user's function may return a subclass of str, and what no file can hold.
         parsed = None if parsed is None else writable(parsed)
         return Verdict(float(score), parsed, cast(Status, writable(status)), writable(detail[:500]), verdict.shaping)
-    except BadRecordError as error:
-        return Verdict(0.0, None, "error", writable(error.reason[:500]))
     except Exception as error:
-        # Of one's own, a person wants to know the line.
-        said = f"{type(error).__name__}: {error}" if record.verifier in VERIFIERS else _with_line(error, folder=False)
+        said = f"{type(error).__name__}: {error}"
+        if record.verifier not in VERIFIERS and not isinstance(error, BadRecordError):
+            said = _with_line(error, folder=False)  # of one's own, a person wants to know the line
         return Verdict(0.0, None, "error", writable(said[:500]))
 
 

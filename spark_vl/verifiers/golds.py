@@ -35,7 +35,6 @@ def gold_fault(record: PromptRecord, verdict: Verdict) -> BadRecordError | None:
     reason = (
         f"the {public_name(record.verifier)} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
     )
-    why = verdict.detail or (
-        "no answer is found in it" if verdict.parsed is None else f"it reads {verdict.parsed!r:.80}"
-    )
+    detail = verdict.detail.removeprefix(f"{BadRecordError.__name__}: {record.id}: ")  # as `run_verifier` writes it
+    why = detail or ("no answer is found in it" if verdict.parsed is None else f"it reads {verdict.parsed!r:.80}")
     return BadRecordError(record.id, f"{reason} ({verdict.status}: {why})")
