@@ -97,7 +97,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
         groups = json.loads(saved.metadata()["param_groups"])
         for key in saved.keys():  # noqa: SIM118 - it is not a mapping
             parameter, _, name = key.partition(".")
-            state.setdefault(int(parameter), {})[name] = saved.get_tensor(key)
+            # Without a copy it would be the file in memory, which kept a checkpoint's disk space after it is deleted.
+            state.setdefault(int(parameter), {})[name] = saved.get_tensor(key).clone()
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
