@@ -250,9 +250,9 @@ def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
     """`spark-vl eval`: evaluate a checkpoint; write `results.json`, `samples.jsonl` and the prompts that were used.
 
     Args:
+        config: checked (`_check_evaluation`).
         overwrite: whether earlier results in the folder are replaced.
     """
-    _check_evaluation(config)
     config.model.path = model_folder(config.model.path)
     if config.prompts != PromptConfig():
         _warn_without_box(config.prompts)
@@ -516,12 +516,16 @@ def _evaluation_of_a_run(arguments: Sequence[str]) -> list[str]:
     own = {field.name for field in fields(EvalConfig)}
     for place in (i + 1 for i, argument in enumerate(arguments[:-1]) if argument == "--config"):
         file = Path(arguments[place])
-        settings = yaml.safe_load(file.read_bytes()) if file.is_file() else None
+        try:
+            settings = yaml.safe_load(file.read_bytes()) if file.is_file() else None
+        except yaml.YAMLError:  # which the parser says
+            continue
         if isinstance(settings, dict) and "output_dir" in settings:
             kept = {name: value for name, value in settings.items() if name in own}
             if (file.parent / MODEL).is_dir() and isinstance(kept.get("model"), dict):
                 kept["model"]["path"] = str(file.parent / MODEL)  # what the run has trained, not what it began with
-            kept["max_prompt_tokens"] = settings.get("data", {}).get("max_prompt_tokens", EvalConfig.max_prompt_tokens)
+            if isinstance(data := settings.get("data"), dict) and "max_prompt_tokens" in data:
+                kept["max_prompt_tokens"] = data["max_prompt_tokens"]
             arguments[place] = dump_config(kept)
     return arguments
 

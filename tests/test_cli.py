@@ -13,11 +13,11 @@ from transformers import AutoProcessor
 
 from spark_vl import __version__
 from spark_vl.config import PromptConfig
-from spark_vl.data.images import load_image
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipe, recipes, usage
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.prompts import Templater
+from tests.test_processor import hugging_face, hugging_face_chat
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "sympy"}
 GOOD = ("train", "--data.recipes=[digits]")
@@ -107,6 +107,8 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
         ((*GOOD, "--model.path=mine.yaml"), "model.path: mine.yaml is a file; allowed: a Hub id, or the folder of"),
         ((*GOOD, "--model.path=runs"), "model.path: there is no folder runs in /"),
         ((*GOOD, "--model.path=./org/name"), "model.path: there is no folder ./org/name"),
+        ((*EVAL, "--config=no_yaml.yaml"), "Problems parsing config"),
+        ((*EVAL, "--config=nulls.yaml"), "model: is None; allowed is a mapping of settings"),
         ((*EVAL, "--model.path=/"), "model.path: / holds no model: there is no config.json in it or in its model/"),
         (("recipes", "digit"), "no recipe 'digit'; allowed: digits"),
         (("recipes", "digits", "--split=dev"), "recipe digits: splits: found 'dev'; allowed: train, validation, test"),
@@ -119,6 +121,8 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
 def test_a_mistake_is_named_before_anything_is_loaded_or_written(tmp_path, arguments, message):
     files = {
         "broken.yaml": "rollout: [8]",
+        "no_yaml.yaml": "rollout: [",
+        "nulls.yaml": "{output_dir: x, data: , model: }",
         "mine.yaml": "name: mine",
         "no_rows.yaml": "{name: no_rows, description: none, license: none, source: {jsonl: .}, verifier: number, "
         "splits: {train: train.jsonl, test: empty.jsonl}, columns: {question: q, answer: a}}",
@@ -246,19 +250,8 @@ def test_rows_are_rendered_as_the_model_gets_them(tmp_path, system):
 
     with_images = AutoProcessor.from_pretrained(model)
     problem = open_recipe(load_recipe("digits"), "test", Templater.from_config(PromptConfig(system=system)))[0]
-    chat = [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                for part in message.content
-            ],
-        }
-        for message in problem.messages
-    ]
-    text = with_images.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    inputs = with_images(text=[text], images=[load_image(ref) for ref in problem.images], return_tensors="pt")
-    ids = inputs["input_ids"][0].tolist()
+    text = hugging_face_chat(with_images, problem)
+    ids = hugging_face(with_images, problem)["input_ids"][0].tolist()
     images = ids.count(with_images.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     assert "\n".join(shown) == text.replace("<|image_pad|>", f"<|image_pad|>×{images}")
     assert shown[0] == "<|im_start|>system"

@@ -40,8 +40,8 @@ def make_processor(tiny, **limits) -> QwenVLProcessor:
     return QwenVLProcessor(hf, model.config, model.generation_config, **limits)
 
 
-def hugging_face(hf, record: PromptRecord) -> dict[str, torch.Tensor]:
-    """What the Hugging Face processor makes of `record`."""
+def hugging_face_chat(hf, record: PromptRecord) -> str:
+    """The text that the chat template makes of `record`."""
     chat = [
         {
             "role": message.role,
@@ -52,9 +52,13 @@ def hugging_face(hf, record: PromptRecord) -> dict[str, torch.Tensor]:
         }
         for message in record.messages
     ]
-    text = hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def hugging_face(hf, record: PromptRecord) -> dict[str, torch.Tensor]:
+    """What the Hugging Face processor makes of `record`."""
     images = [load_image(image) for image in record.images]
-    return hf(text=[text], images=images or None, return_tensors="pt")
+    return hf(text=[hugging_face_chat(hf, record)], images=images or None, return_tensors="pt")
 
 
 def with_messages(*messages: Message) -> PromptRecord:
