@@ -7,7 +7,7 @@ shown is the text that was scored. Every function here runs in time linear in th
 from spark_vl.answers.boxed import compact, last_boxed, normalized, plain
 from spark_vl.answers.choices import match_choice, match_choices, match_label
 from spark_vl.answers.quantities import TOLERANCE, Quantity, agrees, parse_count, parse_quantity, same_unit
-from spark_vl.answers.sequences import Interval, last_json_object, parse_intervals, parse_items, parse_json
+from spark_vl.answers.sequences import Interval, distinct, last_json_object, parse_intervals, parse_items, parse_json
 
 __all__ = [
     "TOLERANCE",
@@ -15,6 +15,7 @@ __all__ = [
     "Quantity",
     "agrees",
     "compact",
+    "distinct",
     "last_boxed",
     "last_json_object",
     "match_choice",

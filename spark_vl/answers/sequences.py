@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from spark_vl.answers.boxed import MATH_MARKS, MAX_CHARS, SIZES, last_boxed, one_line, plain, unmarked, unstyled
 from spark_vl.answers.quantities import Quantity, parse_quantity
+
+T = TypeVar("T")
 
 # ── items ──
 
@@ -195,3 +198,12 @@ def last_json_object(reply: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def distinct(items: Iterable[T], same: Callable[[T, T], bool]) -> list[T]:
+    """`items` without those that are the same as an earlier one."""
+    found: list[T] = []
+    for item in items:
+        if not any(same(item, other) for other in found):
+            found.append(item)
+    return found

@@ -123,30 +123,26 @@ class ProblemSet:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} of {self.recipe.name}/{self.split}")
-        index = self._chosen[index]
-        record_id = f"{self.recipe.name}/{self.split}/#{index}"
+        number = self._chosen[index]
+        record_id = f"{self.recipe.name}/{self.split}/#{number}"
         try:
-            row = self._rows[index]
+            row = self._rows[number]
             if not isinstance(row, Mapping):
                 raise ValueError(f"the row is {type_name(row)}; a mapping of columns is allowed")
             self._limits.check(row, self._image_column)
             if self.recipe.columns.id is not None:
                 column = self.recipe.columns.id
-                name = self.renamed.get(index) or _name(row.get(column), column, index, self._longest_id)
+                name = self.renamed.get(number) or _name(row.get(column), column, number, self._longest_id)
                 record_id = f"{self.recipe.name}/{self.split}/{name}"
             return self._record(row, record_id)
         except ValueError as error:
-            raise self._placed(BadRecordError(record_id, str(error)), index) from error
-
-    def _placed(self, error: BadRecordError, index: int) -> BadRecordError:
-        """`error`, of row `index` of the source, with the place where a person finds that row."""
-        if not isinstance(self._rows, PlacedRows):
-            return error
-        return BadRecordError(error.record_id, f"{error.reason} ({self._rows.place(index)})")
+            raise self.placed(BadRecordError(record_id, str(error)), index) from error
 
     def placed(self, error: BadRecordError, index: int) -> BadRecordError:
-        """`error`, of row `index` of those that the filter leaves, with the place where a person finds that row."""
-        return self._placed(error, self._chosen[index])
+        """`error`, of row `index` as `__getitem__` counts, with the place where a person finds that row."""
+        if not isinstance(self._rows, PlacedRows):
+            return error
+        return BadRecordError(error.record_id, f"{error.reason} ({self._rows.place(self._chosen[index])})")
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

@@ -139,24 +139,23 @@ def prepare_judgments(folder: Path, *, run: Path | str, repo: str, token_from: s
     """
     check_repo_name(repo)
     run = run_of(Path(run))
-    try:
-        shards = find_shards(run / JUDGMENTS)
-    except ShardError as error:
-        raise ReleaseError(str(error)) from error
-    if not shards:
-        raise ReleaseError(f"{run / JUDGMENTS}: holds no judgments; a run writes them unless logging.judgments is off")
-    known = {shard.path for shard in shards}
-    if foreign := sorted(path for path in (run / JUDGMENTS).rglob("*.parquet") if path not in known):
-        raise ReleaseError(f"{foreign[0]}: is not a file that a run writes (CONFIG/SPLIT-FIRST-LAST-RANK.parquet)")
-    for shard in shards:
-        if shard.path.resolve() != shard.path:
-            raise ReleaseError(f"{shard.path}: lies behind a symbolic link; only regular files are uploaded")
     secrets = _secrets(run, token_from)
     rows: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
     proven: set[bytes] = set()
     digests: dict[str, str] = {}
     try:
+        shards = find_shards(run / JUDGMENTS)
+        if not shards:
+            raise ReleaseError(
+                f"{run / JUDGMENTS}: holds no judgments; a run writes them unless logging.judgments is off"
+            )
+        known = {shard.path for shard in shards}
+        if foreign := sorted(path for path in (run / JUDGMENTS).rglob("*.parquet") if path not in known):
+            raise ReleaseError(f"{foreign[0]}: is not a file that a run writes (CONFIG/SPLIT-FIRST-LAST-RANK.parquet)")
+        for shard in shards:
+            if shard.path.resolve() != shard.path:
+                raise ReleaseError(f"{shard.path}: lies behind a symbolic link; only regular files are uploaded")
         for shard in shards:
             digests[f"{shard.config}/{shard.path.name}"] = digest_of(shard.path)
             rows[shard.config, shard.split] += check_shard(shard.path, proven, lambda row: _fault(row, secrets))

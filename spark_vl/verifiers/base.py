@@ -176,6 +176,13 @@ def run_verifier(completion: str, record: PromptRecord) -> Verdict:
         return Verdict(0.0, None, "error", writable(said[:500]))
 
 
+def bad_record_of(verdict: Verdict, record: PromptRecord) -> str | None:
+    """Why the verifier cannot use the record itself, such as its gold; None: it can, or it failed otherwise."""
+    start = f"{BadRecordError.__name__}: {record.id}: "  # as `run_verifier` writes it
+    is_bad = verdict.status == "error" and verdict.detail.startswith(start)
+    return verdict.detail.removeprefix(start) if is_bad else None
+
+
 def check_settings(verifier: str, settings: Mapping[str, Any]) -> None:
     """Compares `settings` with those of the verifier: the mapping `SETTINGS` of its module, name → default.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
-from spark_vl.verifiers.base import boxed_gold, public_name
+from spark_vl.verifiers.base import bad_record_of, boxed_gold, public_name
 from spark_vl.verifiers.pool import VerifierPool
 
 
@@ -35,6 +35,6 @@ def gold_fault(record: PromptRecord, verdict: Verdict) -> BadRecordError | None:
     reason = (
         f"the {public_name(record.verifier)} verifier gives its own gold {record.gold!r:.200} {verdict.score:g} of 1"
     )
-    detail = verdict.detail.removeprefix(f"{BadRecordError.__name__}: {record.id}: ")  # as `run_verifier` writes it
-    why = detail or ("no answer is found in it" if verdict.parsed is None else f"it reads {verdict.parsed!r:.80}")
+    why = bad_record_of(verdict, record) or verdict.detail
+    why = why or ("no answer is found in it" if verdict.parsed is None else f"it reads {verdict.parsed!r:.80}")
     return BadRecordError(record.id, f"{reason} ({verdict.status}: {why})")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from spark_vl.answers import last_boxed, same_unit
+from spark_vl.answers import distinct, last_boxed, same_unit
 from spark_vl.answers.latex import spelled
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 from spark_vl.verifiers.equality import equal, number, proportional
@@ -104,10 +104,11 @@ def same(answer: Answer, gold: Answer) -> bool:
             Group("set", (Value() as only,)),
         ):
             return same(only, value)
-        case (Group("ratio", (Value() as a, Value() as b)), Value() as value):
-            return _same_quotient(a, b, value)
-        case (Value() as value, Group("ratio", (Value() as a, Value() as b))):
-            return _same_quotient(a, b, value)
+        case (Group("ratio", (Value() as a, Value() as b)), Value() as value) | (
+            Value() as value,
+            Group("ratio", (Value() as a, Value() as b)),
+        ):
+            return equal(_quotient(a.expression, b.expression), value.expression)
     if is_set(answer) or is_set(gold):
         sets = as_set(answer), as_set(gold)
         return None not in sets and sets[0] == sets[1] and len(variables(answer) | variables(gold)) <= 1
@@ -157,11 +158,11 @@ def _same_value(answer: Value, gold: Value) -> bool:
     if answer.percent is gold.percent:
         return False
     percent, other = (answer, gold) if answer.percent else (gold, answer)
-    return equal(read_expression(rf"\frac{{{percent.expression.text}}}{{100}}"), other.expression)
+    return equal(_quotient(percent.expression, read_expression("100")), other.expression)
 
 
-def _same_quotient(a: Value, b: Value, value: Value) -> bool:
-    return equal(read_expression(rf"\frac{{{a.expression.text}}}{{{b.expression.text}}}"), value.expression)
+def _quotient(a: Expression, b: Expression) -> Expression:
+    return read_expression(rf"\frac{{{a.text}}}{{{b.text}}}")
 
 
 # ── relations ──
@@ -287,7 +288,7 @@ def _same_group(answer: Group, gold: Group) -> bool:
         return other.kind in ("point", "list", "sequence") and _ordered(values, other.members)
     kinds = {answer.kind, gold.kind}
     if kinds <= {"list", "or", "set"}:
-        one, two = ([*_distinct(side.members)] if "set" in kinds else [*side.members] for side in (answer, gold))
+        one, two = (distinct(side.members, same) if "set" in kinds else side.members for side in (answer, gold))
         return _unordered(one, two)
     if answer.kind == "ratio" == gold.kind:
         return _same_ratio(answer.members, gold.members)
@@ -327,14 +328,6 @@ def _unordered(answer: Sequence[Answer], gold: Sequence[Answer]) -> bool:
     return True
 
 
-def _distinct(members: Sequence[Answer]) -> list[Answer]:
-    found: list[Answer] = []
-    for member in members:
-        if not any(same(member, other) for other in found):
-            found.append(member)
-    return found
-
-
 def _same_ratio(terms: Sequence[Answer], gold: Sequence[Answer]) -> bool:
     """Whether they are equal up to one factor; nothing is in proportion to zeros."""
     pairs = [
@@ -346,8 +339,4 @@ def _same_ratio(terms: Sequence[Answer], gold: Sequence[Answer]) -> bool:
     unit = next((pair for pair in pairs if not equal(pair[1], zero)), None)
     if len(terms) != len(gold) or unit is None or equal(unit[0], zero):
         return False
-
-    def quotient(one: Expression, other: Expression) -> Expression:
-        return read_expression(rf"\frac{{{one.text}}}{{{other.text}}}")
-
-    return all(equal(quotient(a, unit[0]), quotient(b, unit[1])) for a, b in pairs)
+    return all(equal(_quotient(a, unit[0]), _quotient(b, unit[1])) for a, b in pairs)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from spark_vl.answers import distinct
 from spark_vl.records import PromptRecord, Verdict
 from spark_vl.verifiers.base import settings_of
 from spark_vl.verifiers.detection import matching_size
-from spark_vl.verifiers.list import Item, read_items, same_item
+from spark_vl.verifiers.list import read_items, same_item
 
 SETTINGS: dict[str, Any] = {"partial": ("none", "f1")}
 
@@ -25,17 +26,9 @@ def verify_set(completion: str, record: PromptRecord) -> Verdict:
     gold, answer, boxed = read_items(completion, record)
     if answer is None:
         return Verdict(0.0, None, "unparsable", "no box" if boxed is None else "the last box is not a list")
-    gold, answer = _distinct(gold), _distinct(answer)
+    gold, answer = distinct(gold, same_item), distinct(answer, same_item)
     found = matching_size([[j for j, item in enumerate(answer) if same_item(item, wanted)] for wanted in gold])
     if found == len(gold) == len(answer):
         return Verdict(1.0, boxed)
     f1 = 2 * found / (len(gold) + len(answer))
     return Verdict(min(f1, 1.0) if settings_of(record)["partial"] == "f1" else 0.0, boxed)
-
-
-def _distinct(items: list[Item]) -> list[Item]:
-    distinct: list[Item] = []
-    for item in items:
-        if not any(same_item(item, other) for other in distinct):
-            distinct.append(item)
-    return distinct

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_vl.records import BadRecordError, ImageSize, PromptRecord, Verdict
-from spark_vl.verifiers.base import absolute_name, check_settings
+from spark_vl.verifiers.base import absolute_name, bad_record_of, check_settings
 from spark_vl.verifiers.pool import VerifierPool
 
 
@@ -56,9 +56,8 @@ def verify(
         verifier, gold, choices=choices, image_size=image_size, processed_size=processed_size, settings=settings
     )
     (verdict,) = _pool(timeout_s).verify([(completion, record)])
-    bad_record = f"{BadRecordError.__name__}: {record.id}: "  # as `run_verifier` writes it
-    if verdict.status == "error" and verdict.detail.startswith(bad_record):
-        raise BadRecordError(record.id, verdict.detail.removeprefix(bad_record))
+    if (reason := bad_record_of(verdict, record)) is not None:
+        raise BadRecordError(record.id, reason)
     return verdict
 
 
