@@ -18,7 +18,7 @@ from hypothesis import settings
 from PIL import Image
 
 from spark_vl.demo.tiny import random_tiny
-from spark_vl.families.qwen2_5_vl import QwenVLProcessor
+from spark_vl.families.qwen2_5_vl import Qwen2_5VLProcessor
 from spark_vl.policy.policy import Policy
 from spark_vl.records import ImageRef, Message, Origin, PromptRecord, RecycledRecord
 from spark_vl.verifiers import VerifierPool
@@ -63,9 +63,9 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def processor(tiny) -> QwenVLProcessor:
+def processor(tiny) -> Qwen2_5VLProcessor:
     model, hf_processor = tiny
-    return QwenVLProcessor(
+    return Qwen2_5VLProcessor(
         hf_processor,
         model.config,
         model.generation_config,

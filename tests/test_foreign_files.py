@@ -437,7 +437,7 @@ def test_a_models_folder_runs_no_code(model, own_code, part):
         ("{{ cycler.__init__.__globals__.os.popen('touch MARKER').read() }}", "fails with"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails with RecursionError"),
         ("hello", "shows a question 0 times"),
-        ("{{ messages[0].content[1].text }}", r"the <\|image_pad\|> of its image 0 times"),
+        ("{{ messages[0].content[1].text }}", r"and the <\|image_pad\|> of its image 0 times"),
         ("{% for i in 'ab' %}<|image_pad|>{{ messages[0].content[1].text }}{% endfor %}", "shows a question 2 times"),
         (None, "fails with ValueError: .*chat template"),
     ],

@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.data.images import load_image
-from spark_vl.families.qwen2_5_vl import QwenVLProcessor
+from spark_vl.families.qwen2_5_vl import Qwen2_5VLProcessor
 from spark_vl.families.registry import find_family
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, Message, PromptRecord
@@ -34,10 +34,10 @@ def smooth_image(width: int, height: int) -> ImageRef:
     return ImageRef(data=buffer.getvalue())
 
 
-def make_processor(tiny, **limits) -> QwenVLProcessor:
+def make_processor(tiny, **limits) -> Qwen2_5VLProcessor:
     model, hf = tiny
     limits = {"min_pixels": 28 * 28, "max_pixels": 224 * 224, "max_prompt_tokens": 4096} | limits
-    return QwenVLProcessor(hf, model.config, model.generation_config, **limits)
+    return Qwen2_5VLProcessor(hf, model.config, model.generation_config, **limits)
 
 
 def hugging_face_chat(hf, record: PromptRecord) -> str:

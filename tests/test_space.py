@@ -22,7 +22,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from spark_vl.config import ModelConfig
 from spark_vl.demo import digits
-from spark_vl.families.qwen2_5_vl import VISION_TOKENS
+from spark_vl.families.qwen_vl import VISION_TOKENS
 from spark_vl.families.registry import find_family
 from spark_vl.hub.space import MODULES, stage_space
 from spark_vl.policy.policy import Policy
