@@ -58,7 +58,8 @@ def show_groups(
         shown += 1
         text = _group_text(shard, row, recycled.get(_record_id(row), ()))
         if images is not None:
-            text += "".join(f"\nimage: {_write_image(images, image['bytes'])}" for image in row["images"])
+            stored = ((image or {}).get("bytes") for image in row["images"])
+            text += "".join(f"\nimage: {_write_image(images, data) if data else 'missing'}" for data in stored)
         yield visible(text)
     if not seen:
         raise ValueError(f"{run}: holds no {groups} of step {step}; it holds steps {first} to {last}")

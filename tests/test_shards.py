@@ -21,6 +21,7 @@ from spark_vl.data.judgments import CONFIGS, features, split_of
 from spark_vl.records import BadRecordError, ImageRef
 from spark_vl.run import shards
 from spark_vl.run.shards import RowWriter, Shard, ShardError, check_shard, find_shards, read_shard
+from spark_vl.show import show_groups
 from tests.groups import a_run, contents, make_writer, picture, problem, recycled, sampled, write
 from tests.test_images import chunk, location
 
@@ -340,6 +341,65 @@ def test_a_row_that_holds_more_than_pixels_is_named(cells: list[Any], reason: st
     with pytest.raises(ValueError, match=r"train-000001-000001-0\.parquet: row 'r/train/b@1': an image") as caught:
         check_shard(path)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        *(({name: None}, f"{name}: is null") for name in ("id", "messages", "reward", "completion", "step")),
+        ({"status": [None, "ok"]}, r"status\[\]: is null"),
+        ({"messages": [None]}, r"messages\[\]: is null"),
+        ({"messages": [{"role": None, "content": []}]}, r"messages\[\]\.role: is null"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[\]\.content: is null"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "messages.*allowed: a text or an image",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "x", "text": "x"}]}]},
+            "messages.*allowed: a text or an image",
+        ),
+        (
+            {"reward": [1.0]},
+            "a row has more of some than of others of completion, finish_reason, parsed, reward, status",
+        ),
+        ({"completion": []}, "a row has more of some"),
+    ],
+)
+def test_cells_that_no_run_leaves_empty_are_named(cells, reason, tmp_path: Path):
+    path = rewritten(tmp_path, lambda row: row.update(cells))
+    with pytest.raises(ShardError, match=rf"train-000001-000001-0\.parquet: {reason}"):
+        check_shard(path)
+    with pytest.raises(ShardError, match=reason):
+        list(show_groups(tmp_path))
+
+
+def test_images_are_a_list(tmp_path: Path):
+    path = rewritten(tmp_path / "run", lambda row: row.update(images=None))
+    for read in (lambda: check_shard(path), lambda: list(show_groups(tmp_path / "run", images=tmp_path / "images"))):
+        with pytest.raises(ShardError, match="images: is null"):
+            read()
+
+
+@pytest.mark.parametrize("cells", [[None], [{"bytes": None, "path": None}], [{"bytes": b"", "path": None}]])
+def test_an_image_that_is_missing_is_shown_to_be(cells, tmp_path: Path):
+    rewritten(tmp_path / "run", with_images(*cells))
+    assert "image: missing" in list(show_groups(tmp_path / "run", images=tmp_path / "images"))[1]
+
+
+def test_a_shard_that_would_fill_the_memory_is_refused_before_it_does(tmp_path: Path):
+    """A file of some kilobytes, which stores one text for all rows."""
+    path = rewritten(tmp_path, lambda row: None)
+    with pq.ParquetFile(path) as file:
+        table = file.read()
+    question = pa.array(["q" * 2**20] * 600, pa.string())
+    columns = [question if name == "question" else table[name].take([0] * 600) for name in table.column_names]
+    pq.write_table(pa.Table.from_arrays([*columns], schema=table.schema), path, compression="zstd")
+    assert path.stat().st_size < 2**20
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ShardError, match=r"row group 0 has .* expands to more than 536870912, which are allowed"):
+        check_shard(path)
+    assert pa.total_allocated_bytes() - before < 2**20
 
 
 def test_what_a_run_writes_passes(tmp_path: Path):

@@ -324,10 +324,15 @@ def _check_parquet(file: Path, limits: RowLimits) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: is not a parquet file: {error}") from error
     with opened:
-        _check_row_groups(file, opened, limits)
+        check_row_groups(file, opened, limits)
 
 
-def _check_row_groups(file: Path, opened: pq.ParquetFile, limits: RowLimits) -> None:
+def check_row_groups(file: Path, opened: pq.ParquetFile, limits: RowLimits) -> None:
+    """See `_check_parquet`.
+
+    Raises:
+        ValueError: names the file, and which limit.
+    """
     metadata = opened.metadata
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spark_vl.data.images import ImageError, check_encoded, encode_image
-from spark_vl.data.judgments import CONFIGS, Config, config_of, features, row_of, split_of
+from spark_vl.data.judgments import CONFIGS, Config, completions_column, config_of, features, row_of, split_of
+from spark_vl.data.sources import RowLimits, check_row_groups
 from spark_vl.records import ImageRef, RolloutGroup
 from spark_vl.run.files import unfinished_name, written_whole
 
@@ -31,6 +32,20 @@ ROW_GROUP_BYTES = 32 * 2**20
 at most 100 MB."""
 
 _ROWS_AT_ONCE = 16
+
+_LIMITS = RowLimits(bytes=2**29, chars=2**24)
+"""The most that a row of a shard may hold: far more than a run's own do, and what a machine has room for."""
+
+_OF_COMPLETIONS = frozenset({"reward", "parsed", "status", "finish_reason"})
+"""Columns with one item for each completion, as the completions' own."""
+
+_MAY_BE_NULL = frozenset(
+    {
+        *("model_revision", "answer", "answer_a", "answer_b", "parsed[]", "messages[].content[].text"),
+        *("images[]", "images[].bytes", "images[].path"),  # these are looked at one by one, see `check_shard`
+    }
+)
+"""Paths of cells that `row_of` can leave empty."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,8 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> Iterator[dic
     """The rows of a shard, a few at a time in memory. Images are mappings of bytes and path, as they are stored.
 
     Raises:
-        ShardError: it is not a parquet file, or its columns are not those of its configuration. Names the shard.
+        ShardError: it is not a parquet file, its columns are not those of its configuration, a cell is empty that may
+            not be, or it is much larger in memory than a run's own. Names the shard.
     """
     config = path.parent.name
     if config not in CONFIGS:
@@ -169,7 +185,9 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> Iterator[dic
         # By default a whole row group would be held in memory.
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             _check_schema(path, file.schema_arrow, config)
+            check_row_groups(path, file, _LIMITS)
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                _check_cells(path, batch, config)
                 yield from batch.to_pylist()
     except ShardError:
         raise
@@ -229,6 +247,32 @@ def _check_schema(path: Path, found: pa.Schema, config: Config) -> None:
         raise ShardError(f"{path}: column {extra[0]!r}: is not allowed")
     if type(features(config)).from_arrow_schema(found) != features(config):
         raise ShardError(f"{path}: its metadata lacks the features of {config!r}, so images would not be decoded")
+
+
+def _check_cells(path: Path, rows: pa.RecordBatch, config: Config) -> None:
+    """Check that cells are filled, and that each text of a message is one."""
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        if (empty := next(_empty_cells(name, column), None)) is not None:
+            raise ShardError(f"{path}: {empty}: is null, which is not allowed there")
+        if name == "messages":
+            for part in column.flatten().field("content").flatten().to_pylist():
+                if part["type"] not in ("text", "image") or (part["text"] is None) is (part["type"] == "text"):
+                    raise ShardError(f"{path}: messages[].content[]: found {part!r:.80}; allowed: a text or an image")
+    names = _OF_COMPLETIONS | {completions_column(config)}
+    of_completions = [rows[name] for name in rows.schema.names if name in names]
+    if any(not column.value_lengths().equals(of_completions[0].value_lengths()) for column in of_completions[1:]):
+        raise ShardError(f"{path}: a row has more of some than of others of {', '.join(sorted(names))}")
+
+
+def _empty_cells(name: str, cells: pa.Array) -> Iterator[str]:
+    """Paths of the cells that are null and may not be."""
+    if cells.null_count and name not in _MAY_BE_NULL:
+        yield name
+    elif pa.types.is_list(cells.type):
+        yield from _empty_cells(f"{name}[]", cells.flatten())
+    elif pa.types.is_struct(cells.type):
+        for field in cells.type:
+            yield from _empty_cells(f"{name}.{field.name}", cells.field(field.name))
 
 
 def _drop_after(folder: Path, step: int) -> None:
