@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from spark_vl import __version__
 from spark_vl.config import ConfigError, TrainConfig, config_differences, read_config, save_config
+from spark_vl.data.cells import count
 from spark_vl.distributed.launch import strategy
 from spark_vl.distributed.state import UNPICKLED, load_state, random_state, save_state, set_random_state
 from spark_vl.families.base import Processor
@@ -138,7 +139,10 @@ class BestFigure:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Stateful`. The state of another figure says nothing about this one."""
         if state.get("name", self.name) == self.name:  # a checkpoint of an earlier version has no name, and no step
-            self.value, self.step = state["value"], state.get("step")
+            value, step = state["value"], state.get("step")
+            if type(value) not in (int, float) or math.isnan(value):
+                raise ValueError(f"best: value: found {value!r:.80}; allowed: a number")
+            self.value, self.step = value, None if step is None else count(state, "step")
 
 
 @dataclass(kw_only=True)
@@ -344,7 +348,7 @@ def _checked_manifest(
             f"its weights: --model.path {path / MODEL}"
         )
     for fact, least in (("step", 0), ("processes", 1)):
-        if type(value := manifest.get(fact)) is not int or value < least:
+        if type(value := manifest.get(fact)) is not int or not least <= value < 2**31:
             raise CheckpointError(f"{path / MANIFEST}: {fact}: found {value!r:.80}; allowed: a number from {least}")
     try:
         changes = config_differences(read_config(path / CONFIG), config)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from spark_vl.config import DataConfig, RecycleConfig
+from spark_vl.data.cells import count
 from spark_vl.data.problems import data_changes
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.distributed.gather import each_process
@@ -47,7 +48,7 @@ class _Waiting:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], verifiers: Collection[str]) -> _Waiting:
-        return cls(data["number"], [record_from_json(record, verifiers) for record in data["records"]])
+        return cls(count(data, "number"), [record_from_json(record, verifiers) for record in data["records"]])
 
 
 class PromptFeed:
@@ -241,7 +242,7 @@ class PromptFeed:
             ]
 
         self._waiting, self._surplus = restored("waiting"), restored("surplus")
-        self._recycled = state["recycled"]
+        self._recycled = count(state, "recycled")
         self._difficulty.load_state_dict(state["difficulty"])
 
     @staticmethod

@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from spark_vl import checkpoint as checkpoint_module
@@ -127,7 +129,7 @@ def test_a_pickle_in_a_checkpoint_is_not_read(theirs, tmp_path, how):
 
 @pytest.mark.parametrize(
     "facts",
-    [{"step": "../x"}, {"step": -1}, {"step": True}, {"processes": 0}, {"processes": 2.0}],
+    [{"step": "../x"}, {"step": -1}, {"step": True}, {"step": 10**40}, {"processes": 0}, {"processes": 2.0}],
 )
 def test_nonsense_that_is_signed_is_an_error_in_words(theirs, tmp_path, facts):
     sign(theirs, **facts)
@@ -522,6 +524,17 @@ def test_a_model_whose_weights_are_none_is_an_error_in_words(model, data):
         load_policy(ModelConfig(path=str(model)), dtype=torch.float32, temperature=1.0, suppressed_token_ids=())
 
 
+def test_a_model_that_lacks_a_weight_is_refused(model):
+    """transformers would go on with random numbers in its place, and a line in the log."""
+    file = model / "model.safetensors"
+    with safe_open(file, "pt") as saved:
+        weights = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+    lacking = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    save_file({name: tensor for name, tensor in weights.items() if name != lacking}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"^model\.path: {model}: the weights lack 1 of .*layers\.0\.mlp\.up_proj"):
+        load_policy(ModelConfig(path=str(model)), dtype=torch.float32, temperature=1.0, suppressed_token_ids=())
+
+
 def test_a_model_names_no_other_model(model, tmp_path):
     """transformers would load the base of adapters, from wherever they say, in place of the folder's own weights."""
     private = shutil.copytree(model, tmp_path / "private")
@@ -581,6 +594,59 @@ def test_weights_that_are_none_are_an_error_in_words(theirs, tmp_path, name, dat
     sign(theirs)
     with pytest.raises(CheckpointError, match=f"^{theirs}: cannot be resumed from: "):
         resume(tmp_path / "run", theirs)
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((("feed", "sampler", "epoch"), value) for value in (INFINITE, -5, 2.5, 10**4000, None)),
+        *((("feed", "sampler", "position"), value) for value in (10**9, -1, True)),
+        *((("feed", "quarantine", name), -1) for name in ("rows_seen", "rows_bad", "prompts_bad")),
+        (("feed", "recycled"), float("nan")),
+        *((("feed", "difficulty", "steps"), [[1, labels]]) for labels in ([[2.0, True]], [[0.5, 1]], [[None, True]])),
+        (("updater", "skipped_in_a_row"), -1),
+        (("best", "value"), float("nan")),
+        (("best", "value"), "9"),
+        (("best", "step"), -1),
+    ],
+)
+def test_nonsense_numbers_in_a_state_are_an_error_in_words(theirs, tmp_path, path, value):
+    file = theirs / "trainer.rank0.json"
+    states = part = json.loads(file.read_text())
+    for name in path[:-1]:
+        part = part[name]
+    assert path[-1] in part
+    part[path[-1]] = value
+    sys.set_int_max_str_digits(0)
+    file.write_text(json.dumps(states))
+    sys.set_int_max_str_digits(4300)
+    sign(theirs)
+    with pytest.raises(CheckpointError, match=f"^{theirs}: cannot be resumed from: "):
+        resume(tmp_path / "run", theirs)
+
+
+def test_the_optimizers_settings_are_those_of_the_configuration(theirs, tmp_path):
+    file = theirs / "optimizer.safetensors"
+    with safe_open(file, "pt") as saved:
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+        groups = json.loads(saved.metadata()["param_groups"])
+    spoiled = [group | {"lr": float("nan"), "betas": [2, -1], "eps": INFINITE, "maximize": True} for group in groups]
+    save_file(tensors, file, {"param_groups": json.dumps(spoiled)})
+    sign(theirs)
+    trainer = resume(tmp_path / "run", theirs)
+    optimizer = trainer.updater.optimizer
+    assert [{k: g[k] for k in ("betas", "eps", "maximize")} for g in optimizer.param_groups] == [
+        {"betas": (0.9, 0.999), "eps": 1e-8, "maximize": False} for _ in groups
+    ]
+    some = next(name for name, tensor in tensors.items() if tensor.dim())
+    for i, change in enumerate((tensors | {some: torch.zeros(3, 5)}, tensors | {"999.exp_avg": torch.zeros(2)})):
+        save_file(change, file, {"param_groups": json.dumps(groups)})
+        sign(theirs)
+        with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: .*found the shape .*; allowed: "):
+            resume(tmp_path / f"run{i}", theirs)
 
 
 @pytest.mark.parametrize(

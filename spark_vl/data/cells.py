@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
@@ -75,6 +75,14 @@ def identifier(row: Row, column: str, longest: int = 1000) -> str:
         raise ValueError(f"{column!r} has {len(value)} characters; {longest} are allowed")
     if not value.isprintable():
         raise ValueError(f"{column!r} is {value!r:.100}; printable text is allowed")
+    return value
+
+
+def count(state: Mapping[str, Any], name: str) -> int:
+    """A number of things, of a saved state: fewer than a run has time for."""
+    value = state[name]
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{name}: found {value!r:.80}; allowed: a whole number from 0")
     return value
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spark_vl.data.cells import count
 from spark_vl.data.problems import ProblemSet
 from spark_vl.records import PromptRecord
 
@@ -84,15 +85,19 @@ class PromptSampler:
                 left out of it, and some may be drawn twice in it.
 
         Raises:
-            ValueError: the state is of another seed or of another number of rows, and not `anew`.
+            ValueError: the state is of another seed or of another number of rows, and not `anew`; or its numbers are
+                none.
         """
+        epoch, position = count(state, "epoch"), count(state, "position")
         if anew:
-            self._position = state["epoch"] * len(self)
+            self._position = epoch * len(self)
             return
         for name, found, here in (("seed", state["seed"], self._seed), ("rows", state["rows"], len(self))):
             if found != here:
                 raise ValueError(f"the sampler's state was saved with {name} {found}, but {name} is {here} now")
-        self._position = state["epoch"] * len(self) + state["position"]
+        if position >= len(self):
+            raise ValueError(f"position: found {position}; allowed: less than the {len(self)} rows of an epoch")
+        self._position = epoch * len(self) + position
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self))

@@ -92,13 +92,28 @@ def _save_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Only the tensors are restored; the settings of the groups are those of the run's configuration.
+
+    Raises:
+        ValueError: the groups have other parameters.
+    """
     state: dict[int, dict[str, torch.Tensor]] = {}
+    groups = optimizer.state_dict()["param_groups"]
     with safe_open(file, framework="pt") as saved:
-        groups = json.loads(saved.metadata()["param_groups"])
+        held = [group["params"] for group in json.loads(saved.metadata()["param_groups"])]
+        if held != (here := [group["params"] for group in groups]):
+            raise ValueError(f"{file.name}: found groups of the parameters {held!r:.80}; allowed: {here!r:.80}")
         for key in saved.keys():  # noqa: SIM118 - it is not a mapping
             parameter, _, name = key.partition(".")
             # Without a copy it would be the file in memory, which kept a checkpoint's disk space after it is deleted.
             state.setdefault(int(parameter), {})[name] = saved.get_tensor(key).clone()
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    shapes = {number: parameter.shape for number, parameter in enumerate(parameters)}
+    for number, tensors in state.items():
+        for name, tensor in tensors.items():
+            if tensor.dim() and tensor.shape != shapes.get(number):
+                found, allowed = tuple(tensor.shape), tuple(shapes.get(number, ()))
+                raise ValueError(f"{file.name}: {number}.{name}: found the shape {found}; allowed: {allowed}")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -145,8 +145,8 @@ def load_policy(
             5e-7 vanish in bfloat16. None: nothing is to be trained.
 
     Raises:
-        ConfigError: see `find_family`; the weights cannot be read; they are adapters of another model; or adapters are
-            asked for, and peft is not installed.
+        ConfigError: see `find_family`; the weights cannot be read, or some are missing; they are adapters of another
+            model; or adapters are asked for, and peft is not installed.
     """
     family = find_family(config)
     if find_adapter_config_file(config.path, revision=config.revision):
@@ -159,8 +159,14 @@ def load_policy(
         "dtype": dtype,
         "attn_implementation": "sdpa",
         "use_safetensors": True,
+        "output_loading_info": True,
     }
-    model = load_part(family.model_class, config, **settings)
+    model, found = load_part(family.model_class, config, **settings)
+    if missing := sorted(found["missing_keys"]):  # transformers would train random numbers
+        raise ConfigError(
+            f"model.path: {config.path}: the weights lack {len(missing)} of those that config.json asks for: "
+            f"{', '.join(missing):.300}"
+        )
     policy = Policy(
         model,
         attention=config.attention,

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 
 from spark_vl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from spark_vl.data.cells import count
 from spark_vl.distributed.launch import check_launch, strategy
 from spark_vl.distributed.step import GradientStep
 from spark_vl.families.base import Processor
@@ -220,7 +221,7 @@ class Updater:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was made."""
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.skipped_in_a_row = count(state, "skipped_in_a_row")
 
     def _optimizer_step(
         self,

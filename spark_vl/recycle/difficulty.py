@@ -52,4 +52,8 @@ class DifficultyAuc:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was made."""
-        self._steps = deque((step, [(rate, label) for rate, label in labels]) for step, labels in state["steps"])
+        steps = deque((step, [(rate, label) for rate, label in labels]) for step, labels in state["steps"])
+        for step, labels in steps:
+            if type(step) is not int or not all(0 <= rate <= 1 and type(label) is bool for rate, label in labels):
+                raise ValueError(f"difficulty: step {step!r:.80}: found {labels!r:.80}; allowed: rates and labels")
+        self._steps = steps

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spark_vl.data.cells import count
 from spark_vl.records import BadRecordError
 from spark_vl.run.jsonl import append_lines, read_lines
 
@@ -82,7 +83,8 @@ class Quarantine:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on counting where `state_dict` was made."""
-        self.rows_seen, self.rows_bad, self.prompts_bad = state["rows_seen"], state["rows_bad"], state["prompts_bad"]
+        self.rows_seen, self.rows_bad = count(state, "rows_seen"), count(state, "rows_bad")
+        self.prompts_bad = count(state, "prompts_bad")
 
     @staticmethod
     def merge(states: Sequence[Mapping[str, int]]) -> dict[str, int]:
