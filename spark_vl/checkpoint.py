@@ -218,19 +218,15 @@ class Checkpoints:
             _delete_old(self.folder, step, self.config.checkpoint.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def load(self, path: Path, *, allow_config_change: bool = False, trust: bool = False) -> int:
-        """Check the checkpoint at `path`, and go on from it. Returns its step.
+    def load(self, path: Path, manifest: Mapping[str, Any], *, allow_config_change: bool = False) -> int:
+        """Go on from the checkpoint at `path`, which `check_checkpoint` has looked through. Returns its step.
 
         Args:
-            trust: read it also where that runs what it holds, wherever it lies.
+            manifest: what that returned.
 
         Raises:
-            CheckpointError: a file is missing or damaged, the checkpoint does not go with this launch or this version,
-                configuration or data have changed, or reading it could run somebody's code.
+            CheckpointError: the data have changed, or what it holds cannot be.
         """
-        manifest = _checked_manifest(self.accelerator, path, self.config, allow_config_change=allow_config_change)
-        if strategy(self.accelerator) in UNPICKLED and not trust:
-            _check_place(path, Path(self.config.output_dir))
         was, now, rank = manifest["processes"], self.accelerator.num_processes, self.accelerator.process_index
         ranks = [rank] if was == now else range(was)
         try:
@@ -326,13 +322,19 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     return path
 
 
-def _checked_manifest(
-    accelerator: Accelerator, path: Path, config: TrainConfig, *, allow_config_change: bool
+def check_checkpoint(
+    accelerator: Accelerator, path: Path, config: TrainConfig, *, allow_config_change: bool = False, trust: bool = False
 ) -> dict[str, Any]:
     """The manifest of the checkpoint at `path` (`step`, `processes`), which is whole and goes with this run.
 
+    Collective.
+
+    Args:
+        trust: read it also where that runs what it holds, wherever it lies.
+
     Raises:
-        CheckpointError: see `Checkpoints.load`.
+        CheckpointError: a file is missing or damaged, the checkpoint does not go with this launch or this version, the
+            configuration has changed, or reading it could run somebody's code.
     """
     manifest = read_manifest(path) or {}
     damage = [] if manifest else [f"{MANIFEST} has changed"]
@@ -372,6 +374,8 @@ def _checked_manifest(
             f"{path}: was written by {was} processes, this run has {now}, and {here} cuts the optimizer's state for a "
             f"fixed number of them; launch {was}, or start a new run from its weights: --model.path {path / MODEL}"
         )
+    if here in UNPICKLED and not trust:
+        _check_place(path, Path(config.output_dir))
     return manifest
 
 

@@ -326,7 +326,8 @@ class TrainConfig:
     """A training run."""
 
     output_dir: str = "runs/spark"
-    """Folder of the run: config.yaml, metrics.jsonl, judgments/, checkpoints/, model/, summary.json."""
+    """Folder of the run: config.yaml, metrics.jsonl, judgments/, checkpoints/, model/; with an evaluation
+    evaluations.jsonl and summary.json."""
     seed: NonNegativeInt = 0
     steps: PositiveInt | None = None
     """Training steps; null: as many as `epochs` gives."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from spark_vl.config import ConfigError, TrainConfig
+from spark_vl.config import ConfigError, EvalConfig, TrainConfig, flat
 from spark_vl.config_check import check_train_config
-from spark_vl.records import visible
+from spark_vl.records import did_you_mean, visible
 
 # The text below a setting is its help on the command line.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -38,6 +38,9 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` and exit with status 2."""
         advice = "".join(f"\n{old}: {new}" for old, new in _RENAMED.items() if _names(message, old))
+        if found := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
+            settings = {name for config in (TrainConfig, EvalConfig) for name in flat(asdict(config()))}
+            advice += did_you_mean(found[1], sorted(settings))
         if found := re.search(r"key \"([\w.]+)\":\s+Expected a <class 'list'>. Got value: (\S.*)", message):
             advice += f"\nA list is written in brackets: --{found[1]} '[{found[2]}]'"
         self.exit(2, f"{self.prog}: error: {message}{advice}\n(all settings: {self.prog} --help)\n")

@@ -98,7 +98,7 @@ def _in_order(shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
     last = 0
     for shard in shards:
         for row in read_shard(shard.path, list(features(shard.config))):
-            if row["step"] is None or row["step"] < last:
+            if row["step"] < last:
                 raise ValueError(f"{shard.path}: row {row['id']!r}: its step is {row['step']}, after {last}")
             last = row["step"]
             yield shard, row

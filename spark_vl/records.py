@@ -10,7 +10,9 @@ Records hold *references* to images, never decoded pixels: a processor decodes t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, get_args
 
 RecycledKind = Literal["pointwise", "pairwise", "reflection"]
@@ -91,6 +93,12 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 def visible(text: str) -> str:
     """`text`, which may be a stranger's, for a terminal: it gives it no orders."""
     return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """For an error message, behind a name that is not known: the one of `known` that is most like it, if any is."""
+    alike = get_close_matches(found, known, n=1, cutoff=0.8)
+    return f" (did you mean {alike[0]}?)" if alike else ""
 
 
 def writable(text: str) -> str:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from spark_vl.checkpoint import BestFigure, Checkpoints, claim_folder, find_checkpoint, prepare_export
+from spark_vl.checkpoint import BestFigure, Checkpoints, check_checkpoint, claim_folder, find_checkpoint, prepare_export
 from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, read_config, save_config
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
@@ -80,6 +80,10 @@ def load_trainer(
     accelerator = start_accelerator(config, folder)
     claim: AbstractContextManager[Any] = claim_folder(folder) if accelerator.is_main_process else nullcontext()
     set_seed(config.seed)
+    # Before anything large is loaded.
+    manifest = checkpoint and check_checkpoint(
+        accelerator, checkpoint, config, allow_config_change=allow_config_change, trust=trust_checkpoint
+    )
 
     # What is asked.
     rank = accelerator.process_index
@@ -134,8 +138,8 @@ def load_trainer(
         parts={"updater": updater},
     )
     resumed = None
-    if checkpoint:
-        resumed = checkpoints.load(checkpoint, allow_config_change=allow_config_change, trust=trust_checkpoint)
+    if checkpoint and manifest:
+        resumed = checkpoints.load(checkpoint, manifest, allow_config_change=allow_config_change)
         updater.use_settings()
 
     # What is written down.

@@ -117,11 +117,7 @@ def test_what_it_writes_can_be_published_and_trained_on(
         for split in ("train", "test"):
             if not list((tmp_path / "out" / config).glob(f"{split}-*")):
                 continue
-            recipe = load_recipe(
-                f"judgments?repo=local&kind={config}",
-                source={"parquet": str(tmp_path / "out" / config)},
-                splits={split: f"{split}-*.parquet"},
-            )
+            recipe = load_recipe(f"judgments?repo={tmp_path / 'out'}&kind={config}")
             records = list(check(open_recipe(recipe, split, TEMPLATER), pool))
             assert all(isinstance(record, PromptRecord) for record in records)
             found += len(records)
@@ -207,11 +203,10 @@ def test_steps_out_of_order_are_an_error(tmp_path: Path):
     groups = [sampled(problem(name), (1, 0)) for name in "ac"]
     [shard] = find_shards(write(tmp_path / "run", {1: groups}))
     foreign = list(read_shard(shard.path, list(features("rollouts"))))
-    for step, message in ((0, "its step is 0, after 1"), (None, "its step is None, after 1")):
-        foreign[1]["step"] = step
-        pq.write_table(pa.Table.from_pylist(foreign, schema=features("rollouts").arrow_schema), shard.path)
-        with pytest.raises(ValueError, match=f"row 'r/train/c@1': {message}"):
-            again(tmp_path / "run", tmp_path / f"out {step}")
+    foreign[1]["step"] = 0
+    pq.write_table(pa.Table.from_pylist(foreign, schema=features("rollouts").arrow_schema), shard.path)
+    with pytest.raises(ValueError, match="row 'r/train/c@1': its step is 0, after 1"):
+        again(tmp_path / "run", tmp_path / "out")
 
 
 def test_folders_are_checked(run: Path, tmp_path: Path):

@@ -36,7 +36,7 @@ import yaml
 
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
 from spark_vl.data.sources import FILES, Source, SourceType
-from spark_vl.records import writable
+from spark_vl.records import did_you_mean, writable
 from spark_vl.verifiers.base import VERIFIERS, absolute_name, check_own_verifier, check_settings, file_of
 from spark_vl.verifiers.shaping import SHAPING
 
@@ -224,7 +224,8 @@ def _read(name_or_path: str, derived: tuple[str, ...]) -> tuple[dict[str, Any], 
         where, folder, text = f"{name}.yaml", Path.cwd(), _shipped(name)
     else:
         raise ValueError(
-            f"no recipe {name!r}; allowed: {', '.join(recipes())}, or the path of a file that ends in .yaml"
+            f"no recipe {name!r}{did_you_mean(name, recipes())}; allowed: {', '.join(recipes())}, or the path of a "
+            "file that ends in .yaml"
         )
     if where in derived:
         raise ValueError(f"{where}: base: is a base of itself ({' → '.join([*derived, where])})")

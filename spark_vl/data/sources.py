@@ -132,8 +132,9 @@ def open_rows(
     """The rows of `split`, and the folder that their image paths are relative to (None: they have no such folder).
 
     Args:
-        split: `hub`, `factory`: the source's name of the split. `jsonl`, `csv`: its file. `parquet`: its file, or a
-            pattern such as `data/train-*.parquet`. `folder`: its folder.
+        split: `hub`, `factory`: the source's name of the split; of a local `hub` folder without a README.md, as a run
+            leaves it, the beginning of its files' names (`<config>/<split>-*.parquet`). `jsonl`, `csv`: its file.
+            `parquet`: its file, or a pattern such as `data/train-*.parquet`. `folder`: its folder.
         columns: the columns that are read; the others of a `hub`, `csv` or `parquet` source are left alone.
         limits: a row of a file that is larger raises ValueError when it is asked for, and is not expanded.
 
@@ -153,15 +154,12 @@ def open_rows(
         case "csv":
             return _ArrowRows(_read_csv(_files(source.location, split)[0]), columns, limits), Path(source.location)
         case "parquet":
-            import datasets  # slow to import
-
-            files = _files(source.location, split)
-            for file in files:
-                _check_parquet(file, limits)
-            with _read_in_words(source.location):
-                table = datasets.Dataset.from_parquet([str(file) for file in files])
-            return _ArrowRows(table, columns, limits), Path(source.location)
+            return _ArrowRows(_read_parquet(source.location, split, limits), columns, limits), Path(source.location)
         case "hub":
+            folder = Path(source.location)
+            if source.config and folder.is_dir() and not (folder / "README.md").exists():  # judgments of a run
+                pattern = f"{source.config}/{split}-*.parquet"
+                return _ArrowRows(_read_parquet(source.location, pattern, limits), columns, limits), None
             return _ArrowRows(_open_repository(source, split), columns, limits), None
 
 
@@ -229,6 +227,16 @@ def digest_rows(rows: Rows, columns: Sequence[str], images: str | None) -> str:
         # What is not JSON may show itself with its address in memory.
         digest.update(json.dumps(cells, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()
+
+
+def _read_parquet(folder: str, pattern: str, limits: RowLimits) -> datasets.Dataset:
+    import datasets  # slow to import
+
+    files = _files(folder, pattern)
+    for file in files:
+        _check_parquet(file, limits)
+    with _read_in_words(folder):
+        return datasets.Dataset.from_parquet([str(file) for file in files])
 
 
 def _open_repository(source: Source, split: str) -> datasets.Dataset:

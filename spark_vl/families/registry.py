@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoConfig
 
 from spark_vl.config import ConfigError, ModelConfig
@@ -62,6 +62,8 @@ def load_part(part: Any, config: ModelConfig, /, **settings: Any) -> Any:
         return part.from_pretrained(config.path, revision=config.revision, trust_remote_code=False, **settings)
     except Exception as error:  # it raises whatever somebody else's file makes it stumble over
         found = f"{type(error).__name__}: {error}"
+        if constants.HF_HUB_OFFLINE and not Path(config.path).exists():
+            found = f"it is no folder, nor in the Hub's cache, and HF_HUB_OFFLINE forbids to ask the Hub. {found}"
         raise ConfigError(f"model.path: {config.path} cannot be loaded ({part.__name__}): {found}") from error
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from spark_vl.checkpoint import CheckpointError, find_checkpoint
+from spark_vl.checkpoint import CheckpointError, check_checkpoint, find_checkpoint
 from spark_vl.cli import main
 from spark_vl.config_cli import parse_train_config
 from spark_vl.setup import load_trainer
@@ -246,7 +245,6 @@ def test_a_process_that_scores_otherwise_than_it_samples_stops_all(tmp_path, mon
 
 def test_damage_is_found_in_every_file(copy):
     trainer = make_trainer(copy)
-    load = partial(trainer.checkpoints.load, allow_config_change=False)
     checkpoint = latest(copy)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     assert len(files) > 10
@@ -258,7 +256,11 @@ def test_damage_is_found_in_every_file(copy):
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
-            said = refusal(lambda: load(find_checkpoint(checkpoint.parent, "auto")))
+            said = refusal(
+                lambda: check_checkpoint(
+                    trainer.accelerator, find_checkpoint(checkpoint.parent, "auto"), trainer.config
+                )
+            )
             assert re.search(rf"[ (]{re.escape(str(path.relative_to(checkpoint)))}\b", said)
         path.write_bytes(content)
 
