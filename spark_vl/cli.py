@@ -14,13 +14,10 @@ import re
 import signal
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import yaml
 from jsonargparse import Namespace
 
 from spark_vl import __version__
@@ -30,24 +27,21 @@ from spark_vl.config import (
     OfflineConfig,
     PromptConfig,
     TrainConfig,
-    VerifierConfig,
     blamed_on,
     dump_config,
     save_config,
 )
 from spark_vl.config_check import check_eval_config, check_train_config
-from spark_vl.config_cli import Parser, add_config_arguments, instantiate
-from spark_vl.data.problems import check, open_recipe
-from spark_vl.data.recipes import SPLITS, load_recipe, load_recipes, recipes, usage
+from spark_vl.config_cli import Parser, add_config_arguments, instantiate, shape_for_model
+from spark_vl.data.recipes import load_recipes
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
+from spark_vl.preview import preview
 from spark_vl.prompts import Templater
-from spark_vl.records import KINDS, BadRecordError, PromptRecord, plain_text, visible
-from spark_vl.run.paths import CONFIG, MODEL, model_folder
+from spark_vl.records import KINDS, visible
+from spark_vl.run.paths import CONFIG, model_folder
 from spark_vl.run.quarantine import TooManyBadRowsError
-from spark_vl.run.trained import saved_limits
-from spark_vl.verifiers import VerifierPool
-from spark_vl.verifiers.base import public_name
+from spark_vl.run.trained import evaluation_settings, saved_limits
 
 TRAIN_HELP = "train a policy that is its own generative reward"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
@@ -57,10 +51,6 @@ PUBLISH_HELP = "publish a model, judgments, or a demo on the Hugging Face Hub; p
 RECIPES_HELP = "list the shipped data recipes, or check the rows of one"
 DOCTOR_HELP = "say what will not work on this machine, and the fix"
 ESTIMATE_HELP = "say whether a run fits into memory, and what would help; exits with 1 if it does not"
-
-
-_SHOWN_ALIKE = 3
-"""Rows that are printed of those that cannot be used for the same reason."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -141,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what is printed quotes data, and a terminal may know ASCII
-    arguments = _shape_for_model(sys.argv[1:] if arguments is None else arguments)
+    arguments = shape_for_model(sys.argv[1:] if arguments is None else arguments)
     arguments = _evaluation_of_a_run(arguments)
     parsed = parser.parse_args(arguments)
     command = parsed[parsed.command]
@@ -170,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 publish(command.what, command[command.what])
             case "recipes":
                 render = instantiate(recipes_parser, command, TrainConfig) if command.render else None
-                if not show_recipes(command.name, command.split, command.show, render):
+                if not preview(command.name, command.split, command.show, render):
                     parser.exit(1)
             case "doctor":
                 parser.exit(diagnose())
@@ -408,76 +398,6 @@ def estimate(model: str | None, config: TrainConfig, setup: Setup) -> bool:
     return print_estimate(shape, config, setup, Console())
 
 
-def show_recipes(name: str | None, split: str | None, show: int, render: TrainConfig | None = None) -> bool:
-    """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one. Returns whether all rows can be
-    used.
-
-    Args:
-        render: print rows as the model of a run with these settings gets them.
-    """
-    if name is None:
-        for written in map(usage, recipes()):
-            recipe = load_recipe(written)
-            print(f"{written:20} {recipe.license:12} {recipe.description}")
-        return True
-    try:
-        templater, rendered = (Templater.load(), None) if render is None else _renderer(render)
-        recipe = load_recipe(name)
-        split = split or next(each for each in SPLITS if each in recipe.splits)
-        problems = open_recipe(recipe, split, templater)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
-    bad: list[BadRecordError] = []
-    rows = 0
-    limits = VerifierConfig()
-    with VerifierPool(limits.workers, limits.timeout_s, limits.memory_mb) as verifiers:
-        for found in check(problems, verifiers):
-            rows += 1
-            if isinstance(found, BadRecordError):
-                bad.append(found)
-            elif rows - len(bad) <= show:
-                shown = plain_text(found.question) if rendered is None else rendered(found)
-                print(visible(f"── {found.id}\n{shown}\n→ {found.gold}   ({public_name(found.verifier)})"))
-    for faults in _alike(bad):
-        for fault in faults[:_SHOWN_ALIKE]:
-            print(visible(f"cannot be used: {fault}"))
-        if (more := len(faults) - _SHOWN_ALIKE) > 0:
-            print(f"    and {more} more for the same reason")
-    if problems.renamed:
-        print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
-    others = [each for each in recipe.splits if each != split]
-    rest = f"; not checked: {', '.join(others)} (--split {others[0]})" if others else ""
-    print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license}){rest}")
-    return not bad
-
-
-def _alike(faults: Sequence[BadRecordError]) -> list[list[BadRecordError]]:
-    """Those with the same reason together, the most frequent reason first. Numbers and what is quoted from a row do not
-    make another reason."""
-    groups: dict[str, list[BadRecordError]] = defaultdict(list)
-    for fault in faults:
-        groups[re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", fault.reason)].append(fault)
-    return sorted(groups.values(), key=len, reverse=True)
-
-
-def _renderer(config: TrainConfig) -> tuple[Templater, Callable[[PromptRecord], str]]:
-    """The templater of a run with these settings, and what says what its model gets."""
-    from spark_vl.families.registry import find_family
-
-    family = find_family(config.model)
-    processor = family.load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
-
-    def rendered(record: PromptRecord) -> str:
-        try:
-            prompt = processor.process(record)
-        except BadRecordError as error:
-            return f"cannot be asked: {error.reason}"
-        images = sum(image.tokens for image in prompt.images)
-        return f"{processor.render(prompt)}\n[{len(prompt.input_ids)} tokens, {images} of them of images]"
-
-    return Templater.from_config(config.prompts, family.reserved), rendered
-
-
 def diagnose() -> int:
     """`spark-vl doctor`: print what will not work on this machine. Returns the exit status."""
     from spark_vl.doctor import examine
@@ -498,35 +418,14 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def _shape_for_model(arguments: Sequence[str]) -> list[str]:
-    """`estimate --model 7b` as `estimate --shape 7b`: to the parser of settings, `--model` is a file with all of
-    `model.path`, `model.dtype`, ..."""
-    if list(arguments[:1]) != ["estimate"]:
-        return list(arguments)
-    return [re.sub(r"^--model(?==|$)", "--shape", argument) for argument in arguments]
-
-
 def _evaluation_of_a_run(arguments: Sequence[str]) -> list[str]:
     """`eval --config FILE`, where FILE is the configuration of a training run, with those of its settings that an
-    evaluation has, and the model that the run has trained. They replace the name of the file: jsonargparse takes
-    either."""
+    evaluation has in place of the file's name: jsonargparse takes either."""
     arguments = [part for argument in arguments for part in re.split(r"(?<=^--config)=", argument, maxsplit=1)]
-    if arguments[:1] != ["eval"]:
-        return arguments
-    own = {field.name for field in fields(EvalConfig)}
-    for place in (i + 1 for i, argument in enumerate(arguments[:-1]) if argument == "--config"):
-        file = Path(arguments[place])
-        try:
-            settings = yaml.safe_load(file.read_bytes()) if file.is_file() else None
-        except yaml.YAMLError:  # which the parser says
-            continue
-        if isinstance(settings, dict) and "output_dir" in settings:
-            kept = {name: value for name, value in settings.items() if name in own}
-            if (file.parent / MODEL).is_dir() and isinstance(kept.get("model"), dict):
-                kept["model"]["path"] = str(file.parent / MODEL)  # what the run has trained, not what it began with
-            if isinstance(data := settings.get("data"), dict) and "max_prompt_tokens" in data:
-                kept["max_prompt_tokens"] = data["max_prompt_tokens"]
-            arguments[place] = dump_config(kept)
+    if arguments[:1] == ["eval"]:
+        for place in (i + 1 for i, argument in enumerate(arguments[:-1]) if argument == "--config"):
+            if (settings := evaluation_settings(Path(arguments[place]))) is not None:
+                arguments[place] = dump_config(settings)
     return arguments
 
 

@@ -118,3 +118,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return int(value) if isinstance(value, int) else float(value)
+
+
+def shape_for_model(arguments: Sequence[str]) -> list[str]:
+    """`estimate --model 7b` as `estimate --shape 7b`: to the parser of settings, `--model` is a file with all of
+    `model.path`, `model.dtype`, ..."""
+    if list(arguments[:1]) != ["estimate"]:
+        return list(arguments)
+    return [re.sub(r"^--model(?==|$)", "--shape", argument) for argument in arguments]

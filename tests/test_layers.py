@@ -43,7 +43,7 @@ BELOW_THE_LINE = (
         "report",
         "hub",
     ),
-    *("doctor", "demo", "cli", "__main__"),
+    *("doctor", "demo", "preview", "cli", "__main__"),
 )
 LAYERS = (*ABOVE_THE_LINE, *BELOW_THE_LINE)
 HEAVY = ("torch", "transformers")

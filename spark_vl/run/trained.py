@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from spark_vl.config import TrainConfig, blamed_on
-from spark_vl.run.paths import TRAINING_FILE
+from spark_vl.config import EvalConfig, TrainConfig, blamed_on
+from spark_vl.run.paths import MODEL, TRAINING_FILE
 
 _LIMITS = {
     "model.dtype": "model.dtype",
@@ -62,3 +64,21 @@ def find_saved(path: str, revision: str | None, name: str) -> Path | None:
         return Path(hf_hub_download(path, name, revision=revision))
     except EntryNotFoundError:  # also when offline, for a file that was never downloaded
         return None
+
+
+def evaluation_settings(file: Path) -> dict[str, Any] | None:
+    """The settings that an evaluation takes over from `file`, the configuration of a training run, and the model that
+    the run has trained; None: it is no such file."""
+    try:
+        settings = yaml.safe_load(file.read_bytes()) if file.is_file() else None
+    except yaml.YAMLError:  # which the parser of settings says
+        return None
+    if not isinstance(settings, dict) or "output_dir" not in settings:
+        return None
+    own = {field.name for field in fields(EvalConfig)}
+    kept = {name: value for name, value in settings.items() if name in own}
+    if (file.parent / MODEL).is_dir() and isinstance(kept.get("model"), dict):
+        kept["model"]["path"] = str(file.parent / MODEL)  # what the run has trained, not what it began with
+    if isinstance(data := settings.get("data"), dict) and "max_prompt_tokens" in data:
+        kept["max_prompt_tokens"] = data["max_prompt_tokens"]
+    return kept

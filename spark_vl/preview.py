@@ -1,0 +1,88 @@
+"""Prints the recipes, or the rows of one as a run would get them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from spark_vl.config import ConfigError, TrainConfig, VerifierConfig
+from spark_vl.data.problems import check, open_recipe
+from spark_vl.data.recipes import SPLITS, load_recipe, recipes, usage
+from spark_vl.prompts import Templater
+from spark_vl.records import BadRecordError, PromptRecord, plain_text, visible
+from spark_vl.verifiers import VerifierPool
+from spark_vl.verifiers.base import public_name
+
+_SHOWN_ALIKE = 3
+"""Of rows that cannot be used for the same reason."""
+
+
+def preview(name: str | None, split: str | None, show: int, render: TrainConfig | None = None) -> bool:
+    """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one. Returns whether all rows can be
+    used.
+
+    Args:
+        render: print rows as the model of a run with these settings gets them.
+    """
+    if name is None:
+        for written in map(usage, recipes()):
+            recipe = load_recipe(written)
+            print(f"{written:20} {recipe.license:12} {recipe.description}")
+        return True
+    try:
+        templater, rendered = (Templater.load(), None) if render is None else _renderer(render)
+        recipe = load_recipe(name)
+        split = split or next(each for each in SPLITS if each in recipe.splits)
+        problems = open_recipe(recipe, split, templater)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    bad: list[BadRecordError] = []
+    rows = 0
+    limits = VerifierConfig()
+    with VerifierPool(limits.workers, limits.timeout_s, limits.memory_mb) as verifiers:
+        for found in check(problems, verifiers):
+            rows += 1
+            if isinstance(found, BadRecordError):
+                bad.append(found)
+            elif rows - len(bad) <= show:
+                shown = plain_text(found.question) if rendered is None else rendered(found)
+                print(visible(f"── {found.id}\n{shown}\n→ {found.gold}   ({public_name(found.verifier)})"))
+    for faults in _alike(bad):
+        for fault in faults[:_SHOWN_ALIKE]:
+            print(visible(f"cannot be used: {fault}"))
+        if (more := len(faults) - _SHOWN_ALIKE) > 0:
+            print(f"    and {more} more for the same reason")
+    if problems.renamed:
+        print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
+    others = [each for each in recipe.splits if each != split]
+    rest = f"; not checked: {', '.join(others)} (--split {others[0]})" if others else ""
+    print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license}){rest}")
+    return not bad
+
+
+def _alike(faults: Sequence[BadRecordError]) -> list[list[BadRecordError]]:
+    """Those with the same reason together, the most frequent reason first. Numbers and what is quoted from a row do not
+    make another reason."""
+    groups: dict[str, list[BadRecordError]] = defaultdict(list)
+    for fault in faults:
+        groups[re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", fault.reason)].append(fault)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def _renderer(config: TrainConfig) -> tuple[Templater, Callable[[PromptRecord], str]]:
+    """The templater of a run with these settings, and what says what its model gets."""
+    from spark_vl.families.registry import find_family
+
+    family = find_family(config.model)
+    processor = family.load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
+
+    def rendered(record: PromptRecord) -> str:
+        try:
+            prompt = processor.process(record)
+        except BadRecordError as error:
+            return f"cannot be asked: {error.reason}"
+        images = sum(image.tokens for image in prompt.images)
+        return f"{processor.render(prompt)}\n[{len(prompt.input_ids)} tokens, {images} of them of images]"
+
+    return Templater.from_config(config.prompts, family.reserved), rendered
