@@ -144,7 +144,8 @@ def test_a_disk_that_fills_up_under_two_processes(whole_zero3, disk, monkeypatch
 
 
 @pytest.mark.parametrize("where", ["below a file", "read-only"])
-def test_an_output_dir_that_cannot_be_written(disk, tmp_path, where, capfd):
+def test_an_output_dir_that_cannot_be_written(disk, tmp_path, where, capfd, monkeypatch):
+    monkeypatch.setattr("spark_vl.setup.load_updater", None)  # nothing large is loaded first
     if where == "read-only":
         folder = disk("ro") / "run"
     else:
@@ -155,7 +156,6 @@ def test_an_output_dir_that_cannot_be_written(disk, tmp_path, where, capfd):
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert f"output_dir: {folder} cannot be written to" in said
-    assert "Loading weights" not in said  # as transformers says when it loads the model
 
 
 def test_two_runs_in_one_folder(tmp_path):

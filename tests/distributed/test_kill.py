@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_vl.run.paths import LATEST, name_of, pointed
+from spark_vl.run.paths import CONFIG, LATEST, name_of, pointed
 from tests.distributed.launching import SHARDED, SMALL, Run, assert_same_run, latest, lines, start
 
 pytestmark = pytest.mark.distributed
@@ -23,7 +23,7 @@ def kill_in(run: Run, folder: Path, phase: str, step: int, rng: random.Random) -
 
     match phase:
         case "evaluation":  # before the first step
-            run.wait_until(lambda: "Loading weights" in run.output())
+            run.wait_until((folder / CONFIG).exists)
             time.sleep(rng.uniform(0, 1))
         case "rollout" | "update":  # by the clock of the step before
             run.wait_until(lambda: steps() >= step)
