@@ -303,7 +303,7 @@ def test_no_special_token_arises_at_a_seam(tokenizer):
 
 
 def test_special_tokens_are_the_only_thing_that_changes():
-    text = "1 < 2, <image>, <s>, </s>, [INST], <think>, </think>, <tool_calls>, a<b, {x | x > 0}"
+    text = "1 < 2, <image>, <s>, </s>, [INST], <thinks>, </thought>, <tool_calls>, a<b, {x | x > 0}"
     assert BUILTIN.neutralize(text) == text
 
 

@@ -1,8 +1,9 @@
-"""A model in numbers, and how many weights follow from them: a vision tower, its merger and a language model."""
+"""A model in numbers, and how many weights follow from them: a language model, maybe with a vision tower."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -13,16 +14,16 @@ import yaml
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The vision tower, under the names of the Hugging Face configuration."""
+    """The vision tower, under the names of the Hugging Face configuration; all zeros where there is none."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    out_hidden_size: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    in_channels: int
+    depth: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    out_hidden_size: int = 0
+    patch_size: int = 0
+    temporal_patch_size: int = 0
+    spatial_merge_size: int = 0
+    in_channels: int = 0
 
     @property
     def patch_values(self) -> int:
@@ -50,7 +51,7 @@ class VisionShape:
 
     def image_tokens(self, pixels: int) -> int:
         """Tokens that an image of at most `pixels` becomes in the language model; each merges several patches."""
-        return pixels // (self.patch_size * self.spatial_merge_size) ** 2
+        return pixels // (self.patch_size * self.spatial_merge_size) ** 2 if self.depth else 0
 
     def patches(self, tokens: int) -> int:
         """Patches behind `tokens` image tokens."""
@@ -62,19 +63,28 @@ class Shape:
     """A whole model, under the names of the Hugging Face configuration."""
 
     name: str
+    hub: str | None
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    head_dim: int
+    attention: Mapping[str, bool]
+    """Of q, k and v: whether they have a `bias`, and whether q and k of each head have a `norm`."""
     tie_word_embeddings: bool
     vision: VisionShape
 
     @property
+    def query_size(self) -> int:
+        """Width of the queries of all heads, and of their output, in one layer."""
+        return self.head_dim * self.num_attention_heads
+
+    @property
     def key_value_size(self) -> int:
         """Width of all keys of a token, and of all its values, in one layer."""
-        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        return self.head_dim * self.num_key_value_heads
 
     @property
     def embedding(self) -> int:
@@ -83,9 +93,10 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """Weights of a layer of the language model: two norms, attention (q, k, v with a bias) and a gated MLP."""
-        width = self.hidden_size
-        attention = _linear(width, width) + 2 * _linear(width, self.key_value_size) + width * width
+        """Weights of a layer of the language model: two norms, attention and a gated MLP."""
+        width, query, key_value = self.hidden_size, self.query_size, self.key_value_size
+        attention = 2 * width * (query + key_value)
+        attention += self.attention["bias"] * (query + 2 * key_value) + self.attention["norm"] * 2 * self.head_dim
         return 2 * width + attention + 3 * width * self.intermediate_size
 
     @property
@@ -97,17 +108,14 @@ class Shape:
     def adapters(self, rank: int) -> int:
         """Weights of low-rank adapters on the seven linear layers of each layer of the language model."""
         width, inner = self.hidden_size, self.intermediate_size
-        sizes = 2 * (width + width) + 2 * (width + self.key_value_size) + 3 * (width + inner)
+        sizes = 2 * (width + self.query_size) + 2 * (width + self.key_value_size) + 3 * (width + inner)
         return self.num_hidden_layers * rank * sizes
 
 
 def shapes() -> dict[str, Shape]:
     """The shipped shapes, by their short names."""
-    return {
-        name: _shape(name, config, family)
-        for family in _families().values()
-        for name, config in family["shapes"].items()
-    }
+    shipped = [(name, config, facts) for facts in _families().values() for name, config in facts["shapes"].items()]
+    return {name: _shape(name, config, facts) for name, config, facts in shipped}
 
 
 def load_shape(model: str) -> Shape:
@@ -116,11 +124,9 @@ def load_shape(model: str) -> Shape:
     Raises:
         ValueError: there is none, or it is of a model family that the kit does not know.
     """
-    families = _families()
-    for family in families.values():
-        for name, config in family["shapes"].items():
-            if model in (name, config["hub"]):
-                return _shape(name, config, family)
+    for name, shape in shapes().items():
+        if model in (name, shape.hub):
+            return shape
     file = Path(model) / "config.json"
     if not file.is_file():
         raise ValueError(
@@ -128,7 +134,7 @@ def load_shape(model: str) -> Shape:
             "config.json"
         )
     config = json.loads(file.read_text())
-    if (model_type := config.get("model_type")) not in families:
+    if (model_type := config.get("model_type")) not in (families := _families()):
         allowed = ", ".join(map(repr, families))
         raise ValueError(f"{file}: model_type is {model_type!r}; allowed: {allowed}")
     try:
@@ -149,11 +155,15 @@ def _families() -> dict[str, dict[str, Any]]:
 
 def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
     """From a `config.json`: flat as on the Hub, or with a `text_config` as transformers 5 writes it."""
+    text, vision = config.get("text_config", config), family.get("vision_config", {})
+    text = {"head_dim": text.get("hidden_size", 0) // text.get("num_attention_heads", 1)} | text
     return Shape(
         name=name,
-        **_numbers(Shape, config.get("text_config", config)),
+        hub=config.get("hub"),
+        **_numbers(Shape, text),
+        attention=family["attention"],
         tie_word_embeddings=config.get("tie_word_embeddings", False),
-        vision=VisionShape(**_numbers(VisionShape, family["vision_config"] | config["vision_config"])),
+        vision=VisionShape(**_numbers(VisionShape, vision | config["vision_config"])) if vision else VisionShape(),
     )
 
 
