@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     estimate_parser.add_argument(
         "--shape",
         metavar="MODEL",
-        help="7b, qwen3-8b, …, or a folder with a config.json; null: that of model.path. `--model 7b` is the same",
+        help="3b, 7b, 32b, …, or a folder with a config.json; null: that of model.path. `--model 7b` is the same",
     )
     estimate_parser.add_argument("--fsdp", action="store_true", help="PyTorch's FSDP2 in place of DeepSpeed")
     estimate_parser.add_class_arguments(Setup, as_group=True, skip={"fsdp"})

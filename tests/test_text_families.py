@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen3Config
@@ -22,6 +23,8 @@ from spark_vl.estimate.activations import activation_bytes
 from spark_vl.estimate.shape import load_shape
 from spark_vl.evaluation.checkpoint import evaluate_checkpoint
 from spark_vl.families.registry import find_family
+from spark_vl.hub.cards import write_model_card
+from spark_vl.hub.run import find_model
 from spark_vl.policy.packing import PROMPT, PackItem, make_pack, pack_items
 from spark_vl.policy.policy import Policy, load_policy
 from spark_vl.prompts import Templater
@@ -296,6 +299,28 @@ def test_a_run_recycles_updates_and_exports(folder, tmp_path, monkeypatch):
     checkpoint = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors")
     for name, weight in checkpoint.items():
         torch.testing.assert_close(model.state_dict()[name.removeprefix("model.")], weight, rtol=0, atol=0)
+
+
+def test_the_card_of_a_text_model_runs_and_speaks_of_no_image(folder, tmp_path, capsys):
+    config = make_config(
+        tmp_path / "run",
+        f"--model.path={folder}",
+        f"--data.recipes=[{text_recipe(tmp_path)}]",
+        "--steps=1",
+        "--prompts.system=You add.",
+        "--rollout.max_new_tokens=4",
+    )
+    load_trainer(config).train()
+    saved, file = tmp_path / "run" / "model", tmp_path / "README.md"
+    write_model_card(find_model(tmp_path / "run"), file, model_id=str(saved), name="sums")
+    card = ModelCard.load(file)
+    assert card.data.pipeline_tag == "text-generation"
+    assert not re.search("image|vision-language|picture|PIL", card.text.partition("## Evaluation")[0], re.IGNORECASE)
+    code = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    assert len(code) == 3
+    names: dict = {}
+    exec("".join(code), names)
+    assert "after reflection:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("setting", ["data.recipes", "evaluation.recipes"])
