@@ -13,7 +13,10 @@ from transformers import AutoConfig
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.families.base import Family
 
-FAMILIES = {"qwen2_5_vl": "spark_vl.families.qwen2_5_vl:Qwen2_5VL"}
+FAMILIES = {
+    "qwen2_5_vl": "spark_vl.families.qwen2_5_vl:Qwen2_5VL",
+    "qwen3_vl": "spark_vl.families.qwen3_vl:Qwen3VL",
+}
 """`model_type` of the Hugging Face configuration → `module:class`, imported on first use."""
 
 
