@@ -16,6 +16,7 @@ class Qwen3VLProcessor(QwenVLProcessor):
     """`Processor` of Qwen3-VL."""
 
     model_class = Qwen3VLModel
+    thought = ("<think>", "</think>")
     coordinates = "thousand"
     """Thousandths of width and height:
     https://github.com/QwenLM/Qwen3-VL/blob/main/cookbooks/2d_grounding.ipynb."""
