@@ -17,27 +17,31 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers import Qwen3VLProcessor as HuggingFaceProcessor
+from transformers.models.qwen3_5 import Qwen3_5Model
+from transformers.models.qwen3_vl_moe import Qwen3VLMoeModel
 
 from spark_vl.config import ModelConfig
 from spark_vl.demo.digits import QUESTIONS
 from spark_vl.demo.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, build_processor, random_tiny
 from spark_vl.families.base import Processor
+from spark_vl.families.qwen3_vl import Qwen3VL, Qwen3VLProcessor
+from spark_vl.families.qwen_vl import QwenVL, QwenVLProcessor
 from spark_vl.families.registry import find_family
 
 THINKING_TEMPLATE = CHAT_TEMPLATE.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n")
 """As that of Qwen3-VL's thinking checkpoints: the generation prompt begins the thought."""
 
 
-def qwen3_vl_processor(vocab_size: int = 320, chat_template: str = CHAT_TEMPLATE) -> Qwen3VLProcessor:
+def qwen3_vl_processor(vocab_size: int = 320, chat_template: str = CHAT_TEMPLATE) -> HuggingFaceProcessor:
     """Patches of 16 that are merged two by two, and the tokens of a thought beside the demo's."""
     tokenizer = build_processor(list(QUESTIONS), vocab_size=vocab_size).tokenizer
     tokenizer.add_tokens(["<think>", "</think>"])
     sizes = {"patch_size": 16, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     pixels = {"min_pixels": 32 * 32, "max_pixels": 256 * 256}
-    return Qwen3VLProcessor(
+    return HuggingFaceProcessor(
         Qwen2VLImageProcessor(**sizes, **pixels),
         tokenizer,
         Qwen3VLVideoProcessor(**sizes),
@@ -140,3 +144,20 @@ TINY = (
     TinyFamily("qwen2_5_vl", random_tiny, merged_patch=28, coordinates="resized"),
     TinyFamily("qwen3_vl", tiny_qwen3_vl, merged_patch=32, coordinates="thousand"),
 )
+
+
+class Qwen3_5(QwenVL):
+    """As if somebody had written a family for it: what is refused has to be stopped by the check at the start."""
+
+    reserved = ("<|",)
+
+    class processor_class(QwenVLProcessor):
+        model_class = Qwen3_5Model
+        coordinates = "thousand"
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """As if mixtures of experts were not refused."""
+
+    class processor_class(Qwen3VLProcessor):
+        model_class = Qwen3VLMoeModel

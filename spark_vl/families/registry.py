@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.families.base import Family
+from spark_vl.families.refusals import refusal
 
 FAMILIES = {
     "qwen2_5_vl": "spark_vl.families.qwen2_5_vl:Qwen2_5VL",
@@ -31,12 +32,14 @@ def find_family(config: ModelConfig) -> Family:
     """The family of the checkpoint at `config.path`.
 
     Raises:
-        ConfigError: there is no checkpoint, or it is of a family that the kit does not know.
+        ConfigError: there is no checkpoint, or it is of a family that the kit does not know or refuses.
     """
-    found = load_configuration(config).model_type
-    if found not in FAMILIES:
+    loaded = load_configuration(config)
+    found = loaded.model_type
+    if found not in FAMILIES or refusal(loaded):
+        reason = f": {reason}" if (reason := refusal(loaded)) else ""
         allowed = ", ".join(map(repr, FAMILIES))
-        raise ConfigError(f"model.path: {config.path} holds a {found!r} model; allowed: {allowed}")
+        raise ConfigError(f"model.path: {config.path} holds a {found!r} model{reason}; allowed: {allowed}")
     return get_family(found)
 
 
