@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The vision tower, under the names of the Hugging Face configuration; all zeros where there is none."""
+    """The vision tower, under the names of the Hugging Face configuration; of a model without one, all zeros."""
 
     depth: int = 0
     hidden_size: int = 0
@@ -24,6 +23,13 @@ class VisionShape:
     temporal_patch_size: int = 0
     spatial_merge_size: int = 0
     in_channels: int = 0
+    num_position_embeddings: int = 0
+    """Learned positions of patches; 0: there are none."""
+    deeper_mergers: int = 0
+    """Mergers of inner layers, whose features go to layers of the language model."""
+    gated: bool = True
+    """Whether norms (RMSNorm) and the patch embedding have no biases, and the MLP is gated; if not, LayerNorm, a plain
+    MLP, and biases everywhere."""
 
     @property
     def patch_values(self) -> int:
@@ -32,22 +38,25 @@ class VisionShape:
 
     @property
     def block(self) -> int:
-        """Weights of a block: two norms, attention and a gated MLP, all but the norms with a bias."""
+        """Weights of a block: two norms, attention and an MLP."""
         width, inner = self.hidden_size, self.intermediate_size
-        return (
-            2 * width
-            + _linear(width, 3 * width)
-            + _linear(width, width)
-            + 2 * _linear(width, inner)
-            + _linear(inner, width)
-        )
+        attention = _linear(width, 3 * width) + _linear(width, width)
+        mlp = (2 if self.gated else 1) * _linear(width, inner) + _linear(inner, width)
+        return 2 * self._norm(width) + attention + mlp
 
     @property
     def parameters(self) -> int:
-        """Weights of the patch embedding, the blocks and the merger into the language model."""
-        merged = self.hidden_size * self.spatial_merge_size**2
-        merger = self.hidden_size + _linear(merged, merged) + _linear(merged, self.out_hidden_size)
-        return self.patch_values * self.hidden_size + self.depth * self.block + merger
+        """Weights of the embeddings of patches and positions, the blocks and the mergers into the language model. The
+        one at the end norms patches, those of inner layers what is merged."""
+        width = self.hidden_size
+        merged = width * self.spatial_merge_size**2
+        merger = _linear(merged, merged) + _linear(merged, self.out_hidden_size)
+        mergers = self._norm(width) + merger + self.deeper_mergers * (self._norm(merged) + merger)
+        embeddings = (self.patch_values + self.num_position_embeddings + (not self.gated)) * width
+        return embeddings + self.depth * self.block + mergers
+
+    def _norm(self, width: int) -> int:
+        return width if self.gated else 2 * width
 
     def image_tokens(self, pixels: int) -> int:
         """Tokens that an image of at most `pixels` becomes in the language model; each merges several patches."""
@@ -63,7 +72,6 @@ class Shape:
     """A whole model, under the names of the Hugging Face configuration."""
 
     name: str
-    hub: str | None
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -71,14 +79,16 @@ class Shape:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    attention: Mapping[str, bool]
-    """Of q, k and v: whether they have a `bias`, and whether q and k of each head have a `norm`."""
+    attention_bias: bool
+    """Whether q, k and v have a bias."""
+    qk_norm: bool
+    """Whether the queries and keys of each head are normed."""
     tie_word_embeddings: bool
     vision: VisionShape
 
     @property
     def query_size(self) -> int:
-        """Width of the queries of all heads, and of their output, in one layer."""
+        """Width of all queries of a token in one layer."""
         return self.head_dim * self.num_attention_heads
 
     @property
@@ -94,9 +104,8 @@ class Shape:
     @property
     def layer(self) -> int:
         """Weights of a layer of the language model: two norms, attention and a gated MLP."""
-        width, query, key_value = self.hidden_size, self.query_size, self.key_value_size
-        attention = 2 * width * (query + key_value)
-        attention += self.attention["bias"] * (query + 2 * key_value) + self.attention["norm"] * 2 * self.head_dim
+        width, read = self.hidden_size, self.query_size + 2 * self.key_value_size
+        attention = (width + self.attention_bias) * read + self.query_size * width + 2 * self.qk_norm * self.head_dim
         return 2 * width + attention + 3 * width * self.intermediate_size
 
     @property
@@ -114,8 +123,11 @@ class Shape:
 
 def shapes() -> dict[str, Shape]:
     """The shipped shapes, by their short names."""
-    shipped = [(name, config, facts) for facts in _families().values() for name, config in facts["shapes"].items()]
-    return {name: _shape(name, config, facts) for name, config, facts in shipped}
+    return {
+        name: _shape(name, config, family)
+        for family in _families().values()
+        for name, config in family["shapes"].items()
+    }
 
 
 def load_shape(model: str) -> Shape:
@@ -124,9 +136,11 @@ def load_shape(model: str) -> Shape:
     Raises:
         ValueError: there is none, or it is of a model family that the kit does not know.
     """
-    for name, shape in shapes().items():
-        if model in (name, shape.hub):
-            return shape
+    families = _families()
+    for family in families.values():
+        for name, config in family["shapes"].items():
+            if model in (name, config["hub"]):
+                return _shape(name, config, family)
     file = Path(model) / "config.json"
     if not file.is_file():
         raise ValueError(
@@ -134,7 +148,7 @@ def load_shape(model: str) -> Shape:
             "config.json"
         )
     config = json.loads(file.read_text())
-    if (model_type := config.get("model_type")) not in (families := _families()):
+    if (model_type := config.get("model_type")) not in families:
         allowed = ", ".join(map(repr, families))
         raise ValueError(f"{file}: model_type is {model_type!r}; allowed: {allowed}")
     try:
@@ -155,21 +169,20 @@ def _families() -> dict[str, dict[str, Any]]:
 
 def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
     """From a `config.json`: flat as on the Hub, or with a `text_config` as transformers 5 writes it."""
-    text, vision = config.get("text_config", config), family.get("vision_config", {})
-    text = {"head_dim": text.get("hidden_size", 0) // text.get("num_attention_heads", 1)} | text
-    return Shape(
-        name=name,
-        hub=config.get("hub"),
-        **_numbers(Shape, text),
-        attention=family["attention"],
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        vision=VisionShape(**_numbers(VisionShape, vision | config["vision_config"])) if vision else VisionShape(),
-    )
+    text = family["text_config"] | config.get("text_config", config)
+    text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    text["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    vision = VisionShape()
+    if "vision_config" in family:
+        tower = family["vision_config"] | config["vision_config"]
+        tower["deeper_mergers"] = len(tower["deepstack_visual_indexes"])
+        vision = VisionShape(**_facts(VisionShape, tower))
+    return Shape(name=name, **_facts(Shape, text), vision=vision)
 
 
-def _numbers(cls: type, config: dict[str, Any]) -> dict[str, int]:
-    """The fields of `cls` that are numbers."""
-    return {field.name: config[field.name] for field in fields(cls) if field.type == "int"}
+def _facts(cls: type, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` that are numbers or yes and no."""
+    return {field.name: config[field.name] for field in fields(cls) if field.type in ("int", "bool")}
 
 
 def _linear(inputs: int, outputs: int) -> int:

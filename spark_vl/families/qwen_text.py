@@ -59,10 +59,17 @@ class QwenTextProcessor(ChatProcessor):
         """See `Processor.forget_images`; there are none."""
 
 
+class Qwen3Processor(QwenTextProcessor):
+    """`Processor` of Qwen3, whose chats have thoughts in them."""
+
+    thought = ("<think>", "</think>")
+
+
 class QwenText:
     """`Family` of dense language models. Their `model_type` names a subclass, which knows the reserved texts."""
 
     reserved: tuple[str, ...]
+    processor_class: type[QwenTextProcessor] = QwenTextProcessor
     model_class = AutoModelForCausalLM
     adapter_targets = r"model\.layers\..*_proj"
 
@@ -74,7 +81,7 @@ class QwenText:
         parts = load_part(AutoTokenizer, config), load_part(GenerationConfig, config)
         return or_config_error(
             config,
-            lambda: QwenTextProcessor(*parts, max_prompt_tokens=max_prompt_tokens, commit=loaded_commit(config)),
+            lambda: self.processor_class(*parts, max_prompt_tokens=max_prompt_tokens, commit=loaded_commit(config)),
         )
 
     def freeze_vision(self, model: PreTrainedModel) -> Never:
@@ -137,6 +144,7 @@ class Qwen3(QwenText):
     """`Family` of Qwen3."""
 
     reserved = tuple(read_facts("qwen3")["reserved"])
+    processor_class = Qwen3Processor
 
 
 def _inputs(ids: Tensor) -> ModelInputs:

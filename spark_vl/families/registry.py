@@ -15,11 +15,13 @@ from spark_vl.config import ConfigError, ModelConfig, blamed_on
 from spark_vl.data.recipes import load_recipes
 from spark_vl.families import read_facts
 from spark_vl.families.base import Family
+from spark_vl.families.refusals import refusal
 
 FAMILIES = {
     "qwen2": "spark_vl.families.qwen_text:Qwen2",
     "qwen2_5_vl": "spark_vl.families.qwen2_5_vl:Qwen2_5VL",
     "qwen3": "spark_vl.families.qwen_text:Qwen3",
+    "qwen3_vl": "spark_vl.families.qwen3_vl:Qwen3VL",
 }
 """`model_type` of the Hugging Face configuration → `module:class`, imported on first use."""
 
@@ -35,12 +37,14 @@ def find_family(config: ModelConfig) -> Family:
     """The family of the checkpoint at `config.path`.
 
     Raises:
-        ConfigError: there is no checkpoint, or it is of a family that the kit does not know.
+        ConfigError: there is no checkpoint, or it is of a family that the kit does not know or refuses.
     """
-    found = load_configuration(config).model_type
-    if found not in FAMILIES:
+    loaded = load_configuration(config)
+    found = loaded.model_type
+    if found not in FAMILIES or refusal(loaded):
+        reason = f": {reason}" if (reason := refusal(loaded)) else ""
         allowed = ", ".join(map(repr, FAMILIES))
-        raise ConfigError(f"model.path: {config.path} holds a {found!r} model; allowed: {allowed}")
+        raise ConfigError(f"model.path: {config.path} holds a {found!r} model{reason}; allowed: {allowed}")
     return get_family(found)
 
 
