@@ -193,7 +193,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no recipe 'geometry'; allowed: digits, geometry3k"):
+    with pytest.raises(ValueError, match="no recipe 'geometry'; allowed: dapo_math_17k, digits, geometry3k"):
         load_recipe("geometry")
     with pytest.raises(ValueError, match="this recipe file does not exist"):
         load_recipe(tmp_path / "none.yaml")

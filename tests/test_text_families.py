@@ -200,8 +200,9 @@ def test_packed_logprobs_and_gradients_equal_each_completion_alone(folder, proce
     assert len(got) == len(dict(reference.named_parameters()))
 
 
+@pytest.mark.slow  # what is compiled takes seconds
 def test_flex_attention_scores_as_sdpa_does(tmp_path):
-    folder = save_tiny("qwen3", tmp_path)  # the other type has the same code; what is compiled takes seconds
+    folder = save_tiny("qwen3", tmp_path)  # the other type has the same code
     processor = load_processor(folder)
     prompts = [processor.process(make_record("one", QUESTIONS[2]))]
     policy = policy_of(folder, processor, torch.float32)
