@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     estimate_parser.add_argument(
         "--shape",
         metavar="MODEL",
-        help="3b, 7b, 32b, 72b, or a folder with a config.json; null: that of model.path. `--model 7b` is the same",
+        help="3b, 7b, 32b, …, or a folder with a config.json; null: that of model.path. `--model 7b` is the same",
     )
     estimate_parser.add_argument("--fsdp", action="store_true", help="PyTorch's FSDP2 in place of DeepSpeed")
     estimate_parser.add_class_arguments(Setup, as_group=True, skip={"fsdp"})
@@ -187,7 +187,7 @@ def train(
     from accelerate import Accelerator
 
     from spark_vl.evaluation import Evaluator
-    from spark_vl.families.registry import find_family
+    from spark_vl.families.registry import check_recipes, find_family
     from spark_vl.hub.background import BackgroundPublisher, check_publish_config
     from spark_vl.hub.cards import write_model_card
     from spark_vl.hub.run import find_model
@@ -197,8 +197,10 @@ def train(
     from spark_vl.setup import load_trainer
 
     check_publish_config(config.publish)
+    check_recipes("data.recipes", config.data.recipes, config.model)
     evaluator = None
     if config.evaluation.recipes:
+        check_recipes("evaluation.recipes", config.evaluation.recipes, config.model)
         templater = Templater.from_config(config.prompts, find_family(config.model).reserved)
         evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
     folder = Path(config.output_dir)

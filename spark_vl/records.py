@@ -134,8 +134,8 @@ class Origin:
     quoted_correct: bool | None = None
     """Whether the quoted answer is right (pointwise, reflection); None for pairwise."""
     completions: tuple[str, ...] = ()
-    """The full text of those rollouts, in the same order, even if the prompt shows only their final answers. Empty if
-    no rollout gave the quoted answer."""
+    """What verifiers read of those rollouts (`Rollout.answer_text`), in the same order, even if the prompt shows only
+    their final answers. Empty if no rollout gave the quoted answer."""
     pair: str = ""
     """Two pointwise prompts that are kept or left out together, about a right answer and about a wrong one, have the
     same text here; empty: there is no other. Their questions differ where no group had both answers."""
@@ -247,6 +247,14 @@ class Rollout:
     """The decoded completion without special tokens."""
     finish_reason: Literal["stop", "length"]
     """`length`: cut off by the limit on new tokens."""
+    answer_start: int = 0
+    """Characters of `text` before its answer: a chain of thought that the model marks as such. The length of `text`: it
+    never came to an answer."""
+
+    @property
+    def answer_text(self) -> str:
+        """What verifiers and judges read: `text` without the marked chain of thought."""
+        return self.text[self.answer_start :]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from spark_vl.data.sources import RowLimits
 from spark_vl.distributed.launch import describe_launch, start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
-from spark_vl.families.registry import find_family
+from spark_vl.families.registry import check_recipes, find_family
 from spark_vl.feed import PHASES, PromptFeed
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import BatchMaker
@@ -76,6 +76,7 @@ def load_trainer(
         raise ConfigError(f"output_dir: {folder} already holds a run; name another folder, or go on with --resume auto")
     # Before the accelerator: under ZeRO-3 transformers then shards every model that is made, also one without weights.
     family = find_family(config.model)
+    check_recipes("data.recipes", config.data.recipes, config.model)
     processor = family.load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
     accelerator = start_accelerator(config, folder)
     claim: AbstractContextManager[Any] = claim_folder(folder) if accelerator.is_main_process else nullcontext()

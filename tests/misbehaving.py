@@ -21,6 +21,11 @@ def half(completion: str, record: PromptRecord) -> Verdict:
     return Verdict(0.5, completion)
 
 
+def half_are_right(completion: str, record: PromptRecord) -> Verdict:
+    """What random weights say is right or wrong by its length, and quotable."""
+    return Verdict(float(len(completion) % 2), completion.strip()[:8] or None)
+
+
 class Counting:
     """Remembers how many completions it has seen."""
 

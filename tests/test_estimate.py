@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from spark_vl.cli import main
 from spark_vl.config import LoraConfig, ModelConfig, TrainConfig
@@ -20,6 +20,8 @@ from spark_vl.demo.tiny import build_model
 from spark_vl.estimate import activations, weights
 from spark_vl.estimate.memory import estimate
 from spark_vl.estimate.shape import load_shape, shapes
+from spark_vl.families import read_facts
+from spark_vl.families.registry import FAMILIES
 from spark_vl.policy import head
 from spark_vl.policy.packing import PackItem, make_pack
 from spark_vl.policy.policy import Policy, load_policy
@@ -30,7 +32,12 @@ from tests.conftest import make_image, make_record
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "memory.md").read_text()
 # As the Hub states them, from the index of the checkpoints.
-PUBLISHED = {"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344}
+PUBLISHED = {
+    **{"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344},
+    **{"qwen3-vl-2b": 2_127_532_032, "qwen3-vl-4b": 4_437_815_808},
+    **{"qwen3-vl-8b": 8_767_123_696, "qwen3-vl-32b": 33_357_390_064},
+}
+FACTS = {name: (family, facts) for family in FAMILIES for name, facts in read_facts(family)["shapes"].items()}
 # What is computed with (type of the weights, autocast) → `model.dtype`.
 TYPES = {
     "float32": (torch.float32, False),
@@ -43,23 +50,20 @@ TYPES = {
 
 
 def test_the_shipped_shapes_have_the_published_numbers_of_weights():
-    assert {name: shape.parameters for name, shape in shapes().items()} == PUBLISHED
+    found = shapes()
+    assert {name: found[name].parameters for name in PUBLISHED} == PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_are_those_of_transformers(name, tmp_path):
-    shape = load_shape(name)
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **{key: getattr(shape, key) for key in ("vocab_size", "hidden_size", "intermediate_size")},
-            **{f"num_{key}": getattr(shape, f"num_{key}") for key in ("hidden_layers", "attention_heads")},
-            "num_key_value_heads": shape.num_key_value_heads,
-        },
-        vision_config={key: getattr(shape.vision, key) for key in shape.vision.__dataclass_fields__},
-        tie_word_embeddings=shape.tie_word_embeddings,
+    shape, (family, facts) = load_shape(name), FACTS[name]
+    config = CONFIG_MAPPING[family](
+        text_config={key: facts[key] for key in facts.keys() - {"hub", "vision_config", "tie_word_embeddings"}},
+        vision_config=facts["vision_config"],
+        tie_word_embeddings=facts["tie_word_embeddings"],
     )
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.vision.parameters == sum(p.numel() for p in model.model.visual.parameters())
     model.model.visual.requires_grad_(False)
@@ -106,10 +110,10 @@ def test_a_config_as_on_the_hub_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "llama"}', "model_type is 'llama'; allowed: 'qwen2_5_vl'"),
-        ('{"model_type": "qwen2_5_vl"}', "vocab_size is missing"),
+        ('{"model_type": "llama"}', "model_type is 'llama'; allowed: 'qwen2', 'qwen2_5_vl'"),
+        ('{"model_type": "qwen2_5_vl"}', "hidden_size is missing"),
         ("{", "Expecting property name"),
-        (None, "is not a shape; allowed are 3b, 7b, 32b, 72b"),
+        (None, "is not a shape; allowed are qwen2.5-0.5b"),
     ],
 )
 def test_a_folder_that_is_no_model_is_named(config, message, tmp_path):
@@ -282,7 +286,7 @@ def test_the_shape_is_that_of_the_configured_model_unless_one_is_named(tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model=8b", "--model: '8b' is not a shape; allowed are 3b, 7b, 32b, 72b"),
+        ("--model=8b", "--model: '8b' is not a shape; allowed are qwen2.5-0.5b"),
         ("--model.path=me/mine", "model.path: 'me/mine' is not a shape"),
         ("--model=7b --fsdp --zero=2", "zero: found 2 together with fsdp"),
         ("--model=7b --offload=optimizer", "offload: found 'optimizer', which needs ZeRO or FSDP2"),

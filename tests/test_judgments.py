@@ -114,6 +114,7 @@ def test_a_pairwise_row_by_hand():
         "parsed": ["B", "-2"],
         "status": ["ok", "ok"],
         "finish_reason": ["stop", "stop"],
+        "answer_start": [0, 0],
         "verifier": "judgment",
         "settings": "{}",
         "parent_id": "s/train/a",
@@ -126,7 +127,7 @@ def test_a_pairwise_row_by_hand():
 
 
 COMMON_BEFORE = ["id", "images", "messages", "question", "label", "choices"]
-COMMON_AFTER = ["reward", "parsed", "status", "finish_reason", "verifier", "settings"]
+COMMON_AFTER = ["reward", "parsed", "status", "finish_reason", "answer_start", "verifier", "settings"]
 PROVENANCE = ["parent_id", "recipe", "license", "model", "model_revision", "step"]
 
 
@@ -485,7 +486,7 @@ def test_a_missing_column_is_named(config: str):
         (
             "rollouts",
             {"reward": [1.0]},
-            "'completion', 'reward', 'parsed', 'status', 'finish_reason' are of 4, 1, 4, 4, 4",
+            "'completion', 'reward', 'parsed', 'status', 'finish_reason', 'answer_start' are of 4, 1, 4, 4, 4, 4",
         ),
         ("rollouts", {"reward": [1.0, 0.0, 2.0, 0.0]}, "'reward' holds float 2.0; numbers in"),
         ("rollouts", {"reward": [1.0, float("nan"), 0.0, 0.0]}, "'reward' holds float nan"),

@@ -62,11 +62,7 @@ def test_packed_logprobs_and_gradients_equal_padded(processor, make_policy, atte
     n_rows = sum(len(item.completions) for item in items)
     policy = make_policy(dtype, attention=attention, suppress=False)
     reference, _ = random_tiny(seed=0, dtype=dtype)
-    expected = [
-        logprobs
-        for item in items
-        for logprobs in padded_logprobs(reference, item.prompt, item.completions, processor.image_token_id)
-    ]
+    expected = [logprobs for item in items for logprobs in padded_logprobs(reference, item.prompt, item.completions)]
     packs = pack(processor, items, tokens_per_pack)
     assert len(packs) == n_packs
     with torch.set_grad_enabled(attention == "sdpa"):
@@ -130,7 +126,7 @@ def test_a_pack_without_images_runs_the_vision_tower_and_is_not_changed_by_it(pr
     assert [image.grid_thw.tolist() for image in one.images] == [[1, 4, 4]]
     policy = make_policy(torch.float64, suppress=False)
     reference, _ = random_tiny(seed=0, dtype=torch.float64)
-    expected = padded_logprobs(reference, prompt, RAGGED, processor.image_token_id)
+    expected = padded_logprobs(reference, prompt, RAGGED)
     logprobs = policy(one).logprobs
     torch.testing.assert_close(logprobs, torch.cat(expected), rtol=1e-6, atol=1e-9)
     logprobs.sum().backward()

@@ -338,8 +338,11 @@ def test_a_saved_processor_loads_and_does_the_same(tiny, processor, tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"model_type": "qwen2_vl"}', r"holds a 'qwen2_vl' model; allowed: 'qwen2_5_vl'$"),
-        ('{"model_type": "qwen2"}', r"holds a 'qwen2' model; allowed: 'qwen2_5_vl'$"),
+        (
+            '{"model_type": "qwen2_vl"}',
+            r"holds a 'qwen2_vl' model; allowed: 'qwen2', 'qwen2_5_vl', 'qwen3', 'qwen3_vl'$",
+        ),
+        ('{"model_type": "llama"}', r"holds a 'llama' model; allowed: 'qwen2', 'qwen2_5_vl', 'qwen3', 'qwen3_vl'$"),
         ('{"model_type": "no_such_family"}', r"cannot be loaded \(AutoConfig\): .*no_such_family"),
         ("{}", r"cannot be loaded \(AutoConfig\)"),
         ('{"model_type": ', r"cannot be loaded \(AutoConfig\)"),

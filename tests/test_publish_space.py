@@ -47,4 +47,8 @@ def test_a_model_that_is_no_repository_is_refused(hub, call):
     hub.create("model", "org/tiny")
     with pytest.raises(Refused, match=r"--model: 'org/tiny' has no spark_prompts\.json, so it was not published by"):
         call("publish_space", model="org/tiny", repo="org/demo")
+    words = {"spark_prompts.json": File(b"{}"), "README.md": File(b"---\npipeline_tag: text-generation\n---\n")}
+    hub.repo("model", "org/tiny").commit("words", words)
+    with pytest.raises(Refused, match=r"--model: 'org/tiny' is a text-generation model; .* asks about an image"):
+        call("publish_space", model="org/tiny", repo="org/demo")
     assert ("space", "org/demo") not in hub.repos

@@ -194,7 +194,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"no recipe 'geometry' \(did you mean geometry3k\?\); allowed: digits, geometry3k"
+        ValueError, match=r"no recipe 'geometry' \(did you mean geometry3k\?\); allowed: dapo_math_17k, digits, geometry3k"
     ):
         load_recipe("geometry")
     with pytest.raises(ValueError, match="this recipe file does not exist"):
@@ -1037,6 +1037,17 @@ FIXTURES: dict[str, tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]] = {
             ]
         },
     ),
+    "gsm8k": (
+        {"question": TEXT, "answer": TEXT},
+        {
+            split: [
+                {"question": "Tom has 3 bags of 4 apples. How many?", "answer": "3*4=<<3*4=12>>12 apples.\n#### 12"},
+                {"question": "What do 5 cost at $250 each?", "answer": "5 * $250 = $<<5*250=1250>>1,250\n#### 1,250"},
+                {"question": "It was 3 degrees and fell by 8. What now?", "answer": "#### is a mark. 3-8=-5\n#### -5"},
+            ]
+            for split in ("train", "test")
+        },
+    ),
 }
 
 
@@ -1073,7 +1084,7 @@ def test_shipped_recipe_reads_its_schema(name: str, repository, pool) -> None:
             check_gold(row)  # its verifier gives its own gold full marks,
             assert run_verifier(r"\boxed{no such answer}", row).score == 0  # and nothing to another
             assert row.id.startswith(f"{name}/{split}/")
-            assert len(row.images) == 1
+            assert len(row.images) == (recipe.columns.images is not None)
             assert "<image1>" not in plain_text(row.question)
 
 
@@ -1113,6 +1124,15 @@ def test_shipped_recipe_reads_its_schema(name: str, repository, pool) -> None:
                 ("A, C", "choice", "<image>Which two fit? Options: A, B, C, D."),
             ],
         ),
+        (
+            "gsm8k",
+            "test",
+            [
+                ("12", "number", "Tom has 3 bags of 4 apples. How many?"),
+                ("1,250", "number", "What do 5 cost at $250 each?"),
+                ("-5", "number", "It was 3 degrees and fell by 8. What now?"),
+            ],
+        ),
     ],
 )
 def test_rows_of_shipped_recipes(name: str, split: str, expected: list[tuple[str, str, str]], repository, pool) -> None:
@@ -1125,6 +1145,16 @@ def test_image_paths_without_a_media_root_are_told_at_once(repository) -> None:
     recipe = load_recipe("virl39k", source={"hub": {"id": repository("virl39k").source.location}})
     with pytest.raises(ValueError, match="recipe virl39k: media_root: is missing, and the column 'image' holds paths"):
         open_recipe(recipe, "train", TEMPLATER)
+
+
+@pytest.mark.parametrize("solution", ["It is 5.", "It is 5 #### ", ["#### 5", 5]])
+def test_a_solution_without_its_mark_is_bad(problems, solution) -> None:
+    opened = problems({"a": solution}, {"a": "4 + 1 #### \\boxed{5}"}, answer_after="####")
+    if isinstance(solution, list):  # as JSON, the mark stands in it: what is behind is no number
+        assert opened[0].gold == '5", 5]'
+    else:
+        assert "nothing stands behind '####' in the answer" in reason(opened)
+    assert opened[1].gold == "5"
 
 
 def test_an_unknown_split_of_a_hub_dataset_is_named(repository) -> None:
@@ -1145,8 +1175,8 @@ def test_digits_run_out_of_the_box() -> None:
 
 
 def test_every_shipped_recipe_is_exercised_here() -> None:
-    # judgments: tests/test_judgments.py; the released training sets: tests/test_spark_data.py
-    elsewhere = {"judgments", "spark_virl_19k", "spark_virl_hard_24k"}
+    # judgments: tests/test_judgments.py; the released training sets: tests/test_spark_data.py; DAPO: tests/test_dapo.py
+    elsewhere = {"judgments", "spark_virl_19k", "spark_virl_hard_24k", "dapo_math_17k"}
     assert recipes() == sorted({*FIXTURES, "digits", *elsewhere})
     for name in recipes():
         recipe = load_recipe(usage(name))

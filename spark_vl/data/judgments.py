@@ -1,9 +1,9 @@
 """Groups as rows of a dataset, and back: what a run samples and verifies is a dataset that others train and test on.
 
 One row is one prompt with its G completions and their verdicts, as lists: one row per completion would repeat the
-images G times. The dataset has one configuration per kind of prompt; that of problems is called `rollouts`. A quoted
-rollout is stored in full (`completion`), whatever part of it the prompt shows. Prompts are in the chat format of
-transformers and TRL, and images are bytes that `encode_image` made.
+images G times. The dataset has one configuration per kind of prompt; that of problems is called `rollouts`. Completions
+are stored in full, and so is what verifiers read of a quoted rollout (`completion`), whatever part of it the prompt
+shows. Prompts are in the chat format of transformers and TRL, and images are bytes that `encode_image` made.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ _TEST_SHARE = 20
 
 _PLACE = "<image>"
 """What marks the place of an image in the column `question` (see `_marked`)."""
+
+ANSWER_START = "answer_start"
+"""The column that says how many characters of each completion are a chain of thought. Older rows do not have it."""
 
 _ROLES = ("system", "user", "assistant")
 _STATUSES = ("ok", "unparsable", "timeout", "error")
@@ -106,6 +109,7 @@ def features(config: Config) -> datasets.Features:
             "parsed": strings,
             "status": strings,
             "finish_reason": strings,
+            ANSWER_START: List(Value("int32")),
             "verifier": string,
             "settings": string,
             **({} if config == "rollouts" else {"template": string}),
@@ -173,6 +177,7 @@ def row_of(
         "parsed": [verdict.parsed for verdict in group.verdicts],
         "status": [verdict.status for verdict in group.verdicts],
         "finish_reason": [rollout.finish_reason for rollout in group.rollouts],
+        ANSWER_START: [rollout.answer_start for rollout in group.rollouts],
         "verifier": public_name(record.verifier),
         "settings": json.dumps(dict(record.settings)),
         "parent_id": record.parent_id,
@@ -280,18 +285,22 @@ def group_of(row: Row, config: Config = "rollouts", *, neutralize: Callable[[str
         verifiers=(text(row, "verifier"),),
         neutralize=neutralize,
     )
-    columns = (completions_column(config), "reward", "parsed", "status", "finish_reason")
-    lists = [_list(row, column) for column in columns]
+    columns = (completions_column(config), "reward", "parsed", "status", "finish_reason", ANSWER_START)
+    lists = [_list(row, column) for column in columns[:-1]]
+    lists.append([0] * len(lists[0]) if row.get(ANSWER_START) is None else _list(row, ANSWER_START))
     if len(set(map(len, lists))) != 1:
         raise ValueError(f"{', '.join(map(repr, columns))} are of {', '.join(str(len(of)) for of in lists)} items")
     rollouts, verdicts = [], []
-    for completion, reward, parsed, status, finish_reason in zip(*lists, strict=True):
+    for completion, reward, parsed, status, finish_reason, answer_start in zip(*lists, strict=True):
         if not isinstance(reward, float) or not 0 <= reward <= 1:
             raise ValueError(f"'reward' holds {type_name(reward)}; numbers in [0, 1] are allowed")
         for column, value, known in (("status", status, _STATUSES), ("finish_reason", finish_reason, _FINISHES)):
             if value not in known:
                 raise ValueError(f"{column!r} holds {type_name(value)}; allowed: {', '.join(known)}")
-        rollouts.append(Rollout((), (), unicode(completion, columns[0]), finish_reason))
+        words = unicode(completion, columns[0])
+        if not isinstance(answer_start, int) or not 0 <= answer_start <= len(words):
+            raise ValueError(f"{ANSWER_START!r} holds {answer_start!r:.80}; allowed: 0 to the length of the completion")
+        rollouts.append(Rollout((), (), words, finish_reason, answer_start))
         verdicts.append(Verdict(reward, None if parsed is None else unicode(parsed, "parsed"), status))
     return RolloutGroup(record, tuple(rollouts), tuple(verdicts))
 

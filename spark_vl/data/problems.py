@@ -158,6 +158,7 @@ class ProblemSet:
             "settings": dict(recipe.settings),
             "weights": dict(recipe.weights),
             "image_placeholder": recipe.image_placeholder,
+            "answer_after": recipe.answer_after,
             "filter": dict(recipe.filter),
         }
         return json.loads(json.dumps(facts, default=str))
@@ -190,7 +191,8 @@ class ProblemSet:
                 verifiers=self.verifiers,
                 neutralize=self._templater.neutralize,
             )
-        question, gold = text(row, columns.question).strip(), _gold(answer(row, columns.answer))
+        question = text(row, columns.question).strip()
+        gold = _gold(answer(row, columns.answer), recipe.answer_after)
         choices = () if optional(row, columns.choices) is None else options(row, str(columns.choices))
         default = recipe.verifier_of(self.split)
         if columns.verifier is not None and optional(row, columns.verifier) is not None:
@@ -422,7 +424,12 @@ def _is_lettered(question: str, answer: str) -> bool:
     return letters != ()
 
 
-def _gold(answer: str) -> str:
+def _gold(answer: str, after: str | None) -> str:
+    if after is not None:
+        _, found, final = answer.rpartition(after)
+        if not found or not final.strip():
+            raise ValueError(f"nothing stands behind {after!r} in the answer {answer!r:.80}")
+        answer = final
     boxed = last_boxed(answer)
     if boxed is None and "\\boxed" in answer:
         raise ValueError(f"the answer's box is empty or does not close: {answer!r:.80}")

@@ -111,6 +111,9 @@ class Recipe:
     """Folder that image paths are relative to and cannot leave. None: that of a local source; no paths for others."""
     image_placeholder: str = "<image>"
     """What stands in a question where an image belongs."""
+    answer_after: str | None = None
+    """What the right answer stands behind, where the column of the answer holds a whole solution: `####`. A row without
+    it is bad. None: the column holds the answer."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Verifier → its settings, such as `{number: {relative: 0.05}, iou: {coordinates: thousand}}`."""
     filter: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -315,7 +318,9 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     verifier, weights = _verifier(where, raw.get("verifier"), splits)
     columns = _columns(where, raw["columns"])
     optional = {
-        key: _text(where, key, raw[key]) for key in ("media_root", "image_placeholder") if raw.get(key) is not None
+        key: _text(where, key, raw[key])
+        for key in ("media_root", "image_placeholder", "answer_after")
+        if raw.get(key) is not None
     }
     if isinstance(columns, JudgmentColumns) and optional:
         raise ValueError(f"{where}: {next(iter(optional))}: does not apply to a judgment dataset; leave it out")

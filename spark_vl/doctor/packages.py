@@ -88,11 +88,14 @@ def torchvision() -> Iterator[Finding]:
 
 
 def model() -> Iterator[Finding]:
-    """Whether the code of Qwen2.5-VL loads. Fails where it does not."""
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+    """Whether the code of the models loads. Fails where it does not."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-    names = (Qwen2_5_VLForConditionalGeneration.__name__, Qwen2_5_VLProcessor.__name__)
-    yield ok("Qwen2.5-VL", f"{' and '.join(names)} can be imported")
+    for name, parts in {
+        "Qwen2.5-VL": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor),
+        "Qwen2.5, Qwen3": (Qwen2ForCausalLM, Qwen3ForCausalLM),
+    }.items():
+        yield ok(name, f"{' and '.join(part.__name__ for part in parts)} can be imported")
 
 
 def optional() -> Iterator[Finding]:

@@ -20,11 +20,12 @@ def activation_bytes(shape: Shape, model: ModelConfig, *, tokens: int, patches: 
     With b bytes of a number that is computed and r of one of the residual stream (4 under autocast, else b), a layer of
     width H and inner width I keeps for the backward pass
 
-        T · (norms 2·(4 + 2b)·H [26·H under autocast] + attention 5b·H + MLP 4b·I)  [+ b·T² with `sdpa`]
+        T · (norms 2·(4 + 2b)·H [26·H under autocast] + attention 5b·Q + MLP 4b·I)  [+ b·T² with `sdpa`]
 
-    (attention: q, and k and v repeated for all heads, and the output before and after it is put together; `sdpa` turns
-    the mask into numbers of the type of q). Its gradients add 2b·I·T. A block of the vision tower is the same but for
-    attention, 7b (qkv, rotated q and k, two outputs), and has no mask. Float32 adapters under autocast add 4·I·T.
+    (Q, the width of all queries, is H in most models; attention: q, and k and v repeated for all heads, and the output
+    before and after it is put together; norms of q and k count as norms; `sdpa` turns the mask into numbers of the type
+    of q). Its gradients add 2b·I·T. A block of the vision tower is the same but for attention, 7b·H (qkv, rotated q and
+    k, two outputs), and has no mask. Float32 adapters under autocast add 4·I·T.
 
     With gradient checkpointing all layers keep their input, r·H·T, and the largest of these is added: one layer, one
     block, the head, and, under autocast, the bfloat16 copies of all weights, which are there until the forward pass
@@ -42,14 +43,16 @@ def activation_bytes(shape: Shape, model: ModelConfig, *, tokens: int, patches: 
     vision = shape.vision
     width, inner = shape.hidden_size, shape.intermediate_size
 
+    norms = 26 if stream > low else 2 * (4 + 2 * low)
+
     def kept(size: int, inner: int, attention: int) -> int:
-        """Bytes that a layer keeps for one token."""
-        norms = 26 if stream > low else 2 * (4 + 2 * low)
-        return (norms + attention * low) * size + 4 * low * inner
+        """Bytes that a layer keeps for one token, `attention` numbers of them in attention."""
+        return norms * size + low * (attention + 4 * inner)
 
     mask = tokens**2 if model.attention == "sdpa" else 0
-    layer = tokens * kept(width, inner, 5) + low * mask
-    block = patches * kept(vision.hidden_size, vision.intermediate_size, 7)
+    layer = tokens * kept(width, inner, 5 * shape.query_size) + low * mask
+    layer += shape.qk_norm * tokens * norms // 2 * (shape.query_size + shape.key_value_size)
+    block = patches * kept(vision.hidden_size, vision.intermediate_size, 7 * vision.hidden_size)
     gradients = 2 * low * inner * tokens
     if cast and model.lora:
         gradients += 4 * inner * tokens  # the input of a float32 adapter
@@ -102,10 +105,10 @@ def rollout_bytes(
     stream = 4 if cast and not model.lora else low
     rows, longest = prompts * n, prompt + new
     cache = rows * longest * shape.num_hidden_layers * 2 * shape.key_value_size * stream
-    repeated = rows * longest * 2 * shape.hidden_size * (stream + (low if stream > low else 0))
+    repeated = rows * longest * 2 * shape.query_size * (stream + (low if stream > low else 0))
     decoding = repeated + 4 * 4 * rows * shape.vocab_size
     tokens, mask = prompts * prompt, prompts * prompt**2
-    prefill = max(3 * low * shape.intermediate_size * tokens, 5 * low * shape.hidden_size * tokens + low * mask)
+    prefill = max(3 * low * shape.intermediate_size * tokens, 5 * low * shape.query_size * tokens + low * mask)
     prefill += mask + 4 * stream * shape.hidden_size * tokens
     patch = 4 * shape.vision.patch_values + vision_forward_bytes(shape, low, stream)
     encode = prompts * shape.vision.patches(image) * patch

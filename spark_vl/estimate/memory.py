@@ -133,12 +133,8 @@ def _prompts_of_a_process(config: TrainConfig, setup: Setup) -> int:
     """Prompts that a process samples from at once, at most: those of the step, and with `merged` the recycled ones."""
     problems = ceil(config.data.prompts_per_step / setup.gpus)
     recycled = ceil((config.recycle.max_judge + config.recycle.max_reflection) / setup.gpus)
-    match config.recycle.schedule:
-        case "merged":
-            return problems + recycled
-        case "sequential":
-            return max(problems, recycled)
-    return problems
+    at_once = {"none": problems, "merged": problems + recycled, "sequential": max(problems, recycled)}
+    return at_once[config.recycle.schedule]
 
 
 def _left_on_gpu(rows: Mapping[str, Phases], setup: Setup) -> dict[str, Phases]:

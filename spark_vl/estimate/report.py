@@ -52,13 +52,13 @@ def print_estimate(shape: Shape, config: TrainConfig, setup: Setup, console: Con
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
-    trained = trained_parameters(shape, config.model)
+    trained, images = trained_parameters(shape, config.model), setup.images if shape.vision.depth else 0
     say(
         f"{shape.name}: {shape.parameters:,} weights, {'all' if trained == shape.parameters else f'{trained:,}'} "
         f"trained, on {_way(config, setup)}."
     )
     say(
-        f"Assumed: prompts of {prompt_tokens(shape, config, setup)} tokens (images: {setup.images}, text: "
+        f"Assumed: prompts of {prompt_tokens(shape, config, setup)} tokens (images: {images}, text: "
         f"{setup.text_tokens} tokens), {_rows(config, setup)} completions decoded together to the full length."
     )
     rows = [(name, *map(_gib, row)) for name, row in needed.rows.items() if any(row)]

@@ -1,4 +1,4 @@
-"""A model in numbers, and how many weights follow from them: a vision tower, its merger and a language model."""
+"""A model in numbers, and how many weights follow from them: a language model, maybe with a vision tower."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ import yaml
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The vision tower, under the names of the Hugging Face configuration."""
+    """The vision tower, under the names of the Hugging Face configuration; of a model without one, all zeros."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    out_hidden_size: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    in_channels: int
+    depth: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    out_hidden_size: int = 0
+    patch_size: int = 0
+    temporal_patch_size: int = 0
+    spatial_merge_size: int = 0
+    in_channels: int = 0
+    num_position_embeddings: int = 0
+    """Learned positions of patches; 0: there are none."""
+    deeper_mergers: int = 0
+    """Mergers of inner layers, whose features go to layers of the language model."""
+    gated: bool = True
+    """Whether norms (RMSNorm) and the patch embedding have no biases, and the MLP is gated; if not, LayerNorm, a plain
+    MLP, and biases everywhere."""
 
     @property
     def patch_values(self) -> int:
@@ -31,26 +38,29 @@ class VisionShape:
 
     @property
     def block(self) -> int:
-        """Weights of a block: two norms, attention and a gated MLP, all but the norms with a bias."""
+        """Weights of a block: two norms, attention and an MLP."""
         width, inner = self.hidden_size, self.intermediate_size
-        return (
-            2 * width
-            + _linear(width, 3 * width)
-            + _linear(width, width)
-            + 2 * _linear(width, inner)
-            + _linear(inner, width)
-        )
+        attention = _linear(width, 3 * width) + _linear(width, width)
+        mlp = (2 if self.gated else 1) * _linear(width, inner) + _linear(inner, width)
+        return 2 * self._norm(width) + attention + mlp
 
     @property
     def parameters(self) -> int:
-        """Weights of the patch embedding, the blocks and the merger into the language model."""
-        merged = self.hidden_size * self.spatial_merge_size**2
-        merger = self.hidden_size + _linear(merged, merged) + _linear(merged, self.out_hidden_size)
-        return self.patch_values * self.hidden_size + self.depth * self.block + merger
+        """Weights of the embeddings of patches and positions, the blocks and the mergers into the language model. The
+        one at the end norms patches, those of inner layers what is merged."""
+        width = self.hidden_size
+        merged = width * self.spatial_merge_size**2
+        merger = _linear(merged, merged) + _linear(merged, self.out_hidden_size)
+        mergers = self._norm(width) + merger + self.deeper_mergers * (self._norm(merged) + merger)
+        embeddings = (self.patch_values + self.num_position_embeddings + (not self.gated)) * width
+        return embeddings + self.depth * self.block + mergers
+
+    def _norm(self, width: int) -> int:
+        return width if self.gated else 2 * width
 
     def image_tokens(self, pixels: int) -> int:
         """Tokens that an image of at most `pixels` becomes in the language model; each merges several patches."""
-        return pixels // (self.patch_size * self.spatial_merge_size) ** 2
+        return pixels // (self.patch_size * self.spatial_merge_size) ** 2 if self.depth else 0
 
     def patches(self, tokens: int) -> int:
         """Patches behind `tokens` image tokens."""
@@ -68,13 +78,23 @@ class Shape:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    head_dim: int
+    attention_bias: bool
+    """Whether q, k and v have a bias."""
+    qk_norm: bool
+    """Whether the queries and keys of each head are normed."""
     tie_word_embeddings: bool
     vision: VisionShape
 
     @property
+    def query_size(self) -> int:
+        """Width of all queries of a token in one layer."""
+        return self.head_dim * self.num_attention_heads
+
+    @property
     def key_value_size(self) -> int:
         """Width of all keys of a token, and of all its values, in one layer."""
-        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        return self.head_dim * self.num_key_value_heads
 
     @property
     def embedding(self) -> int:
@@ -83,9 +103,9 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """Weights of a layer of the language model: two norms, attention (q, k, v with a bias) and a gated MLP."""
-        width = self.hidden_size
-        attention = _linear(width, width) + 2 * _linear(width, self.key_value_size) + width * width
+        """Weights of a layer of the language model: two norms, attention and a gated MLP."""
+        width, read = self.hidden_size, self.query_size + 2 * self.key_value_size
+        attention = (width + self.attention_bias) * read + self.query_size * width + 2 * self.qk_norm * self.head_dim
         return 2 * width + attention + 3 * width * self.intermediate_size
 
     @property
@@ -97,7 +117,7 @@ class Shape:
     def adapters(self, rank: int) -> int:
         """Weights of low-rank adapters on the seven linear layers of each layer of the language model."""
         width, inner = self.hidden_size, self.intermediate_size
-        sizes = 2 * (width + width) + 2 * (width + self.key_value_size) + 3 * (width + inner)
+        sizes = 2 * (width + self.query_size) + 2 * (width + self.key_value_size) + 3 * (width + inner)
         return self.num_hidden_layers * rank * sizes
 
 
@@ -149,17 +169,20 @@ def _families() -> dict[str, dict[str, Any]]:
 
 def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
     """From a `config.json`: flat as on the Hub, or with a `text_config` as transformers 5 writes it."""
-    return Shape(
-        name=name,
-        **_numbers(Shape, config.get("text_config", config)),
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        vision=VisionShape(**_numbers(VisionShape, family["vision_config"] | config["vision_config"])),
-    )
+    text = family["text_config"] | config.get("text_config", config)
+    text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    text["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    vision = VisionShape()
+    if "vision_config" in family:
+        tower = family["vision_config"] | config["vision_config"]
+        tower["deeper_mergers"] = len(tower["deepstack_visual_indexes"])
+        vision = VisionShape(**_facts(VisionShape, tower))
+    return Shape(name=name, **_facts(Shape, text), vision=vision)
 
 
-def _numbers(cls: type, config: dict[str, Any]) -> dict[str, int]:
-    """The fields of `cls` that are numbers."""
-    return {field.name: config[field.name] for field in fields(cls) if field.type == "int"}
+def _facts(cls: type, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` that are numbers or yes and no."""
+    return {field.name: config[field.name] for field in fields(cls) if field.type in ("int", "bool")}
 
 
 def _linear(inputs: int, outputs: int) -> int:

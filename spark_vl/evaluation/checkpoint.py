@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spark_vl.config import EvalConfig, ModelConfig, PromptConfig, blamed_on
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
-from spark_vl.families.registry import find_family
+from spark_vl.families.registry import check_recipes, find_family
 from spark_vl.log import Pace
 from spark_vl.policy.policy import load_policy
 from spark_vl.prompts import Templater
@@ -31,6 +31,7 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
         ConfigError, ValueError: see `Evaluator`, `find_family` and `Templater`.
     """
     family = find_family(config.model)
+    check_recipes("evaluation.recipes", config.evaluation.recipes, config.model)
     processor = family.load_processor(config.model, max_prompt_tokens=config.max_prompt_tokens)
     templater = find_templater(config.prompts, config.model, family.reserved)
     templater.save(folder / PROMPTS_FILE)

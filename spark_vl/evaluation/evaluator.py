@@ -177,7 +177,7 @@ class Evaluator:
         """Another attempt, with `answer` at hand."""
         problem = answer.record
         rng = random.Random(f"{problem.id}/reflect/{turn}")
-        shows: Literal["answer", "cot"] = "answer" if last_boxed(answer.rollouts[0].text) else "cot"
+        shows: Literal["answer", "cot"] = "answer" if last_boxed(answer.rollouts[0].answer_text) else "cot"
         claim = self.config.reflection_claim
         rendered = self.templater.reflection(
             problem.question, _quote(answer), correct=False, claim=claim, shows=shows, rng=rng
@@ -192,7 +192,7 @@ def _keeps(record: PromptRecord) -> bool:
 
 def _quote(answer: RolloutGroup) -> str:
     """The final answer of a group's one completion, or the whole of it where it has no box."""
-    text = answer.rollouts[0].text
+    text = answer.rollouts[0].answer_text
     return last_boxed(text) or text
 
 

@@ -156,7 +156,7 @@ def judge_own(sampled: RolloutGroup, templater: Templater) -> list[RecycledRecor
     problem = sampled.record
     answers: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
     for index, (rollout, verdict) in enumerate(zip(sampled.rollouts, sampled.verdicts, strict=True)):
-        answer, is_correct = quotable_answer(rollout.text, verdict).strip(), verdict.is_correct
+        answer, is_correct = quotable_answer(rollout.answer_text, verdict).strip(), verdict.is_correct
         if rollout.finish_reason == "stop" and verdict.status == "ok" and answer and is_correct is not None:
             answers[is_correct].append((index, answer))
     ambiguous = {answer for _, answer in answers[True]} & {answer for _, answer in answers[False]}
@@ -175,7 +175,7 @@ def judge_own(sampled: RolloutGroup, templater: Templater) -> list[RecycledRecor
                     id=f"{problem.id}#pointwise_sampled_{side}",
                     rollouts=(index,),
                     quoted_correct=correct,
-                    completions=(sampled.rollouts[index].text,),
+                    completions=(sampled.rollouts[index].answer_text,),
                 )
             )
     return records

@@ -1,7 +1,8 @@
 """All that the kit knows of a model family, in one file for each family.
 
 `base.py` has the protocol, `registry.py` finds the family of a checkpoint. What the rest of the kit needs of a family
-before torch is loaded is data: a YAML file beside the family's own, named for its `model_type`.
+before torch is loaded is data: a YAML file named for its `model_type`, with a `vision_config` where the models have a
+vision tower.
 """
 
 from __future__ import annotations

@@ -88,6 +88,9 @@ class Processor(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
 
+    def answer_start(self, text: str) -> int:
+        """Where in the `text` of a completion its answer begins: see `Rollout.answer_start`."""
+
     def render(self, prompt: ProcessedPrompt) -> str:
         """The text of a prompt with its special tokens; the tokens of an image as `<token>×N`."""
 

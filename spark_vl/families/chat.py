@@ -50,6 +50,8 @@ class ChatProcessor(ABC):
 
     example: ClassVar[Content] = (QUESTION,)
     """A question, which the chat template is tried on."""
+    thought: ClassVar[tuple[str, str] | None] = None
+    """What begins and what ends a chain of thought, in models that mark it."""
     suppressed_token_ids: tuple[int, ...] = ()
     padding: ModelInputs
 
@@ -70,6 +72,8 @@ class ChatProcessor(ABC):
         self.stop_token_ids = self._stop_tokens(generation_config)
         self.check_tokens("generation_config.json: eos_token_id", self.stop_token_ids)
         self.check_tokens("tokenizer_config.json: pad_token", [self.pad_token_id])
+        asked = self.chat([Message("user", self.example)])
+        self._thinks_when_asked = self.thought is not None and self._unfinished_thought(asked)
 
     @abstractmethod
     def process(self, record: PromptRecord) -> ProcessedPrompt:
@@ -135,6 +139,21 @@ class ChatProcessor(ABC):
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Processor.decode`."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def answer_start(self, text: str) -> int:
+        """See `Processor.answer_start`. The answer stands behind the last thought. A thought that does not end, whether
+        the completion or already the chat template began it, has no answer behind it."""
+        if self.thought is None:
+            return 0
+        ended = text.rfind(self.thought[1])
+        if self._unfinished_thought(text) or (ended < 0 and self._thinks_when_asked):
+            return len(text)
+        behind = text[ended + len(self.thought[1]) :] if ended >= 0 else text
+        return len(text) - len(behind.lstrip()) if ended >= 0 else 0
+
+    def _unfinished_thought(self, text: str) -> bool:
+        begin, end = self.thought or ("", "")
+        return text.rfind(begin) > text.rfind(end)
 
     def render(self, prompt: ProcessedPrompt) -> str:
         """See `Processor.render`."""

@@ -1,4 +1,8 @@
-"""What the Qwen-VL models share: `qwen-vl-utils` resizes, the Hugging Face processor normalizes and tokenizes."""
+"""What the Qwen-VL models share.
+
+`qwen-vl-utils` resizes images, and the Hugging Face processor normalizes and tokenizes. A vision tower makes features
+of the patches, which take the places of the image tokens in the language model.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,23 @@ from typing import Any, ClassVar
 import torch
 from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, ProcessorMixin
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from spark_vl.config import ModelConfig
 from spark_vl.data.images import ImageError, load_image
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
-from spark_vl.families.chat import QUESTION, ChatProcessor
+from spark_vl.families.chat import QUESTION, ChatProcessor, or_config_error
+from spark_vl.families.registry import load_configuration, load_part, loaded_commit
 from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, Message, PromptRecord
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -197,3 +212,106 @@ class QwenVLProcessor(ChatProcessor):
                 size=ImageSize(decoded.size, (width, height)),
             )
         return self._images[ref]
+
+
+class QwenVL:
+    """`Family` of a line of Qwen-VL models: a vision tower and a language model in `model.model`."""
+
+    reserved: ClassVar[tuple[str, ...]]
+    processor_class: ClassVar[type[QwenVLProcessor]]
+    model_class = AutoModelForImageTextToText
+    adapter_targets = r".*language_model\.layers\..*_proj"
+
+    def load_processor(self, config: ModelConfig, *, max_prompt_tokens: int) -> QwenVLProcessor:
+        """See `Family.load_processor`."""
+        parts = load_part(AutoProcessor, config), load_configuration(config), load_part(GenerationConfig, config)
+        return or_config_error(
+            config,
+            lambda: self.processor_class(
+                *parts,
+                min_pixels=config.min_pixels,
+                max_pixels=config.max_pixels,
+                max_prompt_tokens=max_prompt_tokens,
+                commit=loaded_commit(config),
+            ),
+        )
+
+    def freeze_vision(self, model: PreTrainedModel) -> None:
+        """See `Family.freeze_vision`; all mergers belong to the tower."""
+        model.model.visual.requires_grad_(False)
+
+    def hidden_states(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | BlockMask,
+        images: Sequence[ProcessedImage],
+    ) -> Tensor:
+        """See `Family.hidden_states`."""
+        pixel_values, grid_thw = vision_inputs(images, input_ids.device)
+        return model.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            pixel_values=pixel_values,
+            image_grid_thw=grid_thw,
+            use_cache=False,
+        ).last_hidden_state[0]
+
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        images: Sequence[ProcessedImage],
+        shown: Sequence[int],
+    ) -> tuple[Tensor, DynamicCache]:
+        """See `Family.prefill`."""
+        embeds_BSH = model.get_input_embeddings()(input_ids)
+        deeper: dict[str, Any] = {}
+        if images:
+            features = model.model.get_image_features(*vision_inputs(images, input_ids.device), return_dict=True)
+            is_image_BS = (input_ids == model.config.image_token_id) & mask.bool()
+            in_order = shown_features(features.pooler_output, shown).to(embeds_BSH.dtype)
+            embeds_BSH = embeds_BSH.masked_scatter(is_image_BS[..., None], in_order)
+            deeper = self.deeper_features(features, shown, is_image_BS)
+        cache = DynamicCache(config=model.config.text_config)
+        return self._run(model, embeds_BSH, position_ids, mask, cache, **deeper), cache
+
+    def decode(
+        self, model: PreTrainedModel, token_R: Tensor, position_R: Tensor, mask_RS: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """See `Family.decode`."""
+        embeds_R1H = model.get_input_embeddings()(token_R[:, None])
+        return self._run(model, embeds_R1H, position_R[None, :, None].expand(3, -1, 1), mask_RS, cache)
+
+    def deeper_features(self, features: Any, shown: Sequence[int], is_image_BS: Tensor) -> dict[str, Any]:
+        """What the language model takes of the vision tower's `features` behind its embeddings, by the names of its
+        arguments; nothing, unless a line of models says so.
+
+        Args:
+            shown: see `Family.prefill`.
+            is_image_BS: where the tokens of the images are.
+        """
+        return {}
+
+    @staticmethod
+    def _run(
+        model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache, **deeper: Any
+    ) -> Tensor:
+        """The hidden state of each row's last token."""
+        return model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **deeper,
+        ).last_hidden_state[:, -1]
+
+
+def shown_features(features: Sequence[Tensor], shown: Sequence[int]) -> Tensor:
+    """[F, H] the features of the images that prompts show, in order; maybe none."""
+    return torch.cat([features[i] for i in shown] or [features[0][:0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -10,10 +11,18 @@ from typing import Any
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoConfig
 
-from spark_vl.config import ConfigError, ModelConfig
+from spark_vl.config import ConfigError, ModelConfig, blamed_on
+from spark_vl.data.recipes import load_recipes
+from spark_vl.families import read_facts
 from spark_vl.families.base import Family
+from spark_vl.families.refusals import refusal
 
-FAMILIES = {"qwen2_5_vl": "spark_vl.families.qwen2_5_vl:Qwen2_5VL"}
+FAMILIES = {
+    "qwen2": "spark_vl.families.qwen_text:Qwen2",
+    "qwen2_5_vl": "spark_vl.families.qwen2_5_vl:Qwen2_5VL",
+    "qwen3": "spark_vl.families.qwen_text:Qwen3",
+    "qwen3_vl": "spark_vl.families.qwen3_vl:Qwen3VL",
+}
 """`model_type` of the Hugging Face configuration → `module:class`, imported on first use."""
 
 
@@ -28,13 +37,37 @@ def find_family(config: ModelConfig) -> Family:
     """The family of the checkpoint at `config.path`.
 
     Raises:
-        ConfigError: there is no checkpoint, or it is of a family that the kit does not know.
+        ConfigError: there is no checkpoint, or it is of a family that the kit does not know or refuses.
     """
-    found = load_configuration(config).model_type
-    if found not in FAMILIES:
+    loaded = load_configuration(config)
+    found = loaded.model_type
+    if found not in FAMILIES or refusal(loaded):
+        reason = f": {reason}" if (reason := refusal(loaded)) else ""
         allowed = ", ".join(map(repr, FAMILIES))
-        raise ConfigError(f"model.path: {config.path} holds a {found!r} model; allowed: {allowed}")
+        raise ConfigError(f"model.path: {config.path} holds a {found!r} model{reason}; allowed: {allowed}")
     return get_family(found)
+
+
+def check_recipes(setting: str, names: Sequence[str], config: ModelConfig) -> None:
+    """Refuse recipes with images for a model without a vision tower, before their rows or its weights are loaded.
+
+    Args:
+        names: of the recipes, which `setting` holds.
+
+    Raises:
+        ConfigError: names the recipe and the model; or see `find_family`.
+    """
+    find_family(config)
+    model_type = load_configuration(config).model_type
+    if "vision_config" in read_facts(model_type):
+        return
+    with blamed_on(setting):
+        for name, recipe in zip(names, load_recipes(names), strict=True):
+            if recipe.columns.images is not None:
+                raise ValueError(
+                    f"{name} has images (columns.images: {recipe.columns.images}), and model.path: {config.path} is "
+                    f"a {model_type!r} model, which has no vision tower; allowed: recipes without images"
+                )
 
 
 def load_configuration(config: ModelConfig) -> Any:

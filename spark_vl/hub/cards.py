@@ -55,7 +55,7 @@ def write_model_card(
     base, on_hub = model.base, model.base_commit is not None
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=_task(model),
         license=license.get("license"),
         license_name=license.get("license_name"),
         license_link=license.get("license_link"),
@@ -85,13 +85,14 @@ def write_model_card(
         base_license=license.get("license_name") or license.get("license"),
         config=config,
         config_text=Verbatim(config_text),
+        has_vision=model.has_vision,
         fence=Verbatim("`" * max(3, 1 + _longest_ticks(config_text))),
         step=model.step,
-        system_messages=_system_messages(config["prompts"]["system"]),
+        system_messages=_system_messages(config["prompts"]["system"], model.has_vision),
         suffix=Verbatim(repr(config["prompts"]["reasoning_suffix"])),
-        judge_parts=_parts(judge),
+        judge_parts=_parts(judge, model.has_vision),
         says_right=Verbatim(repr(says_right)),
-        reflect_parts=_parts(_reflection(model.templater)),
+        reflect_parts=_parts(_reflection(model.templater), model.has_vision),
         evaluation=evaluation,
         evaluation_recipes=[recipe["name"] for recipe in model.evaluated_on],
         percent=_percent,
@@ -163,8 +164,8 @@ def _eval_results(model: TrainedModel) -> Iterator[EvalResult]:
     """For the metadata of the card (`model-index`)."""
     for recipe, figure, result in _benchmarks(model):
         yield EvalResult(
-            task_type="image-text-to-text",
-            task_name="Visual question answering with verifiable answers",
+            task_type=_task(model),
+            task_name=f"{'Visual question' if model.has_vision else 'Question'} answering with verifiable answers",
             dataset_type=recipe["dataset"]["id"] if recipe["dataset"] else recipe["name"],
             dataset_name=recipe["name"],
             dataset_split=recipe["splits"][model.config["evaluation"]["split"]],
@@ -186,6 +187,11 @@ def _benchmarks(model: TrainedModel) -> Iterator[tuple[dict[str, Any], str, dict
                 yield recipe, figure, results[key]
 
 
+def _task(model: TrainedModel) -> str:
+    """What the Hub calls what it does."""
+    return "image-text-to-text" if model.has_vision else "text-generation"
+
+
 def _judge(templater: Templater) -> tuple[Template, str]:
     """The template that the card shows, and the label that calls an answer right."""
     templates = [t for t in templater.templates.values() if t.kind == "pointwise"]
@@ -199,14 +205,14 @@ def _reflection(templater: Templater) -> Template:
     return next((t for t in templates if t.shows == "answer"), templates[0])
 
 
-def _parts(template: Template) -> Verbatim:
-    """`template` as arguments in Python, with the variables `image`, `question` and `answer`."""
+def _parts(template: Template, has_vision: bool) -> Verbatim:
+    """`template` as arguments in Python, with the variables `image` (if it sees), `question` and `answer`."""
     options = dict(zip(("{option_a}", "{option_b}"), template.options or (), strict=False))
     parts: list[list[str]] = [[]]
     for piece in re.split(r"(\{(?:question|answer|option_a|option_b)\})", template.text):
         match piece:
             case "{question}":
-                parts += [["image"], ["question"]]
+                parts += [["image"], ["question"]] if has_vision else [["question"]]
             case "{answer}":
                 parts[-1].append("answer")
             case "":
@@ -216,11 +222,12 @@ def _parts(template: Template) -> Verbatim:
     return Verbatim(", ".join(" + ".join(part) for part in parts if part))
 
 
-def _system_messages(system: str) -> Verbatim:
+def _system_messages(system: str, has_vision: bool) -> Verbatim:
     """What stands before the user's turn in a list in Python."""
     if not system:
         return Verbatim()
-    return Verbatim(f"[{{'role': 'system', 'content': [{{'type': 'text', 'text': {system!r}}}]}}] + ")
+    content = f"[{{'type': 'text', 'text': {system!r}}}]" if has_vision else repr(system)
+    return Verbatim(f"[{{'role': 'system', 'content': {content}}}] + ")
 
 
 def _percent(value: float | None, interval: list[float] | None) -> str:

@@ -221,13 +221,15 @@ def prepare_space(
 
 def check_model_is_there(model: str, revision: str | None, token_from: str | None) -> None:
     """Raises:
-    HubError: the Hub has no such model, or the model lacks the prompts that a Space uses.
+    HubError: the Hub has no such model, or the model lacks the prompts that a Space uses, or a vision tower.
     """
     info = Hub(find_token(token_from), model, "model").info(revision)
     if info is None:
         raise HubError(f"--model: there is no model {model!r} that the token can see; publish it first")
     if PROMPTS_FILE not in [sibling.rfilename for sibling in info.siblings or ()]:
         raise HubError(f"--model: {model!r} has no {PROMPTS_FILE}, so it was not published by spark-vl")
+    if info.card_data and info.card_data.get("pipeline_tag") == "text-generation":
+        raise HubError(f"--model: {model!r} is a text-generation model; the page of a Space asks about an image")
 
 
 def _base_license(model: TrainedModel, token_from: str | None) -> dict[str, str] | None:

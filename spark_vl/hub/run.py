@@ -93,6 +93,11 @@ class TrainedModel:
         return facts_of(self.run, self._config["evaluation"]["recipes"])
 
     @cached_property
+    def has_vision(self) -> bool:
+        """Whether it has a vision tower."""
+        return "vision_config" in json.loads((self.folder / "config.json").read_text())
+
+    @cached_property
     def templater(self) -> Templater:
         """The prompt wording that it was trained with."""
         return Templater.read(self.folder / PROMPTS_FILE)
@@ -124,7 +129,7 @@ def find_model(checkpoint: Path) -> TrainedModel:
     if not folder.resolve().is_relative_to(inside):
         raise ReleaseError(f"{folder}: is a symbolic link that leads out of {inside}")
     run = run_of(folder)
-    _check_regular([folder / TRAINING_FILE, folder / PROMPTS_FILE, folder.parent / CONFIG])
+    _check_regular([folder / TRAINING_FILE, folder / PROMPTS_FILE, folder / "config.json", folder.parent / CONFIG])
     facts = _training_facts(folder / TRAINING_FILE)
     if missing := [name for name in _OF_A_MODEL if not (run / name).is_file()]:
         raise ReleaseError(f"{run}: {' and '.join(missing)}: is missing, and the card is written from nothing else")

@@ -50,6 +50,7 @@ class Policy(nn.Module):
         model.lm_head = head
         self.model = model
         self.family = get_family(model.config.model_type)
+        self._no_split_modules = model._no_split_modules  # Accelerate asks what FSDP2 shards: these layers, each alone
         self.adapters: Any = None
         """The configuration of the adapters (a `peft.LoraConfig`); None: there are none."""
         self.attention = attention

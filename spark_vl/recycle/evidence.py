@@ -172,7 +172,7 @@ def _quotes(group: RolloutGroup, sides: dict[int, bool], shows: Shows) -> Quotes
     """The evidence of `group` that can be quoted in the way of `shows`."""
     quotes: dict[bool, list[Quote]] = {True: [], False: []}
     for index, is_correct in sides.items():
-        completion = group.rollouts[index].text
+        completion = group.rollouts[index].answer_text
         text = completion if shows == "cot" else quotable_answer(completion, group.verdicts[index])
         if text.strip():
             quotes[is_correct].append(Quote(index, text, completion))

@@ -160,11 +160,13 @@ class TransformersEngine:
         def rollout(row: int) -> Rollout:
             length = int(lengths[row])
             ids = tuple(tokens[row, :length].tolist())
+            text = self.processor.decode(ids)
             return Rollout(
                 token_ids=ids,
                 logprobs=tuple(logprobs[row, :length].tolist()),
-                text=self.processor.decode(ids),
+                text=text,
                 finish_reason="stop" if finished[row] else "length",
+                answer_start=self.processor.answer_start(text),
             )
 
         tokens, logprobs, lengths, finished = tokens.cpu(), logprobs.cpu(), lengths.cpu(), finished.cpu()

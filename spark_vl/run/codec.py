@@ -82,7 +82,8 @@ def record_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIER
 
 def group_to_json(group: RolloutGroup) -> dict[str, Any]:
     """The record of a verified `group`, and its `completions`: each with the fields of its rollout and its verdict.
-    The lists of tokens are left out where they are empty."""
+    What is empty (the
+    lists of tokens) or 0 (`answer_start`) is left out."""
     completions = []
     for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
         tokens = {"token_ids": list(rollout.token_ids), "logprobs": list(rollout.logprobs)}
@@ -90,6 +91,7 @@ def group_to_json(group: RolloutGroup) -> dict[str, Any]:
             {
                 "text": rollout.text,
                 "finish_reason": rollout.finish_reason,
+                **({"answer_start": rollout.answer_start} if rollout.answer_start else {}),
                 **(tokens if rollout.token_ids else {}),
                 **asdict(verdict),
                 "shaping": dict(verdict.shaping),
@@ -107,7 +109,8 @@ def group_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIERS
     rollouts, verdicts = [], []
     for completion in data["completions"]:
         token_ids, logprobs = (tuple(completion.get(name, ())) for name in ("token_ids", "logprobs"))
-        rollouts.append(Rollout(token_ids, logprobs, completion["text"], completion["finish_reason"]))
+        text = (completion["text"], completion["finish_reason"], completion.get("answer_start", 0))
+        rollouts.append(Rollout(token_ids, logprobs, *text))
         said = {name: completion[name] for name in ("score", "parsed", "status", "detail")}
         verdicts.append(Verdict(**said, shaping=tuple(completion["shaping"].items())))
     record = record_from_json({name: value for name, value in data.items() if name != "completions"}, verifiers)

@@ -19,7 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spark_vl.data.images import ImageError, check_encoded, encode_image
-from spark_vl.data.judgments import CONFIGS, Config, completions_column, config_of, features, row_of, split_of
+from spark_vl.data.judgments import (
+    ANSWER_START,
+    CONFIGS,
+    Config,
+    completions_column,
+    config_of,
+    features,
+    row_of,
+    split_of,
+)
 from spark_vl.data.sources import RowLimits, check_row_groups
 from spark_vl.records import ImageRef, RolloutGroup
 from spark_vl.run.files import unfinished_name, written_whole
@@ -239,13 +248,16 @@ def _check_image(image: Mapping[str, Any] | None, proven: set[bytes]) -> None:
 
 def _check_schema(path: Path, found: pa.Schema, config: Config) -> None:
     """Check names and types of the columns, and the features by which `datasets` decodes them."""
-    expected = features(config).arrow_schema
+    known = features(config)
+    if ANSWER_START not in found.names:
+        known = type(known)({name: of for name, of in known.items() if name != ANSWER_START})
+    expected = known.arrow_schema
     for column in expected:
         if column.name not in found.names or found.field(column.name).type != column.type:
             raise ShardError(f"{path}: column {column.name!r}: is missing or not of type {column.type}")
     if extra := sorted(set(found.names) - set(expected.names)):
         raise ShardError(f"{path}: column {extra[0]!r}: is not allowed")
-    if type(features(config)).from_arrow_schema(found) != features(config):
+    if type(known).from_arrow_schema(found) != known:
         raise ShardError(f"{path}: its metadata lacks the features of {config!r}, so images would not be decoded")
 
 

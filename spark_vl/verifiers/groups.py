@@ -22,7 +22,9 @@ def verify_groups(
     Raises:
         ValueError: a shaping term needs the limit, and it is None.
     """
-    verdicts = iter(pool.verify([(rollout.text, group.record) for group in groups for rollout in group.rollouts]))
+    verdicts = iter(
+        pool.verify([(rollout.answer_text, group.record) for group in groups for rollout in group.rollouts])
+    )
     return [
         group.verified(
             tuple(
