@@ -173,7 +173,8 @@ def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
     vision = family["vision_config"] | config["vision_config"]
     text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
     text["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
-    vision["deeper_mergers"] = len(vision["deepstack_visual_indexes"])
+    inner_layers = family.get("inner_layers")  # the name of the list of them
+    vision["deeper_mergers"] = len(vision[inner_layers]) if inner_layers else 0
     return Shape(name=name, **_facts(Shape, text), vision=VisionShape(**_facts(VisionShape, vision)))
 
 
