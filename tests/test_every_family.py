@@ -199,6 +199,27 @@ def test_a_pack_without_an_image_runs_the_whole_tower_and_is_not_changed_by_it(w
     assert called == without
 
 
+@pytest.mark.slow
+def test_realistic_widths_and_a_real_vocabulary(case):
+    """In float32: packed = alone = sampled = `generate`, to its rounding."""
+    if case.family.make_wide is None:
+        pytest.skip("none is made")
+    model, _ = case.family.make_wide()
+    policy = Policy(model, attention="sdpa", temperature=1.0, suppressed_token_ids=())
+    engine = TransformersEngine(policy, case.processor, decode_batch_size=256)
+    prompts = case.prompts
+    groups = engine.generate(prompts, 2, Sampling(temperature=0, max_new_tokens=6))
+    with torch.no_grad():
+        for prompt, group in zip(prompts, groups, strict=True):
+            completions = [RAGGED[2], list(group.rollouts[0].token_ids), RAGGED[0]]
+            alone = padded_logprobs(model, prompt, completions)
+            (pack,) = case.pack([PackItem(prompt, completions, range(3))])
+            torch.testing.assert_close(policy(pack).logprobs, torch.cat(alone), rtol=1e-5, atol=1e-4)
+            assert group.rollouts[0].logprobs == pytest.approx(alone[1].tolist(), abs=1e-4)
+            plain = model.generate(**plain_inputs(model, prompt), do_sample=False, max_new_tokens=6)
+            assert group.rollouts[0].token_ids == tuple(plain[0, len(prompt.input_ids) :].tolist())
+
+
 # ── processing ──
 
 

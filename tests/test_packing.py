@@ -120,20 +120,6 @@ def test_chunks_of_the_head_change_nothing(processor, make_policy, monkeypatch):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
 
 
-def test_a_pack_without_images_runs_the_vision_tower_and_is_not_changed_by_it(processor, make_policy):
-    prompt = make_prompts(processor)[1]
-    (one,) = pack(processor, [PackItem(prompt, RAGGED, range(5))], 4096)
-    assert [image.grid_thw.tolist() for image in one.images] == [[1, 4, 4]]
-    policy = make_policy(torch.float64, suppress=False)
-    reference, _ = random_tiny(seed=0, dtype=torch.float64)
-    expected = padded_logprobs(reference, prompt, RAGGED)
-    logprobs = policy(one).logprobs
-    torch.testing.assert_close(logprobs, torch.cat(expected), rtol=1e-6, atol=1e-9)
-    logprobs.sum().backward()
-    vision = [p.grad for p in policy.model.model.visual.parameters()]
-    assert all(grad is not None and not grad.any() for grad in vision)
-
-
 def test_mask_is_who_may_see_whom_token_by_token(processor):
     (one,) = pack(processor, make_items(processor), 4096)
     mask = attention_mask(one, "sdpa")[0, 0]

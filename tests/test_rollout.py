@@ -1,11 +1,10 @@
-"""The transformers engine against `model.generate` and against the trainer's own log-probabilities."""
+"""How the transformers engine samples. That it samples what the model says: `test_every_family.py`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from spark_vl.policy.packing import PackItem, pack_items
 from spark_vl.rollout import Sampling, TransformersEngine
 from spark_vl.rollout.transformers_engine import nucleus
 from tests.conftest import make_image, make_record
@@ -33,42 +32,6 @@ def engine(policy, processor):
 
 def rows(groups):
     return [r for g in groups for r in g.rollouts]
-
-
-def test_greedy_equals_generate_token_by_token(engine, policy, processor, prompts):
-    groups = engine.generate(prompts, 2, Sampling(temperature=0, max_new_tokens=NEW_TOKENS))
-    for prompt, group in zip(prompts, groups, strict=True):
-        ids = prompt.input_ids[None]
-        images = {}
-        if prompt.images:
-            images = {
-                "pixel_values": torch.cat([i.pixel_values for i in prompt.images]),
-                "image_grid_thw": torch.stack([i.grid_thw for i in prompt.images]),
-            }
-        output = policy.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == processor.image_token_id).int(),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            suppress_tokens=list(processor.suppressed_token_ids),
-            **images,
-        )
-        expected = tuple(output[0, len(prompt.input_ids) :].tolist())
-        assert group.record is prompt.record
-        assert [r.token_ids for r in group.rollouts] == [expected, expected]
-
-
-def test_sampled_logprobs_equal_the_trainers(engine, policy, processor, prompts):
-    groups = engine.generate(prompts, 6, Sampling(max_new_tokens=NEW_TOKENS, seed=3))
-    assert len({r.token_ids for r in rows(groups)}) > 12, "nothing would be compared if all were equal"
-    items = [
-        PackItem(p, [r.token_ids for r in g.rollouts], range(6 * i, 6 * i + 6))
-        for i, (p, g) in enumerate(zip(prompts, groups, strict=True))
-    ]
-    (pack,) = pack_items(items, tokens_per_pack=4096, padding=processor.padding)
-    engine_logprobs = torch.tensor([value for r in rows(groups) for value in r.logprobs])
-    torch.testing.assert_close(policy(pack).logprobs, engine_logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_seed_fixes_the_completions_and_restores_the_policy(engine, policy, prompts):

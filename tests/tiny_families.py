@@ -110,6 +110,19 @@ def tiny_qwen3_vl(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Pr
     return stops(model, processor.tokenizer), processor
 
 
+def wide_qwen3_vl() -> tuple[PreTrainedModel, Any]:
+    """As the 2B model: width 2048, heads of 128, tied embeddings of 151,936 words; a vision tower of width 1024."""
+    processor = qwen3_vl_processor()
+    settings = qwen3_vl_settings(processor, vocab_size=151936, hidden=2048, heads=16, head_dim=128, std=0.02)
+    settings["text_config"] |= {"num_hidden_layers": 2, "intermediate_size": 6144}
+    settings["vision_config"] |= {"hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16}
+    settings["vision_config"]["num_position_embeddings"] = 2304
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**settings | {"tie_word_embeddings": True}))
+    return stops(model, processor.tokenizer), processor
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """A row of the families' tests."""
@@ -117,6 +130,8 @@ class TinyFamily:
     model_type: str
     make: Callable[..., tuple[PreTrainedModel, Any]]
     """(seed, dtype) → an untrained model, equal for equal seeds, and its Hugging Face processor or tokenizer."""
+    make_wide: Callable[[], tuple[PreTrainedModel, Any]] | None = None
+    """→ two layers of realistic widths under a vocabulary of real size, in float32; for slow tests."""
     merged_patch: int = 0
     """Pixels of the side of what becomes one image token; 0: it takes no images."""
     coordinates: str | None = None
@@ -142,7 +157,7 @@ class TinyFamily:
 
 TINY = (
     TinyFamily("qwen2_5_vl", random_tiny, merged_patch=28, coordinates="resized"),
-    TinyFamily("qwen3_vl", tiny_qwen3_vl, merged_patch=32, coordinates="thousand"),
+    TinyFamily("qwen3_vl", tiny_qwen3_vl, wide_qwen3_vl, merged_patch=32, coordinates="thousand"),
 )
 
 

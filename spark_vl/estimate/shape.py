@@ -175,7 +175,8 @@ def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
     vision = VisionShape()
     if "vision_config" in family:
         tower = family["vision_config"] | config["vision_config"]
-        tower["deeper_mergers"] = len(tower["deepstack_visual_indexes"])
+        inner_layers = family.get("inner_layers")  # the name of the list of them
+        tower["deeper_mergers"] = len(tower[inner_layers]) if inner_layers else 0
         vision = VisionShape(**_facts(VisionShape, tower))
     return Shape(name=name, **_facts(Shape, text), vision=vision)
 

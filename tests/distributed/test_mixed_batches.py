@@ -9,6 +9,8 @@ import pytest
 
 from spark_vl.demo.digits import problem
 from tests.distributed.launching import judgments, launch, metrics
+from tests.distributed.updates import save_model
+from tests.tiny_families import TINY
 
 pytestmark = pytest.mark.distributed
 
@@ -37,8 +39,7 @@ ONE_EACH = ("--recycle.pointwise=one_per_group",)
 """So that a step in which every group is all right or all wrong gives judge prompts, too."""
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
-@pytest.mark.parametrize(
+SCHEDULES = pytest.mark.parametrize(
     ("problems", "settings"),
     [
         # An odd number: one process has a problem more, and the only judge and reflection prompts.
@@ -48,8 +49,27 @@ ONE_EACH = ("--recycle.pointwise=one_per_group",)
     ],
     ids=["odd", "one_without_problems"],
 )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+@SCHEDULES
 def test_no_process_waits_for_ever(tmp_path, recipe, strategy, problems, settings):
-    folder = tmp_path / "run"
+    run(tmp_path / "run", recipe, strategy, problems, settings)
+
+
+@pytest.mark.parametrize("family", [tiny.model_type for tiny in TINY[1:] if tiny.merged_patch])
+@SCHEDULES
+def test_nor_with_other_families(tmp_path, recipe, family, problems, settings):
+    """What random weights say is right by its length, so that something is learned and recycled."""
+    save_model(tmp_path, family)
+    lottery = tmp_path / "lottery.yaml"
+    lottery.write_text(recipe.read_text().replace("verifier: number", "verifier: tests.misbehaving:half_are_right"))
+    settings = (*settings, f"--model.path={tmp_path / 'model'}", "--recycle.recycle_truncated=true")
+    run(tmp_path / "run", lottery, "zero3", problems, settings)
+
+
+def run(folder: Path, recipe: Path, strategy: str, problems: int, settings: tuple[str, ...]) -> None:
+    """Five steps on two processes."""
     arguments = (
         "--config=scripts/configs/digits/spark.yaml",
         "--evaluation.recipes=[]",

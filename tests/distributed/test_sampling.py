@@ -10,28 +10,38 @@ import pytest
 from tests.distributed.launching import launch
 from tests.distributed.sampling import PROMPTS, SHARES
 from tests.distributed.updates import save_model
+from tests.tiny_families import TINY
 
 pytestmark = pytest.mark.distributed
 
 
-def run(folder: Path, n: int, strategy: str) -> dict:
+FAMILIES = [tiny.model_type for tiny in TINY if tiny.merged_patch]
+
+
+def run(folder: Path, n: int, strategy: str, family: str) -> dict:
     """What the processes have sampled."""
     folder.mkdir()
-    save_model(folder)
+    save_model(folder, family)
     ended = launch(n, strategy, str(folder), module="tests.distributed.sampling")
     assert ended.returncode == 0, ended.stdout[-5000:]
     return json.loads((folder / "completions.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> dict:
-    """What one process samples."""
-    return run(tmp_path_factory.mktemp("one") / "run", 1, "single")
+def one_process(tmp_path_factory) -> dict[str, dict]:
+    """What one process samples, by family."""
+    return {family: run(tmp_path_factory.mktemp("one") / family, 1, "single", family) for family in FAMILIES}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_two_processes_sample_what_one_samples(tmp_path, one_process, strategy):
-    sampled = run(tmp_path / "run", 2, strategy)
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [
+        *(("qwen2_5_vl", strategy) for strategy in ("ddp", "zero2")),
+        *((family, strategy) for family in FAMILIES for strategy in ("fsdp2", "zero3")),
+    ],
+)
+def test_two_processes_sample_what_one_samples(tmp_path, one_process, family, strategy):
+    sampled, one_process = run(tmp_path / "run", 2, strategy, family), one_process[family]
     assert sampled["phase 0"].keys() == {record.id for record in PROMPTS}
     assert sampled["phase 0"] == one_process["phase 0"]
     assert sampled["layer 0"] == one_process["phase 0"]

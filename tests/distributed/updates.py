@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 
 from spark_vl.advantages import group_advantages
 from spark_vl.config_cli import parse_train_config
-from spark_vl.demo.tiny import random_tiny
 from spark_vl.distributed.launch import start_accelerator, strategy
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.families.registry import find_family
@@ -32,6 +31,7 @@ from spark_vl.policy.head import TokenScores
 from spark_vl.policy.update import Add, Updater, load_updater
 from spark_vl.records import Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
+from tests.tiny_families import TINY
 
 SETTINGS = (
     *("--data.recipes=[digits]", "--model.dtype=float32", "--model.gradient_checkpointing=false"),
@@ -44,11 +44,9 @@ NAMES = ("update/loss", "update/grad_norm", "update/skipped", "update/kl")
 """Of the metrics that are written down."""
 
 
-def save_model(folder: Path) -> None:
-    """The tiny model with random weights, to `FOLDER/model`."""
-    model, processor = random_tiny()
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+def save_model(folder: Path, family: str = "qwen2_5_vl") -> None:
+    """The tiny model of a family with random weights, to `FOLDER/model`."""
+    next(tiny for tiny in TINY if tiny.model_type == family).save(folder / "model")
 
 
 def make_groups() -> list[RolloutGroup]:
