@@ -361,7 +361,7 @@ def test_a_row_that_holds_more_than_pixels_is_named(cells: list[Any], reason: st
         ),
         (
             {"reward": [1.0]},
-            "a row has more of some than of others of completion, finish_reason, parsed, reward, status",
+            "a row has more of some than of others of answer_start, completion, finish_reason, parsed, reward, status",
         ),
         ({"completion": []}, "a row has more of some"),
     ],

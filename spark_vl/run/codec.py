@@ -82,8 +82,7 @@ def record_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIER
 
 def group_to_json(group: RolloutGroup) -> dict[str, Any]:
     """The record of a verified `group`, and its `completions`: each with the fields of its rollout and its verdict.
-    What is empty (the
-    lists of tokens) or 0 (`answer_start`) is left out."""
+    Empty lists of tokens are left out, and so is an `answer_start` of 0."""
     completions = []
     for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
         tokens = {"token_ids": list(rollout.token_ids), "logprobs": list(rollout.logprobs)}

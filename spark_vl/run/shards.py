@@ -45,7 +45,7 @@ _ROWS_AT_ONCE = 16
 _LIMITS = RowLimits(bytes=2**29, chars=2**24)
 """The most that a row of a shard may hold: far more than a run's own do, and what a machine has room for."""
 
-_OF_COMPLETIONS = frozenset({"reward", "parsed", "status", "finish_reason"})
+_OF_COMPLETIONS = frozenset({"reward", "parsed", "status", "finish_reason", ANSWER_START})
 """Columns with one item for each completion, as the completions' own."""
 
 _MAY_BE_NULL = frozenset(
