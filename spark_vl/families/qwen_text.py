@@ -14,6 +14,7 @@ from spark_vl.config import ConfigError, ModelConfig
 from spark_vl.families import read_facts
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
 from spark_vl.families.chat import ChatProcessor, or_config_error
+from spark_vl.families.decoder import run_with_cache
 from spark_vl.families.registry import load_part, loaded_commit
 from spark_vl.records import BadRecordError, Message, PromptRecord, plain_text
 
@@ -116,22 +117,15 @@ class QwenText:
     ) -> tuple[Tensor, DynamicCache]:
         """See `Family.prefill`."""
         cache = DynamicCache(config=model.config)
-        return self._run(model, input_ids, position_ids, mask, cache), cache
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask}
+        return run_with_cache(model.model, cache, **inputs), cache
 
     def decode(
         self, model: PreTrainedModel, token_R: Tensor, position_R: Tensor, mask_RS: Tensor, cache: DynamicCache
     ) -> Tensor:
         """See `Family.decode`."""
-        return self._run(model, token_R[:, None], position_R[:, None], mask_RS, cache)
-
-    @staticmethod
-    def _run(
-        model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache
-    ) -> Tensor:
-        """The hidden state of each row's last token."""
-        return model.model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        inputs = {"input_ids": token_R[:, None], "position_ids": position_R[:, None], "attention_mask": mask_RS}
+        return run_with_cache(model.model, cache, **inputs)
 
 
 class Qwen2(QwenText):

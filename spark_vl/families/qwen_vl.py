@@ -32,6 +32,7 @@ from spark_vl.config import ModelConfig
 from spark_vl.data.images import ImageError, load_image
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt
 from spark_vl.families.chat import QUESTION, ChatProcessor, or_config_error
+from spark_vl.families.decoder import run_with_cache
 from spark_vl.families.registry import load_configuration, load_part, loaded_commit
 from spark_vl.records import BadRecordError, Coordinates, ImageRef, ImageSize, Message, PromptRecord
 
@@ -278,14 +279,27 @@ class QwenVL:
             embeds_BSH = embeds_BSH.masked_scatter(is_image_BS[..., None], in_order)
             deeper = self.deeper_features(features, shown, is_image_BS)
         cache = DynamicCache(config=model.config.text_config)
-        return self._run(model, embeds_BSH, position_ids, mask, cache, **deeper), cache
+        hidden_BH = run_with_cache(
+            model.model.language_model,
+            cache,
+            inputs_embeds=embeds_BSH,
+            position_ids=position_ids,
+            attention_mask=mask,
+            **deeper,
+        )
+        return hidden_BH, cache
 
     def decode(
         self, model: PreTrainedModel, token_R: Tensor, position_R: Tensor, mask_RS: Tensor, cache: DynamicCache
     ) -> Tensor:
         """See `Family.decode`."""
-        embeds_R1H = model.get_input_embeddings()(token_R[:, None])
-        return self._run(model, embeds_R1H, position_R[None, :, None].expand(3, -1, 1), mask_RS, cache)
+        return run_with_cache(
+            model.model.language_model,
+            cache,
+            inputs_embeds=model.get_input_embeddings()(token_R[:, None]),
+            position_ids=position_R[None, :, None].expand(3, -1, 1),
+            attention_mask=mask_RS,
+        )
 
     def deeper_features(self, features: Any, shown: Sequence[int], is_image_BS: Tensor) -> dict[str, Any]:
         """What the language model takes of the vision tower's `features` behind its embeddings, by the names of its
@@ -296,20 +310,6 @@ class QwenVL:
             is_image_BS: where the tokens of the images are.
         """
         return {}
-
-    @staticmethod
-    def _run(
-        model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache, **deeper: Any
-    ) -> Tensor:
-        """The hidden state of each row's last token."""
-        return model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **deeper,
-        ).last_hidden_state[:, -1]
 
 
 def shown_features(features: Sequence[Tensor], shown: Sequence[int]) -> Tensor:
