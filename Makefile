@@ -1,6 +1,7 @@
 # make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
 # make test: the test suite; make test-distributed: the tests that start several processes; make test-slow: long ones;
-# make test-browser: those that drive Chromium; make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and types;
+# make test-newest: the test suite with the newest version of everything; make test-browser: those that drive Chromium;
+# make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and types;
 # make audit: known vulnerabilities of what is installed.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
 
@@ -11,7 +12,7 @@ WITH_BIN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # One thread a process: small tensors gain nothing from more.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-zero3 test test-distributed test-slow test-browser fuzz audit lint format checkpoint clean
+.PHONY: demo demo-zero3 test test-distributed test-slow test-newest test-browser fuzz audit lint format checkpoint clean
 
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +41,13 @@ test-distributed: .venv/.installed-test
 
 test-slow: .venv/.installed-test
 	$(BIN)/python -m pytest -m "slow and not distributed and not gpu"
+
+# In an environment of its own, without constraints.txt: what a new version breaks is found before users meet it.
+test-newest:
+	$(PYTHON) -m venv .venv/newest
+	.venv/newest/bin/python -m pip install --quiet --upgrade pip
+	.venv/newest/bin/python -m pip install --quiet --upgrade --editable ".[test]"
+	.venv/newest/bin/python -m pytest -n 2 --dist loadfile
 
 # Debian: apt-get install chromium chromium-driver
 test-browser: .venv/.installed-test
