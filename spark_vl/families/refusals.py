@@ -27,8 +27,8 @@ LAYERS = {
 """Name in a configuration's `layer_types` → what such layers are called, and what goes wrong."""
 
 MODELS = {
-    "qwen3_vl_moe": "a mixture of experts: it has not been shown to train on several processes, where each token's "
-    "experts lie in shards of others (use a dense Qwen3-VL)",
+    "qwen3_vl_moe": "a mixture of experts, whose weights transformers cannot load under ZeRO-3: it would not train on "
+    "several processes (use a dense Qwen3-VL)",
 }
 """`model_type` → what is refused whatever its layers are."""
 
