@@ -88,13 +88,16 @@ WITH_IMAGES = pytest.mark.parametrize("case", [each for each in TINY if each.mer
 # ── sampling ──
 
 
-@pytest.mark.parametrize("decode_batch_size", [256, 1])
-def test_greedy_tokens_and_logprobs_equal_generate(case, decode_batch_size):
+def test_greedy_tokens_and_logprobs_equal_generate(case):
     """Also where a batch has no image, and where several prompts are padded and decoded together."""
     policy, plain, prompts = case.policy(suppress=True), case.model(), case.prompts
-    engine = TransformersEngine(policy, case.processor, decode_batch_size=decode_batch_size)
-    groups = engine.generate(prompts, 2, Sampling(temperature=0, max_new_tokens=16))
-    for prompt, group in zip(prompts, groups, strict=True):
+    sampled = [
+        TransformersEngine(policy, case.processor, decode_batch_size=size).generate(
+            prompts, 2, Sampling(temperature=0, max_new_tokens=16)
+        )
+        for size in (256, 1)
+    ]
+    for prompt, *groups in zip(prompts, *sampled, strict=True):
         output = plain.generate(
             **plain_inputs(plain, prompt),
             max_new_tokens=16,
@@ -105,15 +108,16 @@ def test_greedy_tokens_and_logprobs_equal_generate(case, decode_batch_size):
         )
         ids = output.sequences[0, len(prompt.input_ids) :]
         logprobs = torch.stack(output.scores)[:, 0].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-        for rollout in group.rollouts:
+        for rollout in [rollout for group in groups for rollout in group.rollouts]:
             assert rollout.token_ids == tuple(ids.tolist())
             assert rollout.logprobs == pytest.approx(logprobs.tolist(), rel=1e-5, abs=1e-6)
+    assert len({group.rollouts[0].token_ids for group in sampled[0]}) > 1, "the model does not read its prompt"
 
 
-@pytest.mark.parametrize("together", [{}, {"any_process": bool}], ids=["alone", "in step"])
-def test_sampled_logprobs_equal_the_updates(case, together):
+def test_sampled_logprobs_equal_the_updates(case):
+    """Of several batches that are decoded in step with other processes."""
     policy, prompts = case.policy(suppress=True), case.prompts
-    engine = TransformersEngine(policy, case.processor, decode_batch_size=8, **together)
+    engine = TransformersEngine(policy, case.processor, decode_batch_size=8, any_process=bool)
     groups = engine.generate(prompts, 4, Sampling(max_new_tokens=16, seed=3))
     sampled = [rollout for group in groups for rollout in group.rollouts]
     assert len({rollout.token_ids for rollout in sampled}) > len(sampled) / 2, "little would be compared"
@@ -151,34 +155,34 @@ def test_each_image_is_encoded_once_and_alone_in_step_too(case):
 # ── packing ──
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["one pack", "cut"])
-def test_packed_logprobs_and_gradients_equal_each_completion_alone(case, cut):
-    policy, plain = case.policy(), case.model()
-    items, row = [], 0
+def test_packed_logprobs_and_gradients_equal_each_completion_alone(case):
+    """In one pack, and cut into several."""
+    plain, items, row = case.model(), [], 0
     for prompt, completions in zip(case.prompts, (RAGGED, RAGGED[:2], RAGGED[2:]), strict=False):
         items.append(PackItem(prompt, completions, range(row, row + len(completions))))
         row += len(completions)
-    longest = max(len(item.prompt.input_ids) for item in items) + max(map(len, RAGGED))
-    packs = case.pack(items, longest if cut else 4096)
-    assert len(packs) > len(items) if cut else len(packs) == 1
-    got: dict[int, torch.Tensor] = {}
-    for pack in packs:
-        logprobs = policy(pack).logprobs
-        got |= {row: logprobs[pack.row_N == row] for row in pack.row_N.unique().tolist()}
     expected = [each for item in items for each in padded_logprobs(plain, item.prompt, item.completions)]
-    for i, want in enumerate(expected):
-        torch.testing.assert_close(got[i], want, **EXACT)
-
     weighting = torch.randn(sum(map(len, expected)), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    (torch.cat([got[i] for i in range(row)]) * weighting).sum().backward()
     (torch.cat(expected) * weighting).sum().backward()
-    found = dict(policy.model.named_parameters())
     compared = dict(plain.named_parameters())
-    assert found.keys() == compared.keys()
-    for name, parameter in compared.items():
-        scale = float(parameter.grad.norm())
-        assert scale > 0, f"{name} has no gradient: nothing would be compared"
-        assert float((found[name].grad - parameter.grad).norm()) <= 1e-6 * scale, name
+
+    longest = max(len(item.prompt.input_ids) for item in items) + max(map(len, RAGGED))
+    for tokens_per_pack in (4096, longest):
+        packs = case.pack(items, tokens_per_pack)
+        assert len(packs) == 1 if tokens_per_pack == 4096 else len(packs) > len(items)
+        policy, got = case.policy(), {}
+        for pack in packs:
+            logprobs = policy(pack).logprobs
+            got |= {row: logprobs[pack.row_N == row] for row in pack.row_N.unique().tolist()}
+        for i, want in enumerate(expected):
+            torch.testing.assert_close(got[i], want, **EXACT)
+        (torch.cat([got[i] for i in range(row)]) * weighting).sum().backward()
+        found = dict(policy.model.named_parameters())
+        assert found.keys() == compared.keys()
+        for name, parameter in compared.items():
+            scale = float(parameter.grad.norm())
+            assert scale > 0, f"{name} has no gradient: nothing would be compared"
+            assert float((found[name].grad - parameter.grad).norm()) <= 1e-6 * scale, name
 
 
 @WITH_IMAGES
