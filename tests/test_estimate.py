@@ -6,13 +6,15 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING
 
 from spark_vl.cli import main
 from spark_vl.config import LoraConfig, ModelConfig, TrainConfig
@@ -21,13 +23,16 @@ from spark_vl.estimate import activations, weights
 from spark_vl.estimate.memory import estimate
 from spark_vl.estimate.shape import load_shape, shapes
 from spark_vl.families import read_facts
-from spark_vl.families.registry import FAMILIES
+from spark_vl.families.base import Processor
+from spark_vl.families.registry import FAMILIES, get_family
 from spark_vl.policy import head
 from spark_vl.policy.packing import PackItem, make_pack
 from spark_vl.policy.policy import Policy, load_policy
 from spark_vl.policy.update import cast_ahead
+from spark_vl.records import PromptRecord
 from spark_vl.rollout import Sampling, TransformersEngine
 from tests.conftest import make_image, make_record
+from tests.tiny_families import tiny_family
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "memory.md").read_text()
@@ -36,6 +41,12 @@ PUBLISHED = {
     **{"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344},
     **{"qwen3-vl-2b": 2_127_532_032, "qwen3-vl-4b": 4_437_815_808},
     **{"qwen3-vl-8b": 8_767_123_696, "qwen3-vl-32b": 33_357_390_064},
+    # Of these, too, tied embeddings count once.
+    **{"qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-3b": 3_085_938_688},
+    **{"qwen2.5-7b": 7_615_616_512, "qwen2.5-14b": 14_770_033_664, "qwen2.5-32b": 32_763_876_352},
+    **{"qwen2.5-72b": 72_706_203_648, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976},
+    **{"qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200},
+    "qwen3-32b": 32_762_123_264,
 }
 FACTS = {name: (family, facts) for family in FAMILIES for name, facts in read_facts(family)["shapes"].items()}
 # What is computed with (type of the weights, autocast) → `model.dtype`.
@@ -57,27 +68,25 @@ def test_the_shipped_shapes_have_the_published_numbers_of_weights():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_are_those_of_transformers(name, tmp_path):
     shape, (family, facts) = load_shape(name), FACTS[name]
-    config = CONFIG_MAPPING[family](
-        text_config={key: facts[key] for key in facts.keys() - {"hub", "vision_config", "tie_word_embeddings"}},
-        vision_config=facts["vision_config"],
-        tie_word_embeddings=facts["tie_word_embeddings"],
-    )
+    text = {key: facts[key] for key in facts.keys() - {"hub", "vision_config", "tie_word_embeddings"}}
+    if "vision_config" in facts:
+        text = {"text_config": text, "vision_config": facts["vision_config"]}
+    config = CONFIG_MAPPING[family](**text, tie_word_embeddings=facts["tie_word_embeddings"])
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = get_family(family).model_class.from_config(config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    assert shape.vision.parameters == sum(p.numel() for p in model.model.visual.parameters())
-    model.model.visual.requires_grad_(False)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert weights.trained_parameters(shape, ModelConfig(freeze=["vision"])) == trained
-    for part, size in {
-        model.model.language_model.layers[0]: shape.layer,
-        model.model.visual.blocks[0]: shape.vision.block,
-        model.model.language_model.embed_tokens: shape.embedding,
-    }.items():
+    parts = {model.get_decoder().layers[0]: shape.layer, model.get_input_embeddings(): shape.embedding}
+    if "vision_config" in facts:
+        tower = model.model.visual
+        parts |= {tower: shape.vision.parameters, tower.blocks[0]: shape.vision.block}
+        tower.requires_grad_(False)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert weights.trained_parameters(shape, ModelConfig(freeze=["vision"])) == trained
+    for part, size in parts.items():
         assert size == sum(p.numel() for p in part.parameters())
 
     config.save_pretrained(tmp_path)
-    assert load_shape(str(tmp_path)).parameters == shape.parameters
+    assert replace(load_shape(str(tmp_path)), name=name) == shape
 
 
 @pytest.mark.parametrize("settings", [{}, {"freeze": ["vision"]}, {"lora": LoraConfig(rank=4)}])
@@ -166,26 +175,50 @@ def load(folder: str, kind: str, **settings: Any) -> tuple[Policy, ModelConfig]:
     return load_policy(config, dtype=dtype, trained=dtype, temperature=1.0, suppressed_token_ids=()), config
 
 
+def compare_activations(
+    policy: Policy, config: ModelConfig, processor: Processor, record: PromptRecord, patches: int, cast: bool = False
+) -> None:
+    """Of a forward and a backward pass over a group of four."""
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    item = PackItem(processor.process(record), [[40] * 48] * 4, range(4))
+
+    def run() -> None:
+        pack = make_pack([item], padding=processor.padding)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            scores = policy(pack)
+        (scores.logprobs.sum() + 0 * scores.entropy.sum()).backward()
+
+    shape = load_shape(config.path)
+    estimated = activations.activation_bytes(shape, config, tokens=item.tokens, patches=patches, cast=cast)
+    assert 0.93 < estimated / allocated(run) < 1.25
+
+
 @pytest.mark.parametrize("settings", [{}, {"freeze": ["vision"]}, {"gradient_checkpointing": False}])
 @pytest.mark.parametrize("images", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TYPES)
 def test_activations_are_what_a_pass_allocates(wide, processor, kind, images, settings):
     policy, config = load(wide, kind, **settings)
-    for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     record = make_record("r", *[make_image(i, (224, 224)) for i in range(images)], "Which digit is larger? " * 20)
-    item = PackItem(processor.process(record), [[40] * 48] * 4, range(4))
+    compare_activations(policy, config, processor, record, 256 * images, cast=TYPES[kind][1])
 
-    def run() -> None:
-        pack = make_pack([item], padding=processor.padding)
-        with torch.autocast("cpu", torch.bfloat16, enabled=TYPES[kind][1]):
-            scores = policy(pack)
-        (scores.logprobs.sum() + 0 * scores.entropy.sum()).backward()
 
-    estimated = activations.activation_bytes(
-        load_shape(wide), config, tokens=item.tokens, patches=256 * images, cast=kind == "autocast"
-    )
-    assert 0.93 < estimated / allocated(run) < 1.25
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("family", "settings", "images"),
+    [
+        # Heads that are together twice as wide as the hidden states, and norms of queries and keys.
+        ("qwen3", {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}, 0),
+        # Most of it is the vision tower's, whose MLPs have no gate.
+        ("qwen3_vl", {"hidden": 256, "heads": 8, "head_dim": 64, "vision": 512}, 4),
+    ],
+)
+def test_activations_of_other_families(tmp_path, family, settings, images, checkpointing):
+    row = tiny_family(family)
+    saved = replace(row, make=partial(row.make, **settings)).save(tmp_path)
+    policy, config = load(saved.path, "float32", gradient_checkpointing=checkpointing)
+    record = make_record("r", *[make_image(i, (224, 224)) for i in range(images)], "Which digit is larger? " * 20)
+    compare_activations(policy, config, row.load_processor(saved), record, 14 * 14 * images)
 
 
 def test_the_reference_under_autocast_has_the_bytes_that_are_held(wide):

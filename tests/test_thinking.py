@@ -19,7 +19,7 @@ from spark_vl.run.shards import find_shards, read_shard
 from spark_vl.verifiers import verify_groups
 from tests.conftest import make_record
 from tests.groups import TEMPLATER, problem, write
-from tests.tiny_families import THINKING_TEMPLATE, TINY, qwen3_vl_processor
+from tests.tiny_families import THINKING_TEMPLATE, qwen3_vl_processor, tiny_family
 
 TEXTS = {
     # completion: answer where nothing has begun a thought, and where the chat template has
@@ -38,7 +38,7 @@ TEXTS = {
 @pytest.fixture(scope="module")
 def processors(tmp_path_factory):
     """Of Qwen3-VL as its instructed checkpoints are, and as those that think."""
-    family = next(family for family in TINY if family.model_type == "qwen3_vl")
+    family = tiny_family("qwen3_vl")
     loaded = []
     for name in ("instruct", "thinking"):
         folder = tmp_path_factory.mktemp(name)

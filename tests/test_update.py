@@ -13,12 +13,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from spark_vl.config import ObjectiveConfig, OptimizerConfig
 from spark_vl.data.images import load_image
-from spark_vl.demo.tiny import random_tiny
 from spark_vl.policy.policy import Policy
 from spark_vl.policy.update import Updater
 from spark_vl.records import Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
 from tests.distributed import updates
+from tests.tiny_families import tiny_family
 
 G = 4
 QUESTIONS = ["Which digit is larger?", "What is the difference of these two?"]
@@ -61,9 +61,9 @@ class RecordingGRPOTrainer(GRPOTrainer):
         return loss
 
 
-def make_model():
+def make_model(family="qwen2_5_vl"):
     """The random tiny model in float64, with a likely stop token so that completions are ragged."""
-    model, _ = random_tiny(seed=0, dtype=torch.float64)
+    model, _ = tiny_family(family).make(dtype=torch.float64)
     with torch.no_grad():
         model.lm_head.weight[model.generation_config.eos_token_id[0]] *= 3
     return model
@@ -79,24 +79,28 @@ def shift(model):
 
 
 @pytest.mark.parametrize(
-    ("objective", "trl_options", "beta"),
+    ("family", "objective", "trl_options", "beta"),
     [
-        ("grpo", {"loss_type": "grpo"}, 0.04),
-        ("dr_grpo", {"loss_type": "dr_grpo", "scale_rewards": "none"}, 0.0),
-        ("dapo", {"loss_type": "dapo"}, 0.04),
-        ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}, 0.0),
+        ("qwen2_5_vl", "grpo", {"loss_type": "grpo"}, 0.04),
+        ("qwen2_5_vl", "dr_grpo", {"loss_type": "dr_grpo", "scale_rewards": "none"}, 0.0),
+        ("qwen2_5_vl", "dapo", {"loss_type": "dapo"}, 0.04),
+        ("qwen2_5_vl", "gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}, 0.0),
+        ("qwen3_vl", "grpo", {"loss_type": "grpo"}, 0.04),
+        ("qwen2", "grpo", {"loss_type": "grpo"}, 0.04),
+        ("qwen3", "grpo", {"loss_type": "grpo"}, 0.04),
     ],
 )
-def test_loss_and_gradient_equal_trl(tmp_path, processor, objective, trl_options, beta):
-    make_model().save_pretrained(tmp_path / "model")
-    processor.hf.save_pretrained(tmp_path / "model")
-    records = [make_record(f"r{i}", make_image(i), text) for i, text in enumerate(QUESTIONS)]
+def test_loss_and_gradient_equal_trl(tmp_path, family, objective, trl_options, beta):
+    row = tiny_family(family)
+    config = row.save(tmp_path / "model")
+    make_model(family).save_pretrained(tmp_path / "model")
+    processor = row.load_processor(config)
+    images = [make_image(i, (row.merged_patch * 2,) * 2) for i in range(2 if row.merged_patch else 0)]
+    records = [make_record(f"r{i}", *images[i : i + 1], text) for i, text in enumerate(QUESTIONS)]
     rows = [
-        {
-            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
-            "image": load_image(record.images[0]),
-        }
-        for record, text in zip(records, QUESTIONS, strict=True)
+        {"prompt": [processor.chat_message(message) for message in record.messages]}
+        | ({"image": load_image(record.images[0])} if record.images else {})
+        for record in records
     ]
     recorder = Recorder()
     trl = RecordingGRPOTrainer(
@@ -149,18 +153,19 @@ def test_loss_and_gradient_equal_trl(tmp_path, processor, objective, trl_options
     assert [len(group.rollouts) for group in groups] == [G, G]
     lengths = {len(r.token_ids) for g in groups for r in g.rollouts}
     assert len(lengths) > 1, "ragged completions are the point"
+    assert all(len(set(each)) > 1 for each in completions.values()), "no advantage would be compared"
 
     def policy(model):
         return Policy(model, attention="sdpa", temperature=1.0, suppressed_token_ids=())
 
-    ours = policy(shift(make_model()))
+    ours = policy(shift(make_model(family)))
     before = {name: p.detach().clone() for name, p in ours.model.named_parameters()}
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)  # so that the step is the gradient
     updater = Updater(
         accelerator,
         ours,
-        policy(make_model()).eval() if beta else None,
+        policy(make_model(family)).eval() if beta else None,
         optimizer,
         processor,
         ObjectiveConfig(loss=objective, beta=beta),

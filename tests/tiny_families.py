@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen2VLImageProcessor,
+    Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLVideoProcessor,
@@ -50,7 +55,14 @@ def qwen3_vl_processor(vocab_size: int = 320, chat_template: str = CHAT_TEMPLATE
 
 
 def qwen3_vl_settings(
-    processor: Any, *, vocab_size: int, hidden: int = 64, heads: int = 4, head_dim: int = 16, std: float = 0.125
+    processor: Any,
+    *,
+    vocab_size: int,
+    hidden: int = 64,
+    heads: int = 4,
+    head_dim: int = 16,
+    vision: int = 32,
+    std: float = 0.125,
 ) -> dict[str, Any]:
     """Of a `Qwen3VLConfig` with two layers and three vision blocks, two of which are read by deepstack."""
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -78,8 +90,8 @@ def qwen3_vl_settings(
         },
         "vision_config": {
             "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
+            "hidden_size": vision,
+            "intermediate_size": 2 * vision,
             "num_heads": 2,
             "out_hidden_size": hidden,
             "num_position_embeddings": 64,
@@ -95,15 +107,34 @@ def qwen3_vl_settings(
 
 
 def stops(model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
-    """`model`, in evaluation mode, with the generation configuration that a published one has."""
+    """`model`, in evaluation mode, with a generation configuration that, as published ones, also says how to sample."""
     ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    model.generation_config = GenerationConfig(eos_token_id=ids, pad_token_id=ids[1])
+    sampling = {"do_sample": True, "temperature": 0.1, "top_k": 1, "repetition_penalty": 3.0}
+    model.generation_config = GenerationConfig(eos_token_id=ids, pad_token_id=ids[1], **sampling)
     return model.eval()
 
 
-def tiny_qwen3_vl(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+def tiny_text(
+    config_class: type[PreTrainedConfig], seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> tuple[PreTrainedModel, Any]:
+    """A language model alone. `settings` are of its configuration."""
+    tokenizer = build_processor(list(QUESTIONS), vocab_size=320).tokenizer
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tiny = {
+        **{"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.125},
+        **{"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config_class(**tiny | settings)).to(dtype)
+    return stops(model, tokenizer), tokenizer
+
+
+def tiny_qwen3_vl(seed: int = 0, dtype: torch.dtype = torch.float32, **settings: int) -> tuple[PreTrainedModel, Any]:
+    """`settings` are of `qwen3_vl_settings`."""
     processor = qwen3_vl_processor()
-    config = Qwen3VLConfig(**qwen3_vl_settings(processor, vocab_size=len(processor.tokenizer)))
+    config = Qwen3VLConfig(**qwen3_vl_settings(processor, vocab_size=len(processor.tokenizer), **settings))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config).to(dtype)
@@ -141,24 +172,45 @@ class TinyFamily:
 
     @property
     def images(self) -> tuple[int, ...]:
-        """How many images a prompt of the tests has."""
-        return (1, 0, 3) if self.merged_patch else (0,)
+        """How many images each prompt of the tests has."""
+        return (1, 0, 3) if self.merged_patch else (0, 0, 0)
 
     def save(self, folder: Path) -> ModelConfig:
         """Write the checkpoint, and say how it is loaded."""
         model, processor = self.make()
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        return ModelConfig(path=str(folder), dtype="float32", min_pixels=784, max_pixels=224 * 224)
+        pixels = {"min_pixels": 784, "max_pixels": 224 * 224} if self.merged_patch else {}
+        return ModelConfig(path=str(folder), dtype="float32", **pixels)
 
     def load_processor(self, config: ModelConfig) -> Processor:
         return find_family(config).load_processor(config, max_prompt_tokens=4096)
 
 
+# As the models of 3B and 1.7B: tied embeddings of 151,936 words.
+WIDE = {
+    **{"vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 16, "num_hidden_layers": 2},
+    **{"initializer_range": 0.02, "tie_word_embeddings": True},
+}
+WIDE_QWEN2 = WIDE | {"intermediate_size": 11008}
+WIDE_QWEN3 = WIDE | {"intermediate_size": 6144, "num_key_value_heads": 8, "head_dim": 128}
+
 TINY = (
     TinyFamily("qwen2_5_vl", random_tiny, merged_patch=28, coordinates="resized"),
     TinyFamily("qwen3_vl", tiny_qwen3_vl, wide_qwen3_vl, merged_patch=32, coordinates="thousand"),
+    TinyFamily(
+        "qwen2",
+        partial(tiny_text, Qwen2Config, tie_word_embeddings=True),
+        partial(tiny_text, Qwen2Config, **WIDE_QWEN2),
+    ),
+    # Its heads are together wider than the hidden states.
+    TinyFamily("qwen3", partial(tiny_text, Qwen3Config, head_dim=24), partial(tiny_text, Qwen3Config, **WIDE_QWEN3)),
 )
+
+
+def tiny_family(model_type: str) -> TinyFamily:
+    """The row of `model_type`."""
+    return next(family for family in TINY if family.model_type == model_type)
 
 
 class Qwen3_5(QwenVL):

@@ -25,7 +25,7 @@ def activation_bytes(shape: Shape, model: ModelConfig, *, tokens: int, patches: 
     (Q, the width of all queries, is H in most models; attention: q, and k and v repeated for all heads, and the output
     before and after it is put together; norms of q and k count as norms; `sdpa` turns the mask into numbers of the type
     of q). Its gradients add 2b·I·T. A block of the vision tower is the same but for attention, 7b·H (qkv, rotated q and
-    k, two outputs), and has no mask. Float32 adapters under autocast add 4·I·T.
+    k, two outputs), and an MLP without a gate, 2b·I, and has no mask. Float32 adapters under autocast add 4·I·T.
 
     With gradient checkpointing all layers keep their input, r·H·T, and the largest of these is added: one layer, one
     block, the head, and, under autocast, the bfloat16 copies of all weights, which are there until the forward pass
@@ -45,14 +45,14 @@ def activation_bytes(shape: Shape, model: ModelConfig, *, tokens: int, patches: 
 
     norms = 26 if stream > low else 2 * (4 + 2 * low)
 
-    def kept(size: int, inner: int, attention: int) -> int:
+    def kept(size: int, inner: int, attention: int, gated: bool = True) -> int:
         """Bytes that a layer keeps for one token, `attention` numbers of them in attention."""
-        return norms * size + low * (attention + 4 * inner)
+        return norms * size + low * (attention + (4 if gated else 2) * inner)
 
     mask = tokens**2 if model.attention == "sdpa" else 0
     layer = tokens * kept(width, inner, 5 * shape.query_size) + low * mask
     layer += shape.qk_norm * tokens * norms // 2 * (shape.query_size + shape.key_value_size)
-    block = patches * kept(vision.hidden_size, vision.intermediate_size, 7 * vision.hidden_size)
+    block = patches * kept(vision.hidden_size, vision.intermediate_size, 7 * vision.hidden_size, vision.gated)
     gradients = 2 * low * inner * tokens
     if cast and model.lora:
         gradients += 4 * inner * tokens  # the input of a float32 adapter

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from spark_vl.config import ModelConfig
 from spark_vl.demo.digits import problem
 from tests.distributed.launching import judgments, launch, metrics
 from tests.distributed.updates import save_model
@@ -60,12 +61,23 @@ def test_no_process_waits_for_ever(tmp_path, recipe, strategy, problems, setting
 @pytest.mark.parametrize("family", [tiny.model_type for tiny in TINY[1:] if tiny.merged_patch])
 @SCHEDULES
 def test_nor_with_other_families(tmp_path, recipe, family, problems, settings):
+    run_random(tmp_path, recipe.read_text(), family, problems, settings)
+
+
+def test_nor_with_a_language_model_alone(tmp_path, recipe):
+    """No process encodes an image, also none that has nothing to do."""
+    text = recipe.read_text().replace(", images: images", "")
+    pixels = [f"--model.{name}={vars(ModelConfig())[name]}" for name in ("min_pixels", "max_pixels")]
+    run_random(tmp_path, text, "qwen3", 1, ("--rollout.gather=layer", *pixels))
+
+
+def run_random(folder: Path, recipe: str, family: str, problems: int, settings: tuple[str, ...]) -> None:
     """What random weights say is right by its length, so that something is learned and recycled."""
-    save_model(tmp_path, family)
-    lottery = tmp_path / "lottery.yaml"
-    lottery.write_text(recipe.read_text().replace("verifier: number", "verifier: tests.misbehaving:half_are_right"))
-    settings = (*settings, f"--model.path={tmp_path / 'model'}", "--recycle.recycle_truncated=true")
-    run(tmp_path / "run", lottery, "zero3", problems, settings)
+    save_model(folder, family)
+    lottery = folder / "lottery.yaml"
+    lottery.write_text(recipe.replace("verifier: number", "verifier: tests.misbehaving:half_are_right"))
+    settings = (*settings, f"--model.path={folder / 'model'}", "--recycle.recycle_truncated=true")
+    run(folder / "run", lottery, "zero3", problems, settings)
 
 
 def run(folder: Path, recipe: Path, strategy: str, problems: int, settings: tuple[str, ...]) -> None:

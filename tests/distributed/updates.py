@@ -31,7 +31,7 @@ from spark_vl.policy.head import TokenScores
 from spark_vl.policy.update import Add, Updater, load_updater
 from spark_vl.records import Rollout, RolloutGroup, Verdict
 from tests.conftest import make_image, make_record
-from tests.tiny_families import TINY
+from tests.tiny_families import tiny_family
 
 SETTINGS = (
     *("--data.recipes=[digits]", "--model.dtype=float32", "--model.gradient_checkpointing=false"),
@@ -46,7 +46,7 @@ NAMES = ("update/loss", "update/grad_norm", "update/skipped", "update/kl")
 
 def save_model(folder: Path, family: str = "qwen2_5_vl") -> None:
     """The tiny model of a family with random weights, to `FOLDER/model`."""
-    next(tiny for tiny in TINY if tiny.model_type == family).save(folder / "model")
+    tiny_family(family).save(folder / "model")
 
 
 def make_groups() -> list[RolloutGroup]:
