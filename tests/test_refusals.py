@@ -131,6 +131,7 @@ def test_a_recurrent_model_that_slips_through_is_stopped_by_the_check_at_the_sta
     config = TinyFamily("qwen3_5", tiny_qwen3_5, merged_patch=32).save(tmp_path / "model")
     monkeypatch.setitem(registry.FAMILIES, "qwen3_5", "tests.tiny_families:Qwen3_5")
     monkeypatch.setattr(registry, "refusal", lambda config: None)
+    monkeypatch.setattr("spark_vl.setup.check_recipes", lambda *_: None)  # it has no facts
     rows = [{"question": f"Which digit is larger, {i} or 5?", "answer": "5"} for i in range(4)]
     recipe = write_rows(tmp_path, rows, verifier="number")
     monkeypatch.setattr(LinearAttentionLayer, "batch_repeat_interleave", repeat, raising=False)
