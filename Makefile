@@ -15,6 +15,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo demo-zero3 test test-distributed test-slow test-newest test-browser fuzz audit lint format checkpoint clean
 
 .venv/.installed: setup.cfg constraints.txt
+	@echo "installs about 6 GB into .venv; this takes minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[demo]" --constraint constraints.txt

@@ -318,7 +318,9 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     if path is None:
         return None
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path}: is not a checkpoint (it has no {MANIFEST})")
+        raise CheckpointError(
+            f"--resume {resume}: is not a checkpoint (it has no {MANIFEST}); allowed: auto, none, or the folder of one"
+        )
     return path
 
 

@@ -159,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "publish":
                 publish(command.what, command[command.what])
             case "recipes":
-                render = instantiate(recipes_parser, command, TrainConfig) if command.render else None
-                if not preview(command.name, command.split, command.show, render):
+                settings = instantiate(recipes_parser, command, TrainConfig)
+                if not preview(command.name, command.split, command.show, settings, render=command.render):
                     parser.exit(1)
             case "doctor":
                 parser.exit(diagnose())
@@ -193,7 +193,7 @@ def train(
     from spark_vl.hub.run import find_model
     from spark_vl.policy.check import LogprobGapError
     from spark_vl.policy.update import NonFiniteUpdateError
-    from spark_vl.report import plot_curves, plot_diagnostics, print_summary, summarize
+    from spark_vl.report import check_figure, plot_curves, plot_diagnostics, print_files, print_summary, summarize
     from spark_vl.setup import load_trainer
 
     check_publish_config(config.publish)
@@ -203,6 +203,7 @@ def train(
         check_recipes("evaluation.recipes", config.evaluation.recipes, config.model)
         templater = Templater.from_config(config.prompts, find_family(config.model).reserved)
         evaluator = Evaluator(config.evaluation, templater, rollout=config.rollout, seed=config.seed)
+    check_figure(config.checkpoint.keep_best)
     folder = Path(config.output_dir)
     publishers: list[BackgroundPublisher] = []  # one on the main process, if it is asked for
 
@@ -233,6 +234,7 @@ def train(
             summarize(folder)
             plot_curves(folder)
             print_summary(folder, trainer.log.console)
+        print_files(folder, trainer.log.console)
         plot_diagnostics(folder, folder / "model" / "curves.png")
         card = folder / "model" / "README.md"
         write_model_card(find_model(folder), card, model_id=str(folder / "model"), name=folder.name)

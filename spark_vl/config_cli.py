@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from spark_vl.config import ConfigError, EvalConfig, TrainConfig, flat
+from spark_vl.config import ConfigError, EvalConfig, LoraConfig, ModelConfig, TrainConfig, flat
 from spark_vl.config_check import check_train_config
 from spark_vl.records import did_you_mean, visible
 
@@ -17,6 +17,7 @@ from spark_vl.records import did_you_mean, visible
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _RENAMED = {
+    "optimizer.learning_rate": "it is called optimizer.lr",
     "rollout.rows_at_once": "it is called rollout.decode_batch_size now",
     "rollout.engine": "there is one engine; leave it out",
     "logging.rollouts_every": "all rollouts are in judgments/, which `spark-vl show RUN` prints; leave it out",
@@ -38,9 +39,11 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` and exit with status 2."""
         advice = "".join(f"\n{old}: {new}" for old, new in _RENAMED.items() if _names(message, old))
-        if found := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
-            settings = {name for config in (TrainConfig, EvalConfig) for name in flat(asdict(config()))}
-            advice += did_you_mean(found[1], sorted(settings))
+        if found := re.search(r"(?:unrecognized arguments: --|(?:does not accept option|Option) ')([\w.]+)", message):
+            configs = (TrainConfig(model=ModelConfig(lora=LoraConfig())), EvalConfig())
+            settings = {name for config in configs for name in flat(asdict(config))}
+            names = settings | {name.rpartition(".")[2] for name in settings} | {"allow-config-change"}
+            advice += did_you_mean(found[1], sorted(names))
         if found := re.search(r"key \"([\w.]+)\":\s+Expected a <class 'list'>. Got value: (\S.*)", message):
             advice += f"\nA list is written in brackets: --{found[1]} '[{found[2]}]'"
         self.exit(2, f"{self.prog}: error: {message}{advice}\n(all settings: {self.prog} --help)\n")

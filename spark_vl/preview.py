@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from spark_vl.config import ConfigError, TrainConfig, VerifierConfig
+from spark_vl.config import ConfigError, TrainConfig
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.recipes import SPLITS, load_recipe, recipes, usage
 from spark_vl.prompts import Templater
@@ -18,12 +18,13 @@ _SHOWN_ALIKE = 3
 """Of rows that cannot be used for the same reason."""
 
 
-def preview(name: str | None, split: str | None, show: int, render: TrainConfig | None = None) -> bool:
+def preview(name: str | None, split: str | None, show: int, settings: TrainConfig, *, render: bool) -> bool:
     """`spark-vl recipes [NAME]`: list the recipes, or print and check the rows of one. Returns whether all rows can be
     used.
 
     Args:
-        render: print rows as the model of a run with these settings gets them.
+        settings: of a run that would use it.
+        render: print rows as the model of this run gets them.
     """
     if name is None:
         for written in map(usage, recipes()):
@@ -31,7 +32,7 @@ def preview(name: str | None, split: str | None, show: int, render: TrainConfig 
             print(f"{written:20} {recipe.license:12} {recipe.description}")
         return True
     try:
-        templater, rendered = (Templater.load(), None) if render is None else _renderer(render)
+        templater, rendered = _renderer(settings) if render else (Templater.load(), None)
         recipe = load_recipe(name)
         split = split or next(each for each in SPLITS if each in recipe.splits)
         problems = open_recipe(recipe, split, templater)
@@ -39,7 +40,7 @@ def preview(name: str | None, split: str | None, show: int, render: TrainConfig 
         raise ConfigError(str(error)) from error
     bad: list[BadRecordError] = []
     rows = 0
-    limits = VerifierConfig()
+    limits = settings.verifier
     with VerifierPool(limits.workers, limits.timeout_s, limits.memory_mb) as verifiers:
         for found in check(problems, verifiers):
             rows += 1
@@ -53,6 +54,8 @@ def preview(name: str | None, split: str | None, show: int, render: TrainConfig 
             print(visible(f"cannot be used: {fault}"))
         if (more := len(faults) - _SHOWN_ALIKE) > 0:
             print(f"    and {more} more for the same reason")
+    if problems.unused:
+        print(visible(f"the recipe uses no column {', '.join(problems.unused):.300}"))
     if problems.renamed:
         print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
     others = [each for each in recipe.splits if each != split]

@@ -16,7 +16,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spark_vl.records import KINDS
+from spark_vl.config import ConfigError
+from spark_vl.records import KINDS, did_you_mean
 from spark_vl.run.jsonl import read_lines
 
 LABELS = {
@@ -40,6 +41,20 @@ LABELS = {
     "unusable": "rows left out",
 }
 """How each figure of an evaluation is called, in the order of the table."""
+
+
+def check_figure(name: str | None) -> None:
+    """Check that an evaluation has the figure `name`, of all its recipes or, as `recipe/name`, of one.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name is not None and (figure := name.rpartition("/")[2]) not in LABELS:
+        raise ConfigError(
+            f"checkpoint.keep_best: there is no figure {name!r}{did_you_mean(figure, LABELS)}; allowed: "
+            f"{', '.join(LABELS)}"
+        )
+
 
 _BARS = {
     "reasoning_greedy": "reasoning, greedy",
@@ -91,7 +106,7 @@ def summarize(run: Path) -> dict[str, Any]:
 
 
 def print_summary(run: Path, console: Console) -> None:
-    """Print the evaluation before and after the run, in percent, and where its files are.
+    """Print the evaluation before and after the run, in percent.
 
     Raises:
         ValueError: the run has no evaluation.
@@ -99,6 +114,10 @@ def print_summary(run: Path, console: Console) -> None:
     summary = summarize(run)
     steps = [f"step {step}" for step in summary["steps"]]
     _print_table(console, summary["n"], [*steps, "change"], lambda name: _cells(summary, name))
+
+
+def print_files(run: Path, console: Console) -> None:
+    """Print where the files of a finished run are."""
     folders, files = ("model/", "judgments/", "checkpoints/"), ("summary.json", "metrics.jsonl")
     for name in (*folders, *files, "curves.png"):
         if (run / name).exists():

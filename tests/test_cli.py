@@ -72,6 +72,8 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
     ("arguments", "message"),
     [
         (("train",), "data.recipes: is empty; name at least one recipe"),
+        ((*GOOD, "--optimizer.learning_rate=1"), "optimizer.learning_rate: it is called optimizer.lr"),
+        ((*GOOD, "--allow_config_change"), "(did you mean allow-config-change?)"),
         ((*GOOD, "--optimizer.lrr=1"), "optimizer.lrr=1 (did you mean optimizer.lr?)"),
         ((*GOOD, "--optimizer.lr=fast"), 'Parser key "optimizer.lr"'),
         ((*GOOD, "--optimizer.lr=-1"), "v>0"),
@@ -173,7 +175,7 @@ def test_rows_of_a_recipe_are_printed_and_counted(tmp_path):
 
 def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
     rows = [{"q": "How many?", "a": "3"}, {"q": "", "a": "3"}, {"q": "How many?", "a": "4"}, {"a": "4"}]
-    rows = [row | {"n": name} for row, name in zip(rows, "xyxz", strict=True)]
+    rows = [row | {"n": name, "image": None} for row, name in zip(rows, "xyxz", strict=True)]
     first, *others = map(json.dumps, rows)
     (tmp_path / "train.jsonl").write_text("\n".join([first, "", *others]))
     (tmp_path / "mine.yaml").write_text(
@@ -190,7 +192,8 @@ def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
         "How many?",
         "→ 4   (number)",
         "cannot be used: mine/train/y: 'q' is empty (train.jsonl, line 3)",
-        "cannot be used: mine/train/z: no column 'q'; the row has 'a', 'n' (train.jsonl, line 5)",
+        "cannot be used: mine/train/z: no column 'q'; the row has 'a', 'n', 'image' (train.jsonl, line 5)",
+        "the recipe uses no column image",
         "1 rows have the id of an earlier row; the number of the row is added to it",
         "2 of 4 rows can be used (license of the data: none)",
     ]

@@ -11,8 +11,18 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from spark_vl.config import ConfigError
 from spark_vl.evaluation.figures import estimate
-from spark_vl.report import LABELS, _smoothed, plot_curves, print_results, print_summary, summarize
+from spark_vl.report import (
+    LABELS,
+    _smoothed,
+    check_figure,
+    plot_curves,
+    print_files,
+    print_results,
+    print_summary,
+    summarize,
+)
 
 
 def write_lines(path, lines):
@@ -37,6 +47,7 @@ def run(tmp_path):
 def printed(run, width=80):
     console = Console(file=io.StringIO(), width=width)
     print_summary(run, console)
+    print_files(run, console)
     return console.file.getvalue()
 
 
@@ -49,6 +60,13 @@ def test_summary_holds_the_first_and_the_last_evaluation(run):
     last = estimate(0.93, 200)
     assert summary["intervals"]["after"]["pointwise_greedy"] == [last["low"], last["high"]]
     assert summary["intervals"]["before"]["pointwise_greedy"][1] < 0.5
+
+
+def test_a_figure_that_no_evaluation_has_is_named_before_any(run):
+    for name in (None, *LABELS, "digits/pairwise_sampled"):
+        check_figure(name)
+    with pytest.raises(ConfigError, match=r"'x/reasoning_gredy' \(did you mean reasoning_greedy\?\); allowed: "):
+        check_figure("x/reasoning_gredy")
 
 
 def test_a_run_without_evaluation_says_so(run):

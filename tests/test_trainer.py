@@ -342,7 +342,7 @@ def test_no_half_written_checkpoint_is_resumed_from(tmp_path):
     assert find_checkpoint(checkpoints, "auto").name == "step-000003"
     assert find_checkpoint(checkpoints, "none") is None
     assert find_checkpoint(tmp_path / "nothing", "auto") is None
-    with pytest.raises(CheckpointError, match=r"partial: is not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"partial: is not a checkpoint .*; allowed: auto, none, or "):
         find_checkpoint(checkpoints, str(checkpoints / ".step-000004.partial"))
 
 

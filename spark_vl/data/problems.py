@@ -25,7 +25,17 @@ from spark_vl.data.cells import answer, identifier, items, optional, options, te
 from spark_vl.data.images import ImageError, encode_pixels, image_in_text, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import JudgmentColumns, Recipe, check_verifiers
-from spark_vl.data.sources import DEFAULT_LIMITS, PlacedRows, Row, RowLimits, Rows, digest_rows, open_rows, read_column
+from spark_vl.data.sources import (
+    DEFAULT_LIMITS,
+    PlacedRows,
+    Row,
+    RowLimits,
+    Rows,
+    column_names,
+    digest_rows,
+    open_rows,
+    read_column,
+)
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
@@ -137,6 +147,14 @@ class ProblemSet:
             return self._record(row, record_id)
         except ValueError as error:
             raise self.placed(BadRecordError(record_id, str(error)), index) from error
+
+    @property
+    def unused(self) -> list[str]:
+        """Columns of the data, as far as the first row shows them, that the recipe does not name. Those of judgments
+        are fixed."""
+        if isinstance(self.recipe.columns, JudgmentColumns):
+            return []
+        return [name for name in column_names(self._rows) if name not in self.recipe.columns_read]
 
     def placed(self, error: BadRecordError, index: int) -> BadRecordError:
         """`error`, of row `index` as `__getitem__` counts, with the place where a person finds that row."""

@@ -9,7 +9,7 @@ import re
 import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -199,6 +199,16 @@ def read_column(rows: Rows, name: str) -> Iterator[Any]:
             yield row.get(name)
 
 
+def column_names(rows: Rows) -> list[str]:
+    """Names of the columns of a table, those too that are left alone; else of the first row that can be read."""
+    if isinstance(rows, _ArrowRows):
+        return rows.column_names
+    for index in range(len(rows)):
+        with suppress(ValueError):
+            return [str(name) for name in rows[index]]
+    return []
+
+
 _ROWS_SAMPLED = 64
 """Rows of a factory that its digest reads: each may take long to make."""
 
@@ -257,6 +267,10 @@ def _open_repository(source: Source, split: str) -> datasets.Dataset:
                         "of the same repository"
                     )
         builder.download_and_prepare()
+        splits = builder.info.splits or {}
+        if re.split(r"[\[+]", split)[0] not in splits:
+            few = "; of judgments, one problem in 20 is in 'test'" if split == "test" else ""
+            raise ValueError(f"{source.location!r} has no split {split!r}; allowed: {', '.join(splits)}{few}")
         return builder.as_dataset(split)
 
 
@@ -382,7 +396,9 @@ def _read_csv(file: Path) -> datasets.Dataset:
         convert = csv.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
         table = csv.read_csv(file, **options, convert_options=convert)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file}: is not a CSV file: {error}") from error
+        raise ValueError(
+            f"{file}: is not a CSV file, with commas between cells and texts in UTF-8: {error!s:.300}"
+        ) from error
     if len(texts) < len(table.column_names):
         raise ValueError(f"{file}: two columns have the same name; the columns are {', '.join(table.column_names)}")
     return datasets.Dataset(table)
@@ -427,6 +443,8 @@ class _ArrowRows:
         if missing := set(columns) - set(table.column_names):
             raise ValueError(f"no column {', '.join(sorted(missing))}; the columns are {', '.join(table.column_names)}")
         self._limits = limits
+        self.column_names: list[str] = table.column_names
+        """Those of the whole table."""
         self._table = table.select_columns(list(columns)).with_format("arrow")
 
     def __len__(self) -> int:
