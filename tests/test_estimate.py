@@ -116,12 +116,25 @@ def test_a_config_as_on_the_hub_is_read(tmp_path):
     assert load_shape("Qwen/Qwen2.5-VL-7B-Instruct") == load_shape("7b")
 
 
+def changed(**settings: Any) -> str:
+    """The configuration of a shipped shape as a file of somebody else."""
+    return json.dumps({"model_type": "qwen3_vl", **read_facts("qwen3_vl")["shapes"]["qwen3-vl-2b"], **settings})
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ('{"model_type": "llama"}', "model_type is 'llama'; allowed: 'qwen2', 'qwen2_5_vl'"),
         ('{"model_type": "qwen2_5_vl"}', "hidden_size is missing"),
         ("{", "Expecting property name"),
+        ("[]", "the file: found []; allowed: of type object"),
+        (changed(hidden_size="64"), "hidden_size: found '64'; allowed: a whole number from 1"),
+        (changed(num_attention_heads=0), "num_attention_heads: found 0; allowed: a whole number from 1"),
+        (changed(num_hidden_layers=10**300), "num_hidden_layers: found 1000"),
+        (changed(vocab_size=-1), "vocab_size: found -1; allowed: a whole number from 0"),
+        (changed(vision_config=None), "vision_config: found None; allowed: of type object"),
+        (changed(vision_config={"deepstack_visual_indexes": 3}), "deepstack_visual_indexes: found 3; allowed: of type"),
+        (changed(text_config=[1]), "text_config: found [1]; allowed: of type object"),
         (None, "is not a shape; allowed are qwen2.5-0.5b"),
     ],
 )

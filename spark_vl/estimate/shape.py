@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -147,14 +147,15 @@ def load_shape(model: str) -> Shape:
             f"{model!r} is not a shape; allowed are {', '.join(shapes())}, their Hub ids, or a folder with a "
             "config.json"
         )
-    config = json.loads(file.read_text())
-    if (model_type := config.get("model_type")) not in families:
-        allowed = ", ".join(map(repr, families))
-        raise ValueError(f"{file}: model_type is {model_type!r}; allowed: {allowed}")
     try:
+        config = _a("object", "the file", json.loads(file.read_text()))
+        if (model_type := str(config.get("model_type"))) not in families:
+            raise ValueError(f"model_type is {model_type!r:.80}; allowed: {', '.join(map(repr, families))}")
         return _shape(model, config, families[model_type])
     except KeyError as error:
         raise ValueError(f"{file}: {error.args[0]} is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _families() -> dict[str, dict[str, Any]]:
@@ -169,21 +170,36 @@ def _families() -> dict[str, dict[str, Any]]:
 
 def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
     """From a `config.json`: flat as on the Hub, or with a `text_config` as transformers 5 writes it."""
-    text = family["text_config"] | config.get("text_config", config)
-    text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    text = family["text_config"] | _a("object", "text_config", config.get("text_config", config))
+    width, heads = (_number(text, name, least=1) for name in ("hidden_size", "num_attention_heads"))
+    text.setdefault("head_dim", width // heads)
     text["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
     vision = VisionShape()
     if "vision_config" in family:
-        tower = family["vision_config"] | config["vision_config"]
+        tower = family["vision_config"] | _a("object", "vision_config", config["vision_config"])
         inner_layers = family.get("inner_layers")  # the name of the list of them
-        tower["deeper_mergers"] = len(tower[inner_layers]) if inner_layers else 0
+        tower["deeper_mergers"] = len(_a("list", inner_layers, tower[inner_layers])) if inner_layers else 0
         vision = VisionShape(**_facts(VisionShape, tower))
     return Shape(name=name, **_facts(Shape, text), vision=vision)
 
 
 def _facts(cls: type, config: dict[str, Any]) -> dict[str, Any]:
     """The fields of `cls` that are numbers or yes and no."""
-    return {field.name: config[field.name] for field in fields(cls) if field.type in ("int", "bool")}
+    numbers = {field.name: _number(config, field.name) for field in fields(cls) if field.type == "int"}
+    return numbers | {field.name: bool(config[field.name]) for field in fields(cls) if field.type == "bool"}
+
+
+def _number(config: dict[str, Any], name: str, least: int = 0) -> int:
+    value = config[name]
+    if type(value) is not int or not least <= value < 2**31:
+        raise ValueError(f"{name}: found {value!r:.80}; allowed: a whole number from {least}")
+    return value
+
+
+def _a(kind: Literal["list", "object"], name: str, value: Any) -> Any:
+    if not isinstance(value, list if kind == "list" else dict):
+        raise ValueError(f"{name}: found {value!r:.80}; allowed: of type {kind}")
+    return value
 
 
 def _linear(inputs: int, outputs: int) -> int:
