@@ -837,9 +837,9 @@ def test_a_csv_file_holds_texts_and_lists_as_json(tmp_path: Path, recipe_file) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "is not a CSV file: Empty CSV"),
-        (b"q,a\n1,2\n1,2,3\n", "is not a CSV file: .*Row #3: Expected 2 columns, got 3"),
-        (b"q,a\n\xff,2\n", "is not a CSV file: .*invalid UTF8"),
+        (b"", "is not a CSV file, with commas .*: Empty CSV"),
+        (b"q,a\n1,2\n1,2,3\n", "is not a CSV file, with commas .*: .*Row #3: Expected 2 columns, got 3"),
+        (b"q,a\n\xff,2\n", "is not a CSV file, with commas .*: .*invalid UTF8"),
         (b"q,a,q\n1,2,3\n", "two columns have the same name; the columns are q, a, q"),
         (b"q;a\n1;2\n", "no column a, q; the columns are q;a"),
     ],
