@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from spark_vl.config import ConfigError, ModelConfig
@@ -39,8 +42,9 @@ def load_processor(model: Path):
 )
 def test_sampling_settings_that_transformers_does_not_save_are_saved(model, tmp_path, settings):
     change(model / "generation_config.json", **settings)
-    with pytest.raises(ValueError, match="do_sample"):  # the trap is one
+    with suppress(ValueError):  # from transformers 5.24 on it is no trap
         GenerationConfig.from_pretrained(model).save_pretrained(tmp_path / "as-it-is")
+        assert Version(transformers.__version__) >= Version("5.24"), "the trap is none"
     load_trainer(make_config(tmp_path / "run", f"--model.path={model}", "--steps=1")).train()
     saved = GenerationConfig.from_pretrained(tmp_path / "run" / "model")
     assert saved.do_sample is True

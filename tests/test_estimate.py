@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING
 
@@ -264,7 +266,9 @@ def test_the_rollout_is_what_the_engine_allocates(wide, processor, kind, n, new,
     copies = weights.cast_bytes(shape, config) if kind == "autocast" else 0
     # A CPU without bfloat16 instructions computes in buffers of float32, which no GPU needs: they are not estimated.
     least = 0.8 if kind == "bfloat16" else 0.93
-    assert least < (cache + working + copies) / allocated(run) < 1.1
+    # From 5.24 on transformers copies less of the cache when it grows; the estimate is an upper bound there.
+    most = 1.1 if Version(transformers.__version__) < Version("5.24") else 1.8
+    assert least < (cache + working + copies) / allocated(run) < most
 
 
 # ── the command ──
