@@ -316,7 +316,8 @@ class RunLog(Sink):
 
     def _warn_of_standstill(self, metrics: Mapping[str, float]) -> None:
         shares = [metrics[f"{kind}/zero_variance"] for kind in KINDS if f"{kind}/zero_variance" in metrics]
-        still = shares and min(shares) == 1 and not self._failed  # a verifier that fails was said
+        failed = any(metrics.get(f"{kind}/failed") == 1 for kind in KINDS)  # which is said elsewhere
+        still = shares and min(shares) == 1 and not failed
         self._still = self._still + 1 if still else 0
         if self._still == _UNREAD_STEPS:
             self.say(

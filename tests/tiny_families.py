@@ -64,7 +64,7 @@ def qwen3_vl_settings(
     vision: int = 32,
     std: float = 0.125,
 ) -> dict[str, Any]:
-    """Of a `Qwen3VLConfig` with two layers and three vision blocks, two of which are read by deepstack."""
+    """Of a `Qwen3VLConfig` with three layers and three vision blocks, two of which are read by deepstack."""
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     return {
         "text_config": {

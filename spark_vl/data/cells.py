@@ -1,4 +1,4 @@
-"""Reads the cells of an untrusted row.
+"""Reads the cells of an untrusted row, and numbers from other files that are not trusted.
 
 Every function raises ValueError, which names the column, what was found and what is allowed.
 """
@@ -78,11 +78,11 @@ def identifier(row: Row, column: str, longest: int = 1000) -> str:
     return value
 
 
-def count(state: Mapping[str, Any], name: str) -> int:
-    """A number of things, of a saved state: fewer than a run has time for."""
-    value = state[name]
-    if type(value) is not int or not 0 <= value < 2**53:
-        raise ValueError(f"{name}: found {value!r:.80}; allowed: a whole number from 0")
+def count(facts: Mapping[str, Any], name: str, *, least: int = 0, below: int = 2**53) -> int:
+    """A number of things, such as one of a saved state; 2⁵³ is more than a run has time for."""
+    value = facts[name]
+    if type(value) is not int or not least <= value < below:
+        raise ValueError(f"{name}: found {value!r:.80}; allowed: a whole number from {least}")
     return value
 
 

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -349,8 +349,13 @@ def _check_parquet(file: Path, limits: RowLimits) -> None:
         check_row_groups(file, opened, limits)
 
 
-def check_row_groups(file: Path, opened: pq.ParquetFile, limits: RowLimits) -> None:
+def check_row_groups(
+    file: Path, opened: pq.ParquetFile, limits: RowLimits, read: Collection[str] | None = None
+) -> None:
     """See `_check_parquet`.
+
+    Args:
+        read: columns that are going to be; the others are not expanded. None: all.
 
     Raises:
         ValueError: names the file, and which limit.
@@ -364,7 +369,12 @@ def check_row_groups(file: Path, opened: pq.ParquetFile, limits: RowLimits) -> N
             limits.check_size(group.total_byte_size // rows, values // rows)
         except ValueError as error:
             raise ValueError(f"{file}: on average, {error}") from error
-        small = [column.path_in_schema for column in columns if column.total_compressed_size <= _SMALL_BYTES]
+        small = [
+            column.path_in_schema
+            for column in columns
+            if column.total_compressed_size <= _SMALL_BYTES
+            and (read is None or column.path_in_schema.partition(".")[0] in read)
+        ]
         expanded = 0
         for batch in opened.iter_batches(100, row_groups=[number], columns=small):
             expanded += batch.nbytes

@@ -10,6 +10,11 @@ from typing import Any, Literal
 
 import yaml
 
+from spark_vl.data.cells import count
+
+_MOST = 2**31
+"""No number of a `config.json` is as large."""
+
 
 @dataclass(frozen=True)
 class VisionShape:
@@ -171,7 +176,7 @@ def _families() -> dict[str, dict[str, Any]]:
 def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
     """From a `config.json`: flat as on the Hub, or with a `text_config` as transformers 5 writes it."""
     text = family["text_config"] | _a("object", "text_config", config.get("text_config", config))
-    width, heads = (_number(text, name, least=1) for name in ("hidden_size", "num_attention_heads"))
+    width, heads = (count(text, name, least=1, below=_MOST) for name in ("hidden_size", "num_attention_heads"))
     text.setdefault("head_dim", width // heads)
     text["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
     vision = VisionShape()
@@ -185,15 +190,8 @@ def _shape(name: str, config: dict[str, Any], family: dict[str, Any]) -> Shape:
 
 def _facts(cls: type, config: dict[str, Any]) -> dict[str, Any]:
     """The fields of `cls` that are numbers or yes and no."""
-    numbers = {field.name: _number(config, field.name) for field in fields(cls) if field.type == "int"}
+    numbers = {field.name: count(config, field.name, below=_MOST) for field in fields(cls) if field.type == "int"}
     return numbers | {field.name: bool(config[field.name]) for field in fields(cls) if field.type == "bool"}
-
-
-def _number(config: dict[str, Any], name: str, least: int = 0) -> int:
-    value = config[name]
-    if type(value) is not int or not least <= value < 2**31:
-        raise ValueError(f"{name}: found {value!r:.80}; allowed: a whole number from {least}")
-    return value
 
 
 def _a(kind: Literal["list", "object"], name: str, value: Any) -> Any:

@@ -145,11 +145,10 @@ class ChatProcessor(ABC):
         the completion or already the chat template began it, has no answer behind it."""
         if self.thought is None:
             return 0
-        ended = text.rfind(self.thought[1])
-        if self._unfinished_thought(text) or (ended < 0 and self._thinks_when_asked):
+        _, end, behind = text.rpartition(self.thought[1])
+        if self._unfinished_thought(text) or (not end and self._thinks_when_asked):
             return len(text)
-        behind = text[ended + len(self.thought[1]) :] if ended >= 0 else text
-        return len(text) - len(behind.lstrip()) if ended >= 0 else 0
+        return len(text) - len(behind.lstrip()) if end else 0
 
     def _unfinished_thought(self, text: str) -> bool:
         begin, end = self.thought or ("", "")

@@ -37,15 +37,24 @@ def find_family(config: ModelConfig) -> Family:
     """The family of the checkpoint at `config.path`.
 
     Raises:
+        ConfigError: see `find_model_type`.
+    """
+    return get_family(find_model_type(config))
+
+
+def find_model_type(config: ModelConfig) -> str:
+    """The `model_type` of the checkpoint at `config.path`, a key of `FAMILIES`.
+
+    Raises:
         ConfigError: there is no checkpoint, or it is of a family that the kit does not know or refuses.
     """
     loaded = load_configuration(config)
-    found = loaded.model_type
-    if found not in FAMILIES or refusal(loaded):
-        reason = f": {reason}" if (reason := refusal(loaded)) else ""
+    found, reason = loaded.model_type, refusal(loaded)
+    if found not in FAMILIES or reason:
+        why = f": {reason}" if reason else ""
         allowed = ", ".join(map(repr, FAMILIES))
-        raise ConfigError(f"model.path: {config.path} holds a {found!r} model{reason}; allowed: {allowed}")
-    return get_family(found)
+        raise ConfigError(f"model.path: {config.path} holds a {found!r} model{why}; allowed: {allowed}")
+    return found
 
 
 def check_recipes(setting: str, names: Sequence[str], config: ModelConfig) -> None:
@@ -55,10 +64,9 @@ def check_recipes(setting: str, names: Sequence[str], config: ModelConfig) -> No
         names: of the recipes, which `setting` holds.
 
     Raises:
-        ConfigError: names the recipe and the model; or see `find_family`.
+        ConfigError: names the recipe and the model; or see `find_model_type`.
     """
-    find_family(config)
-    model_type = load_configuration(config).model_type
+    model_type = find_model_type(config)
     if "vision_config" in read_facts(model_type):
         return
     with blamed_on(setting):

@@ -194,7 +194,7 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> Iterator[dic
         # By default a whole row group would be held in memory.
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             _check_schema(path, file.schema_arrow, config)
-            check_row_groups(path, file, _LIMITS)
+            check_row_groups(path, file, _LIMITS, columns)
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 _check_cells(path, batch, config)
                 yield from batch.to_pylist()
