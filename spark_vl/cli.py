@@ -1,5 +1,5 @@
-"""`spark-vl train | eval | recycle | show | publish | recipes | doctor | estimate`. The command line composes the
-parts; what they do is theirs.
+"""`spark-vl train | serve-rollouts | eval | recycle | show | publish | recipes | doctor | estimate`. The command line
+composes the parts; what they do is theirs.
 
 Everything heavy is imported inside a command, so that `--help` and a mistake in a setting answer at once.
 """
@@ -15,6 +15,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,6 +45,7 @@ from spark_vl.run.quarantine import TooManyBadRowsError
 from spark_vl.run.trained import evaluation_settings, saved_limits
 
 TRAIN_HELP = "train a policy that is its own generative reward"
+SERVE_HELP = "serve rollouts to a run whose rollout.vllm.mode is server, with vLLM, on devices of its own"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
 RECYCLE_HELP = "recycle the rollouts of a run anew, without a model"
 SHOW_HELP = "print the rollouts of a run: prompts, completions, verdicts, what was recycled"
@@ -81,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_config_arguments(eval_parser, EvalConfig)
     eval_parser.add_argument("--overwrite", action="store_true", help="replace the results that lie in `output`")
 
+    serve_parser = Parser(description=SERVE_HELP)
+    add_config_arguments(serve_parser, TrainConfig)
+    serve_parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all, for a run on other machines"
+    )
+    serve_parser.add_argument("--port", type=int, default=8000)
+
     recycle_parser = Parser(description=RECYCLE_HELP)
     recycle_parser.add_argument("run", help="folder of a run that kept its rollouts (logging.judgments)")
     add_config_arguments(recycle_parser, OfflineConfig)
@@ -108,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_config_arguments(recipes_parser, TrainConfig)
 
     parsers = {"train": train_parser, "eval": eval_parser, "recycle": recycle_parser, "publish": publish_parser}
-    parsers |= {"recipes": recipes_parser, "show": show_parser}
+    parsers |= {"recipes": recipes_parser, "show": show_parser, "serve-rollouts": serve_parser}
     parsers["doctor"] = Parser(description=DOCTOR_HELP)
     parsers["estimate"] = estimate_parser = Parser(description=ESTIMATE_HELP)
     estimate_parser.add_argument(
@@ -145,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     allow_config_change=command.allow_config_change,
                     trust_checkpoint=command.trust_checkpoint,
                 )
+            case "serve-rollouts":
+                config = instantiate(serve_parser, command, TrainConfig)
+                serve(config, host=command.host, port=command.port)
             case "eval":
                 config = instantiate(eval_parser, command, EvalConfig)
                 _check_evaluation(config)  # before the Hub is asked
@@ -194,6 +206,7 @@ def train(
     from spark_vl.policy.check import LogprobGapError
     from spark_vl.policy.update import NonFiniteUpdateError
     from spark_vl.report import check_figure, plot_curves, plot_diagnostics, print_files, print_summary, summarize
+    from spark_vl.rollout.engine import EngineError
     from spark_vl.setup import load_trainer
 
     check_publish_config(config.publish)
@@ -212,19 +225,22 @@ def train(
             publishers.append(BackgroundPublisher(config.publish, folder))
         return publishers
 
-    trainer = load_trainer(
-        config,
-        evaluate=evaluator,
-        sinks=sinks,
-        resume=resume,
-        allow_config_change=allow_config_change,
-        trust_checkpoint=trust_checkpoint,
-    )
+    try:
+        trainer = load_trainer(
+            config,
+            evaluate=evaluator,
+            sinks=sinks,
+            resume=resume,
+            allow_config_change=allow_config_change,
+            trust_checkpoint=trust_checkpoint,
+        )
+    except EngineError as error:
+        raise SystemExit(visible(f"spark-vl: {error}")) from error
     is_main = trainer.accelerator.is_main_process
     finished = False
     try:
         finished = trainer.train()
-    except (NonFiniteUpdateError, LogprobGapError) as error:
+    except (NonFiniteUpdateError, LogprobGapError, EngineError) as error:
         raise SystemExit(visible(f"spark-vl: stopped: {error}")) from error
     finally:
         for publisher in publishers:
@@ -238,6 +254,17 @@ def train(
         plot_diagnostics(folder, folder / "model" / "curves.png")
         card = folder / "model" / "README.md"
         write_model_card(find_model(folder), card, model_id=str(folder / "model"), name=folder.name)
+
+
+def serve(config: TrainConfig, *, host: str, port: int) -> None:
+    """`spark-vl serve-rollouts`: becomes a vLLM server."""
+    if not find_spec("vllm"):
+        raise ConfigError("rollout.engine: vllm is not installed: pip install 'spark-vl[vllm]'")
+    config.model.path = model_folder(config.model.path)
+
+    from spark_vl.rollout.serve import serve_rollouts
+
+    serve_rollouts(config, host=host, port=port)
 
 
 def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:

@@ -106,9 +106,46 @@ class DataConfig:
 
 
 @dataclass
+class VLLMConfig:
+    """Where `rollout.engine: vllm` samples (extra [vllm]; docs/rollouts.md says how to choose and size it)."""
+
+    mode: Literal["colocate", "server"] = "colocate"
+    """`colocate`: in the training processes, on the same devices, which it leaves to the update while it sleeps.
+    `server`: one or more servers (`spark-vl serve-rollouts`), on devices of their own."""
+    servers: list[str] = field(default_factory=list)
+    """`mode: server`: their addresses, e.g. [http://node7:8000]. Prompts are spread over them."""
+    tensor_parallel: PositiveInt = 1
+    """Devices that hold one copy of the model together: `colocate`: neighboring training processes, which have to be on
+    one node; `spark-vl serve-rollouts`: those of the server."""
+    memory_share: PositiveShare = 0.35  # type: ignore[valid-type]  # made at run time
+    """Share of a device's memory for weights and key-value cache, `mode: colocate`. 0.35 leaves the rest of an 80 GB
+    device to the update of a 7B model that is sharded over 8."""
+    enforce_eager: bool = False
+    """Without CUDA graphs: starts faster, decodes slower."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Seconds that a run waits for its servers at its start."""
+    timeout_s: PositiveFloat = 1800.0
+    """Seconds after which a request to a server has failed: the completions of one prompt, or one bucket of weights."""
+    retries: NonNegativeInt = 3
+    """How often a request for completions is repeated where that may help: no connection, timeout, server error."""
+    sync_port: NonNegativeInt = 0
+    """`mode: server`: TCP port of the first training process for sending weights; 0: a free one."""
+    sync_bucket_mb: PositiveInt = 512
+    """MiB of weights that are gathered and sent at a time: bounds the memory of an update of the engine."""
+    max_canary_gap: PositiveFloat | None = None
+    """After each update of the engine it continues two fixed prompts, one with an image, and the policy scores what it
+    wrote. At most this mean absolute difference in nats per token is allowed. null: as `rollout.max_logprob_gap`."""
+    importance_clip: PositiveFloat | None = 2.0
+    """A token's gradient is weighted by its probability under the policy over that under the engine, which computes
+    otherwise in bfloat16, but at most by this (truncated importance sampling). null: not weighted."""
+
+
+@dataclass
 class RolloutConfig:
     """How completions are sampled."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`transformers`: in the training process, on any platform. `vllm`: see `vllm`."""
     n: PositiveInt = 8
     """Completions for each prompt: the group size G."""
     temperature: PositiveFloat = 1.0
@@ -116,6 +153,7 @@ class RolloutConfig:
     """Share of the probability that tokens are drawn from, the likeliest first. For evaluation alone: training samples
     from the whole distribution, the one that log-probabilities are computed under."""
     max_new_tokens: PositiveInt = 768
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     decode_batch_size: PositiveInt = 256
     """Completions decoded together on one process: bounds the memory of the key-value cache."""
     gather: Literal["phase", "layer"] = "phase"
@@ -493,6 +531,7 @@ __all__ = [
     "RecycleConfig",
     "RolloutConfig",
     "TrainConfig",
+    "VLLMConfig",
     "VerifierConfig",
     "blamed_on",
     "config_differences",

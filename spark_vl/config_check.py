@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from math import inf
 from typing import Any
 
-from spark_vl.config import ConfigError, EvalConfig, ModelConfig, RecycleConfig, TrainConfig
+from spark_vl.config import ConfigError, EvalConfig, ModelConfig, RecycleConfig, RolloutConfig, TrainConfig
 from spark_vl.records import KINDS
 
 _TRACKERS = {
@@ -44,6 +44,7 @@ def check_train_config(config: TrainConfig) -> None:
         raise ConfigError(f"publish.repo: is {config.publish.repo!r}; allowed is ORG/NAME or USER/NAME")
     if config.rollout.n < 2:
         raise ConfigError("rollout.n: is 1; a group needs at least 2 completions to compare")
+    _check_vllm(config.rollout)
     if config.rollout.top_p < 1:
         raise ConfigError(
             f"rollout.top_p: is {config.rollout.top_p}, but training needs 1: log-probabilities and ratios are of "
@@ -74,6 +75,22 @@ def check_train_config(config: TrainConfig) -> None:
             f"optimizer.tokens_per_pack: is {config.optimizer.tokens_per_pack}, less than the longest prompt with one "
             f"completion ({longest} = data.max_prompt_tokens + rollout.max_new_tokens)"
         )
+
+
+def _check_vllm(rollout: RolloutConfig) -> None:
+    settings = rollout.vllm
+    if rollout.engine != "vllm":
+        return
+    if settings.mode == "server" and not settings.servers:
+        raise ConfigError(
+            "rollout.vllm.servers: is empty; name the servers, e.g. [http://localhost:8000], which spark-vl "
+            "serve-rollouts starts; or set rollout.vllm.mode: colocate"
+        )
+    for url in settings.servers:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"rollout.vllm.servers: found {url!r}; allowed: http://HOST:PORT")
+    if settings.mode == "colocate" and not find_spec("vllm"):
+        raise ConfigError("rollout.engine: vllm is not installed: pip install 'spark-vl[vllm]'")
 
 
 def _check_batch(recycle: RecycleConfig) -> None:

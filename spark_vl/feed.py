@@ -18,7 +18,7 @@ from spark_vl.distributed.spread import send
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.policy.batch import Scored
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, ImageRef, Kind, PromptRecord
+from spark_vl.records import BadRecordError, ImageRef, Kind, PromptRecord, RecycledRecord
 from spark_vl.recycle import DifficultyAuc, choose, deal, find_evidence, word
 from spark_vl.run.codec import record_from_json, record_to_json
 from spark_vl.run.quarantine import Quarantine, TooManyBadRowsError
@@ -184,6 +184,17 @@ class PromptFeed:
         self._surplus = [w for w in arrived if w.number >= self._recycled + len(chosen)]
         self._recycled += len(units)
         return counts | (choice.counts if self.accelerator.is_main_process else {})
+
+    def refuse(self, record: PromptRecord, error: BadRecordError) -> None:
+        """A prompt of this process cannot be sampled: it is quarantined.
+
+        Raises:
+            TooManyBadRowsError: see `next`.
+        """
+        if isinstance(record, RecycledRecord):
+            self.quarantine.add_prompt(error)
+        else:
+            self.quarantine.add(error)
 
     # ── state ──
 

@@ -114,7 +114,6 @@ def load_trainer(
     updater = load_updater(config, accelerator, processor, updates=updates)
     disable_progress_bar()  # those of files that are written would run through the run's own
     prepare_export(accelerator.unwrap_model(updater.policy).model, processor)
-    engine = load_engine(config.rollout, accelerator, updater.policy, processor)
     verifiers = VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
     make_batches = BatchMaker(
         accelerator=accelerator,
@@ -146,6 +145,7 @@ def load_trainer(
     # What is written down.
     watch, stop = Watch(accelerator, timeout_s=config.distributed.timeout_s), StopRequest()
     log = RunLog(accelerator, folder, steps=steps, resumed=resumed, on_progress=watch.at)
+    engine = load_engine(config, accelerator, updater, processor, add=log.add, say=log.say)
     check = LogprobCheck(config, updater, log, folder / CHECKPOINTS)
     own: list[Sink] = [log, check]
     if config.logging.judgments:
@@ -196,6 +196,7 @@ def load_trainer(
             sampling=Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens),
             n=config.rollout.n,
             refill_rounds=config.objective.refill_rounds,
+            refused=feed.refuse,
         ),
         make_batches=make_batches,
         updater=updater,

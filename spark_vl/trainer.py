@@ -42,7 +42,7 @@ from spark_vl.feed import PromptFeed
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import BatchMaker, Scored
 from spark_vl.policy.update import NonFiniteUpdateError, Updater
-from spark_vl.rollout import Collector, RolloutEngine
+from spark_vl.rollout import Collector, EngineError, RolloutEngine
 from spark_vl.run.paths import MODEL
 from spark_vl.run.sinks import Sink
 
@@ -88,6 +88,7 @@ class Trainer:
             NonFiniteUpdateError: the loss or the gradient was not finite several times in a row.
             LogprobGapError: sampling and training do not compute the same log-probabilities.
             TooManyBadRowsError: there are more unusable rows than the run allows.
+            EngineError: the rollout engine cannot go on; where the run stands between two steps it saves a checkpoint.
             CheckpointError: a checkpoint cannot be written.
         """
         with self.session:
@@ -127,7 +128,13 @@ class Trainer:
                 if not self._any_process(bool(prompts)):
                     continue
                 seed = self._seed(step, "sample", 2 * phase + 1)
-                scored = self.collector.sample_and_verify(prompts, seed=seed)
+                try:
+                    scored = self.collector.sample_and_verify(prompts, seed=seed)
+                except EngineError:
+                    if phase == 0:
+                        self.feed.rewind()
+                        self._save_unless_saved()
+                    raise
                 # Dynamic sampling, if asked for, draws fresh groups, with seeds of their own. They join `scored`; in
                 # `trained_on` they take the place of groups without a gradient, which are recycled all the same.
                 scored, trained_on = self.collector.refill(scored, self.feed.more, seed=seed)
@@ -178,11 +185,14 @@ class Trainer:
 
     def _stop(self) -> bool:
         """Save a checkpoint, unless there is one of this step, and say how to resume."""
-        if not self.checkpoints.is_latest(self.step):
-            self._save(is_best=False)
+        self._save_unless_saved()
         resume = "go on with the same command and --resume auto"
         self.log.say(f"stopped after step {self.step} of {self.steps}; {resume}")
         return False
+
+    def _save_unless_saved(self) -> None:
+        if not self.checkpoints.is_latest(self.step):
+            self._save(is_best=False)
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal to stop. A collective call."""

@@ -31,6 +31,7 @@ from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import Rollout, RolloutGroup, Verdict, plain_text
 from spark_vl.rollout import Sampling, TransformersEngine
+from spark_vl.rollout.engine import nothing
 from spark_vl.verifiers import VerifierPool, boxed_gold
 from tests.conftest import make_record
 
@@ -81,7 +82,7 @@ class Scripted:
         self.reply = reply
         self.asked = []
 
-    def generate(self, prompts, n, sampling, progress=lambda finished: None):
+    def generate(self, prompts, n, sampling, progress=nothing, on_group=nothing):
         self.asked.append((n, sampling, [prompt.record for prompt in prompts]))
         groups = []
         for prompt in prompts:

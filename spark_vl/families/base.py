@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache, PreTrainedModel
@@ -35,6 +36,8 @@ class ProcessedImage:
     """Features that the vision tower makes of it, and so image tokens in the prompt."""
     size: ImageSize
     """Before and after resizing."""
+    resized: Image
+    """RGB, as the patches were cut from it: for an engine that makes its own."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,6 +84,9 @@ class Processor(Protocol):
         Raises:
             BadRecordError: the record cannot be used, for a reason in the record.
         """
+
+    def unexpanded(self, prompt: ProcessedPrompt) -> list[int]:
+        """The tokens of a prompt, with one token for each image: for an engine that expands them itself."""
 
     def forget_images(self) -> None:
         """Drop the decoded images, which prompts share until then: called at the end of a step or an evaluation."""

@@ -158,6 +158,10 @@ class ChatProcessor(ABC):
         """See `Processor.render`."""
         return self.tokenizer.decode(prompt.input_ids.tolist())
 
+    def unexpanded(self, prompt: ProcessedPrompt) -> list[int]:
+        """See `Processor.unexpanded`."""
+        return prompt.input_ids.tolist()
+
     def save(self, folder: Path) -> None:
         """See `Processor.save`."""
         self.hf.save_pretrained(folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -96,7 +97,11 @@ class QwenVLProcessor(ChatProcessor):
         side = 2 * self._merge
         pixels = (side * self._patch, side * self._patch)
         image = ProcessedImage(
-            torch.zeros(side**2, width), torch.tensor([1, side, side]), tokens=4, size=ImageSize(pixels, pixels)
+            torch.zeros(side**2, width),
+            torch.tensor([1, side, side]),
+            tokens=4,
+            size=ImageSize(pixels, pixels),
+            resized=Image.new("RGB", pixels),
         )
         self.padding = ModelInputs(
             input_ids=torch.full((image.tokens,), self.image_token_id),
@@ -170,6 +175,16 @@ class QwenVLProcessor(ChatProcessor):
         runs = re.compile(f"(?:{re.escape(self._image_token)})+")
         return runs.sub(lambda run: f"{self._image_token}×{len(run[0]) // len(self._image_token)}", text)
 
+    def unexpanded(self, prompt: ProcessedPrompt) -> list[int]:
+        """See `Processor.unexpanded`."""
+        expanded, images = prompt.input_ids.tolist(), iter(prompt.images)
+        tokens: list[int] = []
+        at = 0
+        while at < len(expanded):
+            tokens.append(expanded[at])
+            at += next(images).tokens if expanded[at] == self.image_token_id else 1
+        return tokens
+
     def save(self, folder: Path) -> None:
         """See `Processor.save`. What is saved resizes as this processor does, not as the base model's."""
         saved = copy.deepcopy(self.hf)
@@ -211,6 +226,7 @@ class QwenVLProcessor(ChatProcessor):
                 grid_thw,
                 tokens=int(grid_thw.prod()) // self._merge**2,
                 size=ImageSize(decoded.size, (width, height)),
+                resized=resized,
             )
         return self._images[ref]
 

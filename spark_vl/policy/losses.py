@@ -67,6 +67,20 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return log_ratio.expm1() - log_ratio
 
 
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, clip: float) -> Tensor:
+    """[N] how much likelier each token is under the policy that is trained than where it was sampled, at most `clip`.
+
+    Both stand for the same weights, but an engine with kernels of its own samples from a slightly different policy.
+    Truncated importance sampling makes up for it. Source: F. Yao et al., "Your Efficient RL Framework Secretly Brings
+    You Off-Policy RL Training" (2025).
+
+    Args:
+        logprobs: [N] under the weights that sampled, as the trainer computes them.
+        sampler_logprobs: [N] as the engine gave them.
+    """
+    return (logprobs.detach() - sampler_logprobs).exp().clamp(max=clip)
+
+
 def policy_loss(
     objective: Objective,
     logprobs: Tensor,
@@ -82,6 +96,7 @@ def policy_loss(
     beta: float = 0.0,
     entropies: Tensor | None = None,
     entropy_bonus: float = 0.0,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The part of one pack in the loss of the optimizer step, and what to log of it.
 
@@ -103,6 +118,8 @@ def policy_loss(
         beta: coefficient of the KL term.
         entropies: [N] of the next-token distributions, with gradient; needed where `entropy_bonus` is not 0.
         entropy_bonus: coefficient of the entropy bonus.
+        importance: [N] `importance_weights` of the tokens, where another program than this one sampled them. They
+            weight the policy gradient, not the KL term.
 
     Returns:
         The loss, a scalar, and detached sums over the tokens of each completion, each [R]: `tokens`, `ratio`,
@@ -123,6 +140,8 @@ def policy_loss(
     advantage = advantages[row]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if importance is not None:
+        loss = importance * loss
 
     sums = {
         "tokens": lengths.to(logprobs.dtype),

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model
+from accelerate.utils import fsdp2_prepare_model, gather_object
 
 from spark_vl.config import ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from spark_vl.data.cells import count
@@ -21,13 +21,15 @@ from spark_vl.distributed.step import GradientStep
 from spark_vl.families.base import Processor
 from spark_vl.policy.batch import Batch
 from spark_vl.policy.head import TokenScores
-from spark_vl.policy.losses import policy_loss
+from spark_vl.policy.losses import importance_weights, policy_loss
 from spark_vl.policy.packing import Pack, PackItem, make_pack
 from spark_vl.policy.policy import load_policy
 from spark_vl.policy.schedule import learning_rate
 
 GAP = "rollout/sampler_logprob_gap"
 """The metric that compares the update's log-probabilities with the sampler's: mean absolute difference per token."""
+MAX_GAP = "rollout/sampler_logprob_gap_max"
+"""The largest difference of a token, over all processes."""
 
 Add = Callable[[str, float, float], None]
 """Adds to a mean: (name, sum, number of observations in it), as `Means.add`."""
@@ -67,7 +69,17 @@ def load_updater(config: TrainConfig, accelerator: Accelerator, processor: Proce
     reference = None
     if config.objective.beta > 0 and not config.model.lora:
         reference = _load_reference(config.model, accelerator, low, sampled_from)
-    return Updater(accelerator, policy, reference, optimizer, processor, config.objective, settings, updates=updates)
+    return Updater(
+        accelerator,
+        policy,
+        reference,
+        optimizer,
+        processor,
+        config.objective,
+        settings,
+        updates=updates,
+        importance_clip=config.rollout.vllm.importance_clip if config.rollout.engine == "vllm" else None,
+    )
 
 
 def parameter_groups(policy: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -142,6 +154,7 @@ class Updater:
             `objective.beta` asks for one.
         processor: knows the padding.
         updates: how many optimizer updates the run plans; the learning rate follows the plan.
+        importance_clip: see `VLLMConfig`; None: tokens are not weighted.
     """
 
     def __init__(
@@ -155,7 +168,9 @@ class Updater:
         settings: OptimizerConfig,
         *,
         updates: int,
+        importance_clip: float | None = None,
     ) -> None:
+        self.importance_clip = importance_clip
         self.accelerator = accelerator
         self.policy = policy
         self.reference = reference
@@ -233,14 +248,20 @@ class Updater:
     ) -> bool:
         """Returns whether the weights were moved; they are not where the gradient is not finite."""
         step_loss = 0.0
+        largest = 0.0
         nothing = torch.zeros(1, device=self.accelerator.device)
         for i, real in enumerate(batch.passes):
             # Padding runs through the same code: under ZeRO-3 every module must be called in the same order on all
             # processes, in the backward pass too.
             pack = (real or self._padding).to(self.accelerator.device)
             reference = self._reference_score(pack)
+            sampled = batch.sampler_logprobs_of(pack) if real else None
             with self._step.micro_batch(last=i + 1 == len(batch.passes)):
                 scores = self.policy(pack)
+                importance = None
+                if self.importance_clip is not None and sampled is not None:
+                    behavior = scores.logprobs if old_logprobs is None else old_logprobs[i]
+                    importance = importance_weights(behavior, sampled, self.importance_clip)
                 loss, row_sums = policy_loss(
                     self.objective.loss,
                     scores.logprobs,
@@ -255,19 +276,27 @@ class Updater:
                     beta=self.objective.beta,
                     entropies=scores.entropy,
                     entropy_bonus=self.objective.entropy_bonus,
+                    importance=importance,
                 )
                 self._step.backward(loss)
-            if real:
+            if sampled is not None:
                 step_loss += float(loss.detach())
                 _report(batch, row_sums, add)
                 if old_logprobs is None:  # the policy has not moved since the engine sampled: both should agree
-                    gap = scores.logprobs.detach() - batch.sampler_logprobs_of(pack)
+                    gap = scores.logprobs.detach() - sampled
                     add(GAP, float(gap.abs().sum()), len(gap))
+                    largest = max(largest, float(gap.abs().max()))
                     add("rollout/sampler_ratio", float(gap.exp().sum()), len(gap))
+                if importance is not None:
+                    add("update/importance_weight", float(importance.sum()), len(importance))
+                    clipped = importance >= cast(float, self.importance_clip)
+                    add("update/importance_clipped", float(clipped.sum()), len(importance))
             advance(1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm, moved = self._step.step()
+        if old_logprobs is None:
+            add(MAX_GAP, max(gather_object([largest])), 1.0)
         # The loss is a sum over processes, each of which has its part of it.
         add("update/loss", step_loss, 1 / self.accelerator.num_processes)
         add("update/grad_norm", norm, 1.0)

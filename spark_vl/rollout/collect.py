@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
@@ -12,8 +13,8 @@ from spark_vl.distributed.gather import any_process
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import Scored
-from spark_vl.records import KINDS, Kind, RecycledRecord
-from spark_vl.rollout.engine import RolloutEngine, Sampling
+from spark_vl.records import KINDS, BadRecordError, Kind, PromptRecord, RecycledRecord, RolloutGroup
+from spark_vl.rollout.engine import PromptsRefusedError, RolloutEngine, Sampling
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
 
@@ -33,18 +34,37 @@ class Collector:
     """Completions per prompt, G."""
     refill_rounds: Mapping[str, int]
     """See `ObjectiveConfig`."""
+    refused: Callable[[PromptRecord, BadRecordError], None]
+    """Is told of each prompt that the engine refuses."""
 
     def sample_and_verify(self, prompts: Sequence[ProcessedPrompt], *, seed: str) -> list[Scored]:
-        """Each prompt with its group of G completions and their verdicts. Collective."""
+        """Each prompt with its group of G completions and their verdicts; without those that the engine refuses. Groups
+        are verified while others are being sampled. Collective.
+
+        Raises:
+            EngineError: the engine cannot go on.
+            TooManyBadRowsError: it refuses too many.
+        """
         sampling = replace(self.sampling, seed=zlib.crc32(seed.encode()))
-        with self.log.timed("generate"), self.accelerator.autocast():
-            advance = self.log.progress("sampling", len(prompts) * self.n)
-            groups = self.engine.generate(prompts, self.n, sampling, advance)
-        with self.log.timed("verify"):
-            self.log.phase("verifying")
-            groups = verify_groups(self.verifiers, groups, sampling.max_new_tokens)
-        self.log.verified(groups)
-        return list(zip(prompts, groups, strict=True))
+        verified: dict[int, Future[list[RolloutGroup]]] = {}
+        # One thread, since the pool does one thing at a time. Most of the work is in its processes.
+        with ThreadPoolExecutor(1, thread_name_prefix="verify") as thread:
+
+            def verify(i: int, group: RolloutGroup) -> None:
+                verified[i] = thread.submit(verify_groups, self.verifiers, [group], sampling.max_new_tokens)
+
+            with self.log.timed("generate"), self.accelerator.autocast():
+                advance = self.log.progress("sampling", len(prompts) * self.n)
+                try:
+                    self.engine.generate(prompts, self.n, sampling, advance, verify)
+                except PromptsRefusedError as error:
+                    for i, reason in error.reasons.items():
+                        self.refused(prompts[i].record, reason)
+            with self.log.timed("verify"):  # what is left of it
+                self.log.phase("verifying")
+                scored = [(prompts[i], verified[i].result()[0]) for i in sorted(verified)]
+        self.log.verified([group for _, group in scored])
+        return scored
 
     def refill(
         self, scored: Sequence[Scored], more: Callable[[Kind, int], list[ProcessedPrompt]], *, seed: str

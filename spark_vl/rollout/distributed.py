@@ -11,7 +11,7 @@ from spark_vl.distributed.spread import spread
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.policy.policy import Policy
 from spark_vl.records import PromptRecord, RolloutGroup, Verdict
-from spark_vl.rollout.engine import RolloutEngine, Sampling
+from spark_vl.rollout.engine import RolloutEngine, Sampling, nothing
 from spark_vl.verifiers.pool import VerifierPool
 
 
@@ -26,7 +26,8 @@ class DistributedEngine:
         prompts: Sequence[ProcessedPrompt],
         n: int,
         sampling: Sampling,
-        progress: Callable[[int], None] = lambda finished: None,
+        progress: Callable[[int], None] = nothing,
+        on_group: Callable[[int, RolloutGroup], None] = nothing,
     ) -> list[RolloutGroup]:
         """See `RolloutEngine.generate`. What is drawn at a temperature depends on the number of processes."""
         own = replace(sampling, seed=sampling.seed + self.accelerator.process_index)
@@ -40,7 +41,10 @@ class DistributedEngine:
                 for group in self.engine.generate(mine, n, own, lambda finished: progress(finished * processes))
             ],
         )
-        return [RolloutGroup(prompt.record, each) for prompt, each in zip(prompts, rollouts, strict=True)]
+        groups = [RolloutGroup(prompt.record, each) for prompt, each in zip(prompts, rollouts, strict=True)]
+        for i, group in enumerate(groups):
+            on_group(i, group)
+        return groups
 
     def sync_weights(self, policy: Policy) -> None:
         """See `RolloutEngine.sync_weights`."""

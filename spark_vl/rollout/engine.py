@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.policy.policy import Policy
-from spark_vl.records import RolloutGroup
+from spark_vl.records import BadRecordError, RolloutGroup
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,31 @@ class Sampling:
     """Fixes the completions on a given device and engine."""
 
 
+class EngineError(RuntimeError):
+    """The engine cannot go on sampling; the policy and its checkpoints are not touched by that."""
+
+
+class PromptsRefusedError(ValueError):
+    """The engine cannot sample some of the prompts, for a reason in each of them; it has sampled the others.
+
+    Args:
+        groups: [prompts], None for those that were refused.
+        reasons: index of each refused prompt → what was found and what is allowed.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[RolloutGroup | None],
+        reasons: Mapping[int, BadRecordError],
+    ) -> None:
+        super().__init__("; ".join(map(str, reasons.values())))
+        self.groups, self.reasons = list(groups), dict(reasons)
+
+
+def nothing(*_: object) -> None:
+    """Who does not want to hear of progress."""
+
+
 class RolloutEngine(Protocol):
     """Samples groups of completions from the policy's current weights."""
 
@@ -31,10 +56,18 @@ class RolloutEngine(Protocol):
         prompts: Sequence[ProcessedPrompt],
         n: int,
         sampling: Sampling,
-        progress: Callable[[int], None] = lambda finished: None,
+        progress: Callable[[int], None] = nothing,
+        on_group: Callable[[int, RolloutGroup], None] = nothing,
     ) -> list[RolloutGroup]:
-        """`n` completions of each prompt, in the order of `prompts`; `progress` hears how many more completions are
-        done.
+        """`n` completions of each prompt, in the order of `prompts`.
+
+        Args:
+            progress: is told how many more completions are done.
+            on_group: is given each group as soon as it is complete, with the index of its prompt.
+
+        Raises:
+            PromptsRefusedError: some prompts cannot be sampled.
+            EngineError: none can.
         """
 
     def sync_weights(self, policy: Policy) -> None:

@@ -11,32 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import DynamicCache
 
-from spark_vl.config import RolloutConfig
-from spark_vl.distributed.gather import any_process, whole_weights
-from spark_vl.distributed.launch import strategy
 from spark_vl.families.base import ModelInputs, ProcessedImage, ProcessedPrompt, Processor
 from spark_vl.policy.head import sampling_logits
 from spark_vl.policy.policy import Policy
 from spark_vl.records import Rollout, RolloutGroup
-from spark_vl.rollout.engine import Sampling
-
-
-def load_engine(
-    config: RolloutConfig, accelerator: Accelerator, policy: torch.nn.Module, processor: Processor
-) -> TransformersEngine:
-    """An engine on `policy`, as prepared, however its weights are held."""
-    unwrapped = accelerator.unwrap_model(policy)
-    if config.gather == "layer" and strategy(accelerator) in ("zero3", "fsdp2"):
-        sharded: dict[str, Any] = {"any_process": partial(any_process, accelerator)}
-    else:
-        sharded = {"weights": partial(whole_weights, accelerator, policy)}
-    return TransformersEngine(unwrapped, processor, decode_batch_size=config.decode_batch_size, **sharded)
+from spark_vl.rollout.engine import Sampling, nothing
 
 
 class TransformersEngine:
@@ -81,7 +64,8 @@ class TransformersEngine:
         prompts: Sequence[ProcessedPrompt],
         n: int,
         sampling: Sampling,
-        progress: Callable[[int], None] = lambda finished: None,
+        progress: Callable[[int], None] = nothing,
+        on_group: Callable[[int, RolloutGroup], None] = nothing,
     ) -> list[RolloutGroup]:
         """See `RolloutEngine.generate`."""
         generator = torch.Generator(self.policy.suppressed.device).manual_seed(sampling.seed)
@@ -99,6 +83,8 @@ class TransformersEngine:
                     batch = [prompts[i] for i in chosen]
                     done = self._generate_batch(batch, n, sampling, generator, progress)
                     groups.update(zip(chosen, done, strict=True))
+                    for i in chosen:
+                        on_group(i, groups[i])
         finally:
             self.policy.use_attention(self.policy.attention)
             self.policy.train(was_training)

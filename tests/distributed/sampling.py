@@ -63,7 +63,9 @@ def main(folder: Path) -> None:
 
     before = held()
     for gather in ("phase", "layer"):
-        engine = load_engine(replace(config.rollout, gather=gather), accelerator, updater.policy, processor)
+        engine = load_engine(
+            replace(config, rollout=replace(config.rollout, gather=gather)), accelerator, updater, processor
+        )
         for temperature in (0.0, 1.0):
             sampling = Sampling(temperature=temperature, max_new_tokens=8, seed=accelerator.process_index)
             groups = engine.generate(prompts, 2, sampling)
@@ -73,7 +75,7 @@ def main(folder: Path) -> None:
         nothing = [] if accelerator.process_index else [p for p in prompts if not p.images]
         assert len(engine.generate(nothing, 2, sampling)) == len(nothing)
 
-    engine = load_engine(config.rollout, accelerator, updater.policy, processor)
+    engine = load_engine(config, accelerator, updater, processor)
     sampling = Sampling(temperature=0.0, max_new_tokens=8)
     try:
         engine.generate(prompts, 2, sampling, interrupt)
