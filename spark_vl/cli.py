@@ -55,11 +55,12 @@ ESTIMATE_HELP = "say whether a run fits into memory, and what would help; exits 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 on a bad setting, before anything heavy is loaded."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = shape_for_model(sys.argv[1:] if arguments is None else arguments)
+    command_name = arguments[0] if arguments else ""
 
     def add_settings(command_parser: Parser, name: str, config_class: type) -> None:
         """Nothing for the other commands: to read the settings' names and help takes longer than all else here."""
-        if arguments[:1] == [name]:
+        if name == command_name:
             add_config_arguments(command_parser, config_class)
 
     parser = Parser(prog="spark-vl", description="Train and use a vision-language model that answers and judges.")
@@ -138,7 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what is printed quotes data, and a terminal may know ASCII
-    arguments = shape_for_model(arguments)
     arguments = _evaluation_of_a_run(arguments)
     parsed = parser.parse_args(arguments)
     command = parsed[parsed.command]

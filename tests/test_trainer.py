@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spark_vl.checkpoint import CheckpointError, find_checkpoint
-from spark_vl.config import ConfigError, RecycleConfig
+from spark_vl.config import ConfigError, RecycleConfig, TrainConfig
 from spark_vl.config_cli import parse_train_config
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.offline import recycle_rollouts
@@ -32,31 +32,41 @@ from tests.distributed.launching import judgments
 TEMPLATES = Path(CHECKPOINT).parent / "templates.yaml"
 
 
-def make_config(output: Path, *overrides: str):
-    """A run of seconds on the shipped checkpoint; `overrides` as on the command line."""
-    return parse_train_config(
-        [
-            f"--output_dir={output}",
-            "--data.recipes=[digits]",
-            f"--model.path={CHECKPOINT}",
-            "--model.dtype=float32",
-            "--model.gradient_checkpointing=false",
-            f"--prompts.templates=[{TEMPLATES}]",
-            "--prompts.builtin_templates=false",
-            "--data.prompts_per_step=4",
-            "--data.max_prompt_tokens=512",
-            "--rollout.n=4",
-            "--rollout.max_new_tokens=24",
-            "--recycle.max_judge=3",
-            "--recycle.max_reflection=2",
-            "--optimizer.lr=1e-4",
-            "--optimizer.tokens_per_pack=1024",
-            "--objective.beta=0.01",
-            "--checkpoint.every=3",
-            "--steps=6",
-            *overrides,
-        ]
-    )
+SMALL = (
+    *("--data.prompts_per_step=1", "--rollout.n=2", "--rollout.max_new_tokens=2"),
+    *("--recycle.schedule=none", "--objective.beta=0"),
+)
+"""Steps in which as little happens as can, for tests of what happens between steps."""
+
+
+def make_arguments(output: Path, *overrides: str) -> list[str]:
+    """Of `spark-vl train`: a run of seconds on the shipped checkpoint; `overrides` as on the command line."""
+    return [
+        f"--output_dir={output}",
+        "--data.recipes=[digits]",
+        f"--model.path={CHECKPOINT}",
+        "--model.dtype=float32",
+        "--model.gradient_checkpointing=false",
+        f"--prompts.templates=[{TEMPLATES}]",
+        "--prompts.builtin_templates=false",
+        "--data.prompts_per_step=4",
+        "--data.max_prompt_tokens=512",
+        "--rollout.n=4",
+        "--rollout.max_new_tokens=24",
+        "--recycle.max_judge=3",
+        "--recycle.max_reflection=2",
+        "--optimizer.lr=1e-4",
+        "--optimizer.tokens_per_pack=1024",
+        "--objective.beta=0.01",
+        "--checkpoint.every=3",
+        "--steps=6",
+        *overrides,
+    ]
+
+
+def make_config(output: Path, *overrides: str) -> TrainConfig:
+    """`make_arguments` as they are read."""
+    return parse_train_config(make_arguments(output, *overrides))
 
 
 def metrics(folder: Path) -> list[dict]:
