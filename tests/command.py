@@ -1,7 +1,7 @@
 """`spark-vl` in processes of its own, each forked off one that has imported the command line.
 
 A process that is forked is as fresh as one that is started, without the seconds that each start takes to import. What
-it has loaded shows in `sys.modules`; what the import alone loads is there, too.
+the import alone loads counts as loaded, too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "sympy", "sklearn"}
 STREAMS = ("stdin", "stdout", "stderr")
 
 
 class Ended(NamedTuple):
-    """What is left of a process: exit status, what it printed, and the packages that it had loaded."""
+    """What is left of a process: exit status, what it printed, and those of `HEAVY` that it had loaded."""
 
     returncode: int
     stdout: str
@@ -43,7 +44,7 @@ class Command:
         self.process.stdin.flush()
         status = int(self.process.stdout.readline())
         stdout, stderr, loaded = ((self.files / name).read_text() for name in (*STREAMS[1:], "loaded"))
-        return Ended(status, stdout, stderr, set(loaded.split()))
+        return Ended(status, stdout, stderr, HEAVY & set(loaded.split()))
 
 
 @contextmanager

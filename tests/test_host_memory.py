@@ -95,12 +95,12 @@ def check(found: dict[str, float], rows: int) -> None:
 
 
 def test_a_part_of_an_epoch_takes_no_more_memory_than_its_first_steps(tmp_path: Path) -> None:
-    check(measure(tmp_path, draws=128), 128)
+    check(measure(tmp_path, draws=96), 96)
 
 
 @pytest.mark.slow
 def test_the_measure_would_notice_images_that_are_kept(tmp_path: Path) -> None:
-    assert measure(tmp_path, draws=128, forget=False)["grown_mb"] > GROWTH_MB
+    assert measure(tmp_path, draws=96, forget=False)["grown_mb"] > GROWTH_MB
 
 
 @pytest.mark.slow
