@@ -8,9 +8,12 @@ import shlex
 import sys
 from typing import NoReturn
 
+import torch
+
 from spark_vl.config import TrainConfig
 from spark_vl.families.registry import find_family
 from spark_vl.rollout.vllm_engine import run_arguments
+from spark_vl.rollout.vllm_requests import ON_CPU
 
 
 def server_command(config: TrainConfig, *, host: str, port: int) -> list[str]:
@@ -23,12 +26,14 @@ def server_command(config: TrainConfig, *, host: str, port: int) -> list[str]:
     command += ["--host", host, "--port", str(port), "--tensor-parallel-size", str(config.rollout.vllm.tensor_parallel)]
     # The route that takes tokens and images, and gives tokens. Its log would hold all prompts.
     command += ["--enable-scale-out", "--disable-uvicorn-access-log"]
+    if not torch.cuda.is_available():
+        arguments |= ON_CPU
     for name, value in arguments.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            command += [flag] if value else []
+            command.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return command
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from spark_vl.policy.weights import Bucket
 from spark_vl.records import BadRecordError
 from spark_vl.rollout.engine import EngineError
-from spark_vl.rollout.vllm_requests import Asked, Completion, OnGroup, Read
+from spark_vl.rollout.vllm_requests import ON_CPU, Asked, Completion, OnGroup, Read
 
 
 class Colocated:
@@ -39,7 +39,7 @@ class Colocated:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.device_type = accelerator.device.type
         self.sleeps = self.device_type == "cuda"
-        launched: dict[str, Any] = {}
+        launched: dict[str, Any] = dict(ON_CPU) if self.device_type == "cpu" else {}
         if accelerator.num_processes > 1:
             os.environ["RANK"], os.environ["LOCAL_RANK"] = (
                 str(accelerator.process_index),

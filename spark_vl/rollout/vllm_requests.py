@@ -25,6 +25,9 @@ SERVING = {
     "worker_extension_cls": "spark_vl.rollout.vllm_worker.WeightReceiver",
 }
 """Settings of vLLM without which its completions cannot be trained on."""
+ON_CPU = {"enable_chunked_prefill": False}
+"""Further settings where there is no GPU: vLLM rewinds the generator of a request with a seed when its prompt is cut
+into chunks, and a CPU's generator cannot be rewound (0.32: "CPU Generator does not use offset")."""
 
 
 def serving_arguments(

@@ -119,11 +119,12 @@ def test_a_seed_gives_the_same_completions_and_another_seed_others(engine, promp
 
 def test_shares_of_drawn_tokens_follow_their_probabilities(engine, prompts):
     """512 first tokens: each share within 4 standard deviations of the probability that the engine reports."""
-    [group] = engine.generate([prompts[1]], 512, replace(DRAWN, max_new_tokens=1))
-    said = {rollout.token_ids[0]: rollout.logprobs[0] for rollout in group.rollouts}
+    groups = engine.generate([prompts[1]] * 2, 256, replace(DRAWN, max_new_tokens=1))
+    drawn = [rollout for group in groups for rollout in group.rollouts]
+    said = {rollout.token_ids[0]: rollout.logprobs[0] for rollout in drawn}
     for token, logprob in said.items():
         p = float(torch.tensor(logprob).exp())
-        share = sum(rollout.token_ids[0] == token for rollout in group.rollouts) / 512
+        share = sum(rollout.token_ids[0] == token for rollout in drawn) / 512
         assert abs(share - p) < 4 * (p * (1 - p) / 512) ** 0.5 + 1 / 512
 
 
@@ -139,7 +140,7 @@ def test_suppressed_tokens_are_never_sampled(engine, policy, prompts, run_proces
     favorite = free[0].rollouts[0].token_ids[0]
     suppressed = (*run_processor.suppressed_token_ids, favorite)
     monkeypatch.setattr(run_processor, "suppressed_token_ids", suppressed)
-    monkeypatch.setattr(policy, "suppressed", torch.tensor(suppressed))
+    monkeypatch.setitem(policy._buffers, "suppressed", torch.tensor(suppressed))
     plain = TransformersEngine(policy, run_processor, decode_batch_size=8)
     found = engine.generate(prompts, 1, GREEDY)
     assert all(favorite not in group.rollouts[0].token_ids for group in found)
