@@ -171,8 +171,8 @@ def _lacking(needed: Estimate, setup: Setup) -> list[str]:
         lacking.append(f"a machine needs {_gib(host)} of {setup.host_memory:g} GiB of host memory")
     if needed.share_lacks:
         lacking.append(
-            f"rollout.vllm.memory_share lacks {_gib(needed.share_lacks)} GiB for the weights and one completion: raise it, "
-            "or rollout.vllm.tensor_parallel"
+            f"rollout.vllm.memory_share lacks {_gib(needed.share_lacks)} GiB for the weights and one completion: "
+            "raise it, or rollout.vllm.tensor_parallel"
         )
     return lacking
 
@@ -185,8 +185,8 @@ def _sampled(shape: Shape, config: TrainConfig, setup: Setup) -> str:
     weights, token = vllm_bytes(shape, config)
     tokens = max(0, vllm_share(config, setup) - weights) // token
     return (
-        f"sampled by vLLM: its share holds {_gib(weights)} GiB of weights and the keys and values of at most {tokens:,} "
-        "tokens, less what it computes with"
+        f"sampled by vLLM: its share holds {_gib(weights)} GiB of weights and the keys and values of at most "
+        f"{tokens:,} tokens, less what it computes with"
     )
 
 
