@@ -57,12 +57,20 @@ ESTIMATE_HELP = "say whether a run fits into memory, and what would help; exits 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 on a bad setting, before anything heavy is loaded."""
+    arguments = shape_for_model(sys.argv[1:] if arguments is None else arguments)
+    command_name = arguments[0] if arguments else ""
+
+    def add_settings(command_parser: Parser, name: str, config_class: type) -> None:
+        """Nothing for the other commands: to read the settings' names and help takes longer than all else here."""
+        if name == command_name:
+            add_config_arguments(command_parser, config_class)
+
     parser = Parser(prog="spark-vl", description="Train and use a vision-language model that answers and judges.")
     parser.add_argument("--version", action="version", version=f"spark-vl {__version__}")
     commands = parser.add_subcommands(dest="command", required=True)
 
     train_parser = Parser(description=TRAIN_HELP)
-    add_config_arguments(train_parser, TrainConfig)
+    add_settings(train_parser, "train", TrainConfig)
     train_parser.add_argument(
         "--resume",
         default="none",
@@ -80,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     eval_parser = Parser(description=EVAL_HELP)
-    add_config_arguments(eval_parser, EvalConfig)
+    add_settings(eval_parser, "eval", EvalConfig)
     eval_parser.add_argument("--overwrite", action="store_true", help="replace the results that lie in `output`")
 
     serve_parser = Parser(description=SERVE_HELP)
@@ -92,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     recycle_parser = Parser(description=RECYCLE_HELP)
     recycle_parser.add_argument("run", help="folder of a run that kept its rollouts (logging.judgments)")
-    add_config_arguments(recycle_parser, OfflineConfig)
+    add_settings(recycle_parser, "recycle", OfflineConfig)
 
     show_parser = Parser(description=SHOW_HELP)
     show_parser.add_argument("run", help="folder of a run that kept its rollouts (logging.judgments)")
@@ -114,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="print them as the model of model.path gets them, chat template and special tokens included",
     )
-    add_config_arguments(recipes_parser, TrainConfig)
+    add_settings(recipes_parser, "recipes", TrainConfig)
 
     parsers = {"train": train_parser, "eval": eval_parser, "recycle": recycle_parser, "publish": publish_parser}
     parsers |= {"recipes": recipes_parser, "show": show_parser, "serve-rollouts": serve_parser}
@@ -127,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     estimate_parser.add_argument("--fsdp", action="store_true", help="PyTorch's FSDP2 in place of DeepSpeed")
     estimate_parser.add_class_arguments(Setup, as_group=True, skip={"fsdp"})
-    add_config_arguments(estimate_parser, TrainConfig)
+    add_settings(estimate_parser, "estimate", TrainConfig)
     for name, command_parser in parsers.items():
         commands.add_subcommand(name, command_parser, help=command_parser.description)
         command_parser.prog = f"{parser.prog} {name}"  # a command that can be typed, for messages
@@ -140,7 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what is printed quotes data, and a terminal may know ASCII
-    arguments = shape_for_model(sys.argv[1:] if arguments is None else arguments)
     arguments = _evaluation_of_a_run(arguments)
     parsed = parser.parse_args(arguments)
     command = parsed[parsed.command]

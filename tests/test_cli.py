@@ -6,65 +6,62 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import AutoProcessor
 
 from spark_vl import __version__
+from spark_vl.cli import main
 from spark_vl.config import PromptConfig
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipe, recipes, usage
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.prompts import Templater
+from tests.command import Command, command
 from tests.test_processor import hugging_face, hugging_face_chat
 
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "sympy"}
 GOOD = ("train", "--data.recipes=[digits]")
 EVAL = ("eval", "--evaluation.recipes=[digits]")
-RUNNER = """
-import sys
-from spark_vl.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    print("LOADED", *sys.modules)
-"""
 
 
-def spark_vl(folder: Path, *arguments: str, module: bool = False) -> tuple[int, str, str, set[str]]:
-    """Exit status, stdout, stderr and loaded heavy packages of `spark-vl *arguments`, run in `folder`."""
-    command = ["-m", "spark_vl"] if module else ["-c", RUNNER]
-    run = subprocess.run([sys.executable, *command, *arguments], cwd=folder, capture_output=True, text=True)
-    output, _, loaded = run.stdout.partition("LOADED")
-    return run.returncode, output, run.stderr, HEAVY & set(loaded.split())
+@pytest.fixture(scope="module")
+def spark_vl() -> Iterator[Command]:
+    """Run `spark-vl` with these arguments in this folder."""
+    with command() as run:
+        yield run
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "recipes", "show", "doctor", "estimate"])
-def test_help_loads_nothing_heavy(tmp_path, command):
-    status, output, _, loaded = spark_vl(tmp_path, *command.split(), "--help")
+def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """What `spark-vl *arguments`, in this process, prints to stderr when it refuses them."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "train", "eval", "recipes", "show", "doctor", "estimate"])
+def test_help_loads_nothing_heavy(spark_vl, tmp_path, name):
+    status, output, _, loaded = spark_vl(tmp_path, *name.split(), "--help")
     assert (status, loaded) == (0, set())
-    assert output.startswith(f"usage: spark-vl {command}".rstrip())
+    assert output.startswith(f"usage: spark-vl {name}".rstrip())
 
 
-def test_help_names_every_command_and_its_settings(tmp_path):
-    assert all(command in spark_vl(tmp_path, "--help")[1] for command in ("train", "eval", "recipes"))
-    train = spark_vl(tmp_path, "train", "--help")[1]
+def test_help_names_every_command_and_its_settings(spark_vl, tmp_path):
+    commands = spark_vl(tmp_path, "--help").stdout
+    assert all(name in commands for name in ("train", "eval", "recipes"))
+    train = spark_vl(tmp_path, "train", "--help").stdout
     assert "--config" in train
     assert "--resume" in train
     assert "--optimizer.lr" in train
 
 
-def test_a_checkpoint_that_is_none_is_named(tmp_path):
-    """Also shows that the runner sees what is loaded: to look into a checkpoint takes transformers."""
-    (tmp_path / "broken").mkdir()
+def test_a_checkpoint_that_is_none_is_named(capsys, tmp_path):
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / "broken" / name).write_text("?")
-    status, _, error, loaded = spark_vl(tmp_path, *GOOD, "--model.path=broken", "--output_dir=run")
-    assert status == 2
-    assert "spark-vl train: error: model.path: broken cannot be loaded (AutoConfig): " in error
-    assert "Traceback" not in error
-    assert {"torch", "transformers"} <= loaded
+        (tmp_path / name).write_text("?")
+    error = refusal(capsys, *GOOD, f"--model.path={tmp_path}", f"--output_dir={tmp_path}/run")
+    assert f"spark-vl train: error: model.path: {tmp_path} cannot be loaded (AutoConfig): " in error
     assert not (tmp_path / "run").exists()
 
 
@@ -123,7 +120,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
         ((), "{train,eval,recycle,publish,recipes, ..."),
     ],
 )
-def test_a_mistake_is_named_before_anything_is_loaded_or_written(tmp_path, arguments, message):
+def test_a_mistake_is_named_before_anything_is_loaded_or_written(spark_vl, tmp_path, arguments, message):
     files = {
         "broken.yaml": "rollout: [8]",
         "no_yaml.yaml": "rollout: [",
@@ -140,19 +137,20 @@ def test_a_mistake_is_named_before_anything_is_loaded_or_written(tmp_path, argum
     assert status == 2
     assert output == ""
     assert message in error
-    command = " ".join(("spark-vl", *arguments[:1])) if arguments and arguments[0] != "trian" else "spark-vl"
-    assert error.startswith(f"{command}: error: ")
-    assert error.endswith(f"(all settings: {command} --help)\n")
+    prog = " ".join(("spark-vl", *arguments[:1])) if arguments and arguments[0] != "trian" else "spark-vl"
+    assert error.startswith(f"{prog}: error: ")
+    assert error.endswith(f"(all settings: {prog} --help)\n")
     assert "usage:" not in error
     assert loaded == set()
     assert {path.name for path in tmp_path.iterdir()} == set(files), "something was written"
 
 
-def test_version(tmp_path):
-    assert spark_vl(tmp_path, "--version", module=True)[:2] == (0, f"spark-vl {__version__}\n")
+def test_the_module_is_the_command():
+    version = subprocess.check_output([sys.executable, "-m", "spark_vl", "--version"], text=True)
+    assert version == f"spark-vl {__version__}\n"
 
 
-def test_recipes_are_listed_with_their_licenses(tmp_path):
+def test_recipes_are_listed_with_their_licenses(spark_vl, tmp_path):
     status, output, _, loaded = spark_vl(tmp_path, "recipes")
     assert (status, loaded) == (0, set())
     lines = output.splitlines()
@@ -163,17 +161,19 @@ def test_recipes_are_listed_with_their_licenses(tmp_path):
         assert line.endswith(load_recipe(name).description)
 
 
-def test_rows_of_a_recipe_are_printed_and_counted(tmp_path):
-    status, output, _, _ = spark_vl(tmp_path, "recipes", "digits", "--split", "test", "--show", "2", module=True)
+def test_rows_of_a_recipe_are_printed_and_counted(spark_vl, tmp_path):
+    """Also shows that what a command loads is seen: the digits come with scikit-learn."""
+    status, output, _, loaded = spark_vl(tmp_path, "recipes", "digits", "--split", "test", "--show", "2")
     *rows, count = output.splitlines()
     assert status == 0
+    assert loaded == {"sklearn"}
     assert [row for row in rows if row.startswith("── ")] == ["── digits/test/test-0", "── digits/test/test-1"]
     assert [row.startswith("<image>") for row in rows[1::3]] == [True, True]
     assert all(row.endswith("(number)") for row in rows[2::3])
     assert count.startswith("1000 of 1000 rows can be used (license of the data: CC-BY-4.0); not checked: train, ")
 
 
-def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
+def test_rows_that_cannot_be_used_are_printed_with_the_reason(spark_vl, tmp_path):
     rows = [{"q": "How many?", "a": "3"}, {"q": "", "a": "3"}, {"q": "How many?", "a": "4"}, {"a": "4"}]
     rows = [row | {"n": name, "image": None} for row, name in zip(rows, "xyxz", strict=True)]
     first, *others = map(json.dumps, rows)
@@ -199,7 +199,7 @@ def test_rows_that_cannot_be_used_are_printed_with_the_reason(tmp_path):
     ]
 
 
-def test_reasons_are_grouped_the_most_frequent_first_and_the_rest_is_counted(tmp_path):
+def test_reasons_are_grouped_the_most_frequent_first_and_the_rest_is_counted(spark_vl, tmp_path):
     rows = [{"q": "How many?", "a": "3"}, {"q": "", "a": "3"}, *({"q": "?", "a": f"{i} or {i}"} for i in range(5))]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.yaml").write_text(
@@ -218,12 +218,11 @@ def test_reasons_are_grouped_the_most_frequent_first_and_the_rest_is_counted(tmp
 
 
 @pytest.mark.parametrize(("settings", "warned"), [((), False), (("--prompts.reasoning_suffix=",), True)])
-def test_a_prompt_that_asks_for_no_box_is_warned_of(tmp_path, settings, warned):
+def test_a_prompt_that_asks_for_no_box_is_warned_of(capsys, tmp_path, settings, warned):
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "model" / name).write_text("?")  # so that the command ends where the model is loaded
-    status, _, error, _ = spark_vl(tmp_path, *GOOD, *settings, "--model.path=model")
-    assert status == 2
+    error = refusal(capsys, *GOOD, *settings, f"--model.path={tmp_path}/model", f"--output_dir={tmp_path}/run")
     assert ("asks for an answer inside \\boxed{}" in error) == warned
 
 
@@ -244,15 +243,14 @@ main()
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."])
-def test_rows_are_rendered_as_the_model_gets_them(tmp_path, system):
+def test_rows_are_rendered_as_the_model_gets_them(capsys, tmp_path, system):
     """Against the chat template of a model that adds a system prompt of its own, as Qwen2.5-VL's does."""
     model = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
     own = "{%- if messages[0].role != 'system' -%}<|im_start|>system\nYou help.<|im_end|>\n{%- endif -%}\n"
     (model / "chat_template.jinja").write_text(own + (model / "chat_template.jinja").read_text())
     arguments = ("recipes", "digits", "--split=test", "--show=1", "--render", f"--model.path={model}")
-    status, output, _, _ = spark_vl(tmp_path, *arguments, f"--prompts.system={system}")
-    assert status == 0
-    _, *shown, count, gold, _ = output.splitlines()
+    main([*arguments, f"--prompts.system={system}"])
+    _, *shown, count, gold, _ = capsys.readouterr().out.splitlines()
 
     with_images = AutoProcessor.from_pretrained(model)
     problem = open_recipe(load_recipe("digits"), "test", Templater.from_config(PromptConfig(system=system)))[0]
@@ -266,15 +264,13 @@ def test_rows_are_rendered_as_the_model_gets_them(tmp_path, system):
     assert gold == f"→ {problem.gold}   (number)"
 
 
-def test_a_row_that_is_too_long_to_be_asked_says_so(tmp_path):
+def test_a_row_that_is_too_long_to_be_asked_says_so(capsys):
     arguments = ("recipes", "digits", "--split=test", "--show=1", "--render", f"--model.path={CHECKPOINT}")
-    status, output, _, _ = spark_vl(tmp_path, *arguments, "--data.max_prompt_tokens=9")
-    assert status == 0
+    main([*arguments, "--data.max_prompt_tokens=9"])
+    output = capsys.readouterr().out
     assert "cannot be asked: " in output
     assert "at most 9 are allowed" in output
 
 
-def test_to_render_takes_a_model(tmp_path):
-    status, _, error, _ = spark_vl(tmp_path, "recipes", "digits", "--render", "--model.path=nowhere")
-    assert status == 2
-    assert "model.path: nowhere" in error
+def test_to_render_takes_a_model(capsys):
+    assert "model.path: nowhere" in refusal(capsys, "recipes", "digits", "--render", "--model.path=nowhere")

@@ -163,6 +163,7 @@ def test_refilling_replaces_a_pair_as_a_whole_by_one_with_more_variance(accelera
         sampling=Sampling(),
         n=4,
         refill_rounds={"pointwise": 2},
+        refused=None,
     )
     fresh = [
         judged([(RIGHT, WRONG), (MIXED, RIGHT), (MIXED, MIXED)], "fresh"),

@@ -10,13 +10,14 @@ import pytest
 from spark_vl.checkpoint import BestFigure
 from spark_vl.config import ConfigError
 from spark_vl.setup import load_trainer
-from tests.test_trainer import make_config
+from tests.test_trainer import SMALL, make_config
 
 FIGURES = [0.35, 0.3, 0.5, 0.4, 0.5, 0.45, 0.6]
 """What the evaluation finds after each step, beginning with the untrained model."""
 BEST = ["", "", "", "step-000002", "step-000002", "step-000002", "step-000002"]
 """What `checkpoints/best` names by then; step 1 is worse than no training, and step 4 no better than step 2."""
 KEEP = (
+    *SMALL,
     "--evaluation.recipes=[digits]",
     "--evaluation.every=1",
     "--checkpoint.keep_best=figure",

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,29 +14,15 @@ import pytest
 
 from spark_vl.config import ConfigError, PublishConfig
 from spark_vl.hub.background import BackgroundPublisher, check_publish_config
-from tests.hub.fixtures import ROOT
-from tests.test_trainer import make_config, metrics, weights
-
-TRAIN = """
-import sys
-from spark_vl import cli
-from tests.test_trainer import make_config
-
-cli.train(make_config(sys.argv[1], *sys.argv[2:]), "none")
-"""
+from tests.test_trainer import make_arguments, make_config, metrics, weights
 
 
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "publish.jsonl").read_text().splitlines()]
 
 
-def train(hub, folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", TRAIN, str(folder), *overrides]
-    return subprocess.run(command, env=hub.environment(**environment), cwd=ROOT, capture_output=True, text=True)
-
-
-def test_a_run_publishes_its_checkpoints_and_is_not_changed_by_it(hub, finished_run, tmp_path):
-    done = train(hub, tmp_path / "run", "--steps=4", "--publish.repo=org/live")
+def test_a_run_publishes_its_checkpoints_and_is_not_changed_by_it(hub, spark_vl, finished_run, tmp_path):
+    done = spark_vl("train", *make_arguments(tmp_path / "run", "--steps=4", "--publish.repo=org/live"))
     assert done.returncode == 0, done.stderr
     repo = hub.repo("model", "org/live")
     assert repo.private
@@ -52,10 +37,12 @@ def test_a_run_publishes_its_checkpoints_and_is_not_changed_by_it(hub, finished_
     assert not (tmp_path / "run" / "release" / "queue").exists()
 
 
-def test_the_hub_is_down_all_the_time(hub, finished_run, tmp_path):
+def test_the_hub_is_down_all_the_time(hub, spark_vl, finished_run, tmp_path):
     settings = ("--steps=4", "--publish.repo=org/live", "--publish.wait_s=1")
-    done = train(hub, tmp_path / "run", *settings, HF_ENDPOINT="http://127.0.0.1:9")
+    # Of the processes that publish; the one that trains could ask the Hub, and does not.
+    done = spark_vl("train", *make_arguments(tmp_path / "run", *settings), HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
+    assert not hub.requests
     assert metrics(tmp_path / "run") == metrics(finished_run)
     folder = tmp_path / "run" / "checkpoints" / "step-000004"
     assert f"spark-vl publish model {folder} --repo org/live" in done.stdout, "what is left to do is said"

@@ -23,7 +23,7 @@ from spark_vl.hub import publish
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.run.shards import find_shards
 from tests.hub.driver import Refused
-from tests.hub.fixtures import ROOT, digests, spark_vl
+from tests.hub.fixtures import ROOT, digests
 from tests.hub.server import File
 from tests.test_trainer import TEMPLATES, make_config, metrics
 
@@ -123,14 +123,14 @@ def test_publishing_twice_makes_no_second_commit_and_later_steps_are_added(hub, 
     assert not [path for path in files if "-000004-" in path]
 
 
-def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, call, finished_run, tmp_path):
+def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, spark_vl, call, finished_run, tmp_path):
     call("publish_judgments", run=finished_run, repo="org/judged")
     commit = call("publish_model", checkpoint=finished_run, repo="org/tiny")["commit"]
     recipe = "judgments?repo=org/judged&kind=pairwise"
     settings = ["--model.path=org/tiny", "--model.dtype=float32", "--rollout.max_new_tokens=24"]
     prompts = [f"--prompts.templates=[{TEMPLATES}]", "--prompts.builtin_templates=false"]
     done = spark_vl(
-        hub, "train", f"--output_dir={tmp_path / 'again'}", f"--data.recipes=['{recipe}']", *settings, *prompts,
+        "train", f"--output_dir={tmp_path / 'again'}", f"--data.recipes=['{recipe}']", *settings, *prompts,
         "--steps=1", "--data.prompts_per_step=4", "--rollout.n=4", "--data.max_prompt_tokens=512",
         "--optimizer.lr=1e-4", "--optimizer.tokens_per_pack=1024", "--model.gradient_checkpointing=false",
     )  # fmt: skip
@@ -148,7 +148,7 @@ def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, call, fin
     assert {row["parent_id"] for row in rows} <= originals
 
     done = spark_vl(
-        hub, "eval", f"--output={tmp_path / 'eval'}", f"--evaluation.recipes=['{recipe}']", *settings,
+        "eval", f"--output={tmp_path / 'eval'}", f"--evaluation.recipes=['{recipe}']", *settings,
         "--evaluation.split=train", "--evaluation.samples=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -159,19 +159,19 @@ def test_judgments_of_the_hub_are_trained_on_and_judges_evaluated(hub, call, fin
     assert (tmp_path / "eval" / PROMPTS_FILE).read_text() == (finished_run / "model" / PROMPTS_FILE).read_text()
 
 
-def test_recycling_offline_gives_what_can_be_published(hub, call, finished_run, tmp_path):
+def test_recycling_offline_gives_what_can_be_published(hub, spark_vl, call, finished_run, tmp_path):
     done = spark_vl(
-        hub, "recycle", finished_run, f"--output={tmp_path / 'recycled'}", f"--prompts.templates=[{TEMPLATES}]",
+        "recycle", finished_run, f"--output={tmp_path / 'recycled'}", f"--prompts.templates=[{TEMPLATES}]",
         "--prompts.builtin_templates=false", "--recycle.max_judge=100", "--recycle.judge_sees=cot",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"spark-vl publish judgments {tmp_path / 'recycled'} --repo ORG/NAME" in done.stdout
     config = yaml.safe_load((tmp_path / "recycled" / "config.yaml").read_text())
     assert config["recycle"]["judge_sees"] == "cot"
-    again = spark_vl(hub, "recycle", finished_run, f"--output={finished_run}")
+    again = spark_vl("recycle", finished_run, f"--output={finished_run}")
     assert f"output: {finished_run} holds a run already; name another folder" in again.stderr
     nothing = [f"--recycle.max_{of}=0" for of in ("judge", "reflection")]
-    none = spark_vl(hub, "recycle", finished_run / "judgments", f"--output={tmp_path / 'none'}", *nothing)
+    none = spark_vl("recycle", finished_run / "judgments", f"--output={tmp_path / 'none'}", *nothing)
     assert none.returncode != 0
     assert "the rollouts give no judgments under these settings" in none.stderr
     call("publish_judgments", run=tmp_path / "recycled", repo="org/recycled")
@@ -250,11 +250,9 @@ def test_files_of_other_datasets_stay_and_shards_of_earlier_releases_go(hub, cal
     assert mine.keys() <= repo.at().files.keys()
 
 
-def test_a_run_is_called_by_its_name_wherever_one_stands(hub, run, tmp_path):
+def test_a_run_is_called_by_its_name_wherever_one_stands(hub, spark_vl, run):
     for where, name in ((ROOT, run), (run, "."), (run / "judgments", "..")):
-        command = [sys.executable, "-m", "spark_vl", "publish", "judgments", str(name), "--repo", "org/judged"]
-        environment = hub.environment() | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True)
+        done = spark_vl("publish", "judgments", name, "--repo", "org/judged", folder=where)
         assert done.returncode == 0, done.stderr
     repo = hub.repo("dataset", "org/judged")
     assert [commit.summary for commit in repo.commits[1:]] == [f"Judgments of {run.name}"]

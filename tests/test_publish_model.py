@@ -16,7 +16,7 @@ import yaml
 from spark_vl.data.images import load_image
 from tests.conftest import make_image
 from tests.hub.driver import Refused
-from tests.hub.fixtures import ROOT, digests, spark_vl
+from tests.hub.fixtures import ROOT, digests
 from tests.hub.server import File, HubServer
 
 
@@ -86,7 +86,7 @@ def test_public_is_public_and_a_repository_does_not_change_who_sees_it(hub, call
     assert hub.repo("model", "org/open").at().oid == head
 
 
-def test_the_license_of_the_base_model_is_read_from_its_card(hub, call, finished_run, tmp_path):
+def test_the_license_of_the_base_model_is_read_from_its_card(hub, spark_vl, call, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     facts = json.loads((run / "model" / "spark_training.json").read_text())
     facts |= {"base": "org/base", "base_commit": "b" * 40}
@@ -110,7 +110,7 @@ def test_the_license_of_the_base_model_is_read_from_its_card(hub, call, finished
     hub.misbehave("GET", "/api/models/org/base", times=None, status=503)
     with pytest.raises(Refused, match="looking at org/base: the Hub answered 503"):  # not a card that says less
         call("publish_model", checkpoint=run, repo="org/tiny")
-    shown = spark_vl(hub, "publish", "model", run, "--repo", "org/tiny", "--dry-run")
+    shown = spark_vl("publish", "model", run, "--repo", "org/tiny", "--dry-run")
     assert shown.returncode == 0
     assert "the license of the base model is not in this card" in shown.stderr
     hub.behave()
@@ -150,8 +150,8 @@ def test_links_are_refused_and_pickles_left_out(hub, call, finished_run, tmp_pat
         call("publish_model", checkpoint=run, repo="org/other")
 
 
-def test_the_command_shows_a_manifest_and_uploads_only_then(hub, finished_run):
-    shown = spark_vl(hub, "publish", "model", finished_run, "--repo", "org/tiny", "--dry-run")
+def test_the_command_shows_a_manifest_and_uploads_only_then(hub, spark_vl, finished_run):
+    shown = spark_vl("publish", "model", finished_run, "--repo", "org/tiny", "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert not hub.repos
     content = (finished_run / "model" / "model.safetensors").read_bytes()
@@ -161,7 +161,7 @@ def test_the_command_shows_a_manifest_and_uploads_only_then(hub, finished_run):
 
     (finished_run / "token").write_text(HubServer.WRITE + "\n")
     token = f"file:{finished_run / 'token'}"
-    done = spark_vl(hub, "publish", "model", finished_run, "--repo", "org/tiny", "--token-from", token, HF_TOKEN="")
+    done = spark_vl("publish", "model", finished_run, "--repo", "org/tiny", "--token-from", token, HF_TOKEN="")
     (finished_run / "token").unlink()
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/org/tiny  commit {hub.repo('model', 'org/tiny').at().oid}" in done.stdout

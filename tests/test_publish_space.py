@@ -9,7 +9,6 @@ import yaml
 
 from spark_vl.hub.space import stage_space
 from tests.hub.driver import Refused
-from tests.hub.fixtures import spark_vl
 from tests.hub.server import File
 
 
@@ -30,8 +29,8 @@ def test_a_space_arrives_whole_and_once(hub, call, tmp_path):
     assert not call("publish_space", model="org/tiny", repo="org/demo", model_revision="step-4")["changed"]
 
 
-def test_the_command_shows_what_it_would_publish(hub):
-    done = spark_vl(hub, "publish", "space", "--model", "org/tiny", "--repo", "org/demo", "--dry-run")
+def test_the_command_shows_what_it_would_publish(hub, spark_vl):
+    done = spark_vl("publish", "space", "--model", "org/tiny", "--repo", "org/demo", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert not hub.repos
     for name in ("app.py", "requirements.txt", "space.json", "spark_vl/data/images.py"):

@@ -21,12 +21,12 @@ from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, PromptRecord
 from spark_vl.verifiers import VERIFIERS, get_verifier, verify
 from spark_vl.verifiers.shaping import SHAPING
-from tests.hub.fixtures import ROOT, spark_vl
+from tests.hub.fixtures import ROOT
 
 FREE = ("LOG.md",)
 
 
-def test_train_publish_and_load(hub, finished_run):
+def test_train_publish_and_load(hub, spark_vl, finished_run):
     section = re.search(r"^## Publish\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)[1]
     section = section.replace("runs/digits", str(finished_run)).replace("ORG/NAME", "org/tiny")
     typed = re.findall(r"^    (spark-vl .*)$", section, flags=re.MULTILINE)
@@ -36,7 +36,7 @@ def test_train_publish_and_load(hub, finished_run):
     assert (ROOT / train[2]).is_file()
     assert [command[1] for command in publish] == ["model", "model", "judgments", "space"]
     for command in publish:
-        done = spark_vl(hub, *command)
+        done = spark_vl(*command)
         assert done.returncode == 0, done.stderr
         if "--dry-run" in command:
             assert not hub.repos

@@ -237,7 +237,7 @@ def uninterrupted(tmp_path: Path, deaths: Deaths) -> tuple[dict[str, bytes], int
 def test_a_run_that_died_at_any_moment_leaves_the_same_files(tmp_path: Path, deaths: Deaths, uninterrupted):
     expected, moments = uninterrupted
     assert moments > 60
-    for at in range(0, moments, 7):
+    for at in range(0, moments, 11):
         run = tmp_path / f"killed at {at}"
         run.mkdir()
         deaths.moments, deaths.at = 0, at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from spark_vl.data.judgments import config_of
 from spark_vl.records import RecycledRecord, Rollout, RolloutGroup, Verdict, plain_text
 from spark_vl.run.shards import find_shards
 from spark_vl.show import show_groups
+from tests.command import Command, command
 from tests.groups import UNCAPPED, a_run, make_writer, picture, problem, recycled, sampled, write
-from tests.test_cli import spark_vl
 
 RUN = a_run(steps=5)
 
@@ -168,7 +169,13 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path):
         list(show_groups(tmp_path))
 
 
-def test_the_command(run: Path, tmp_path: Path):
+@pytest.fixture
+def spark_vl() -> Iterator[Command]:
+    with command() as started:
+        yield started
+
+
+def test_the_command(spark_vl: Command, run: Path, tmp_path: Path):
     status, output, _, loaded = spark_vl(tmp_path, "show", str(run), "--step=3", "--kind=problem", "--limit=2")
     assert (status, loaded) == (0, {"datasets"})
     assert output.count("══ step 3 · problem · ") == 2
@@ -183,8 +190,8 @@ def test_the_command(run: Path, tmp_path: Path):
 
 
 def test_the_command_ends_with_its_reader(run: Path):
-    command = f"{sys.executable} -m spark_vl show {run} --limit 0 | head -n 1"
-    piped = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    line = f"{sys.executable} -m spark_vl show {run} --limit 0 | head -n 1"
+    piped = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
     assert piped.stdout.startswith("══ step 5")
     assert piped.stderr == ""
 

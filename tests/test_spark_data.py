@@ -10,7 +10,6 @@ import pytest
 from spark_vl.data.recipes import load_recipe
 from spark_vl.data.spark_data import SparkRows
 from tests.conftest import make_image
-from tests.hub.fixtures import spark_vl
 from tests.hub.server import File
 
 ASKS = "\nPlease first conduct reasoning, then answer."
@@ -62,7 +61,7 @@ def test_a_row_of_another_form_is_an_error_of_that_row(row):
 
 
 @pytest.mark.parametrize("name", ["spark_virl_19k", "spark_virl_hard_24k"])
-def test_recipes(hub, tmp_path: Path, name: str):
+def test_recipes(hub, spark_vl, tmp_path: Path, name: str):
     file = load_recipe(name).splits["train"]
     hub.create("dataset", "internlm/Spark-Data").commit("data", {file: File(json.dumps(ROWS).encode(), lfs=True)})
     (tmp_path / "virl" / "images").mkdir(parents=True)
@@ -70,18 +69,18 @@ def test_recipes(hub, tmp_path: Path, name: str):
         (tmp_path / "virl" / "images" / picture).write_bytes(make_image(1).data)
     mine = tmp_path / "mine.yaml"
     mine.write_text(f"{{base: {name}, media_root: virl}}")
-    checked = spark_vl(hub, "recipes", mine, "--show=3", HF_HOME=str(tmp_path / name))
+    checked = spark_vl("recipes", mine, "--show=3")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     said = checked.stdout
     assert said.endswith("3 of 3 rows can be used (license of the data: CC-BY-NC-4.0)\n")
     assert "Please first" not in said
     assert "Find x." in said
-    without = spark_vl(hub, "recipes", name, HF_HOME=str(tmp_path / name))
+    without = spark_vl("recipes", name)
     assert without.returncode != 0
     assert "media_root: is missing" in without.stdout + without.stderr
 
 
-def test_a_file_that_is_not_there_is_named(hub, tmp_path: Path):
-    said = spark_vl(hub, "recipes", "spark_virl_19k", HF_HOME=str(tmp_path))
+def test_a_file_that_is_not_there_is_named(hub, spark_vl, tmp_path: Path):
+    said = spark_vl("recipes", "spark_virl_19k", imported={"HF_HOME": str(tmp_path)})
     assert said.returncode != 0
     assert "infer_data_ViRL_19k_h.json of the dataset internlm/Spark-Data" in said.stdout + said.stderr

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spark_vl.checkpoint import CheckpointError, find_checkpoint
-from spark_vl.config import ConfigError, RecycleConfig
+from spark_vl.config import ConfigError, RecycleConfig, TrainConfig
 from spark_vl.config_cli import parse_train_config
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.offline import recycle_rollouts
@@ -32,31 +32,41 @@ from tests.distributed.launching import judgments
 TEMPLATES = Path(CHECKPOINT).parent / "templates.yaml"
 
 
-def make_config(output: Path, *overrides: str):
-    """A run of seconds on the shipped checkpoint; `overrides` as on the command line."""
-    return parse_train_config(
-        [
-            f"--output_dir={output}",
-            "--data.recipes=[digits]",
-            f"--model.path={CHECKPOINT}",
-            "--model.dtype=float32",
-            "--model.gradient_checkpointing=false",
-            f"--prompts.templates=[{TEMPLATES}]",
-            "--prompts.builtin_templates=false",
-            "--data.prompts_per_step=4",
-            "--data.max_prompt_tokens=512",
-            "--rollout.n=4",
-            "--rollout.max_new_tokens=24",
-            "--recycle.max_judge=3",
-            "--recycle.max_reflection=2",
-            "--optimizer.lr=1e-4",
-            "--optimizer.tokens_per_pack=1024",
-            "--objective.beta=0.01",
-            "--checkpoint.every=3",
-            "--steps=6",
-            *overrides,
-        ]
-    )
+SMALL = (
+    *("--data.prompts_per_step=1", "--rollout.n=2", "--rollout.max_new_tokens=2"),
+    *("--recycle.schedule=none", "--objective.beta=0"),
+)
+"""Steps in which as little happens as can, for tests of what happens between steps."""
+
+
+def make_arguments(output: Path, *overrides: str) -> list[str]:
+    """Of `spark-vl train`: a run of seconds on the shipped checkpoint; `overrides` as on the command line."""
+    return [
+        f"--output_dir={output}",
+        "--data.recipes=[digits]",
+        f"--model.path={CHECKPOINT}",
+        "--model.dtype=float32",
+        "--model.gradient_checkpointing=false",
+        f"--prompts.templates=[{TEMPLATES}]",
+        "--prompts.builtin_templates=false",
+        "--data.prompts_per_step=4",
+        "--data.max_prompt_tokens=512",
+        "--rollout.n=4",
+        "--rollout.max_new_tokens=24",
+        "--recycle.max_judge=3",
+        "--recycle.max_reflection=2",
+        "--optimizer.lr=1e-4",
+        "--optimizer.tokens_per_pack=1024",
+        "--objective.beta=0.01",
+        "--checkpoint.every=3",
+        "--steps=6",
+        *overrides,
+    ]
+
+
+def make_config(output: Path, *overrides: str) -> TrainConfig:
+    """`make_arguments` as they are read."""
+    return parse_train_config(make_arguments(output, *overrides))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -77,23 +87,24 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides, capsys):
+    overrides += ("--checkpoint.every=2", "--steps=4")
     load_trainer(make_config(tmp_path / "whole", *overrides)).train()
 
-    # The interrupted run: its folder is as a run leaves it that is killed in step 5, after the checkpoint of step 3.
-    load_trainer(make_config(tmp_path / "cut", *overrides, "--steps=5")).train()
+    # The interrupted run: its folder is as a run leaves it that is killed in step 3, after the checkpoint of step 2.
+    load_trainer(make_config(tmp_path / "cut", *overrides, "--steps=3")).train()
     checkpoints = tmp_path / "cut" / "checkpoints"
-    shutil.rmtree(checkpoints / "step-000005")
-    (checkpoints / "latest").write_text("step-000003")
+    shutil.rmtree(checkpoints / "step-000003")
+    (checkpoints / "latest").write_text("step-000002")
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "half a li')
+        file.write('{"step": 4, "half a li')
     capsys.readouterr()
     load_trainer(make_config(tmp_path / "cut", *overrides), resume="auto", allow_config_change=True).train()
-    assert "goes on after step 3 of 6" in capsys.readouterr().out
+    assert "goes on after step 2 of 4" in capsys.readouterr().out
 
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
     load_trainer(make_config(tmp_path / "cut", *overrides), resume="auto", allow_config_change=True).train()
-    assert "all 6 steps are done" in capsys.readouterr().out
+    assert "all 4 steps are done" in capsys.readouterr().out
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     start = load_file(CHECKPOINT / "model.safetensors")
     assert whole.keys() == cut.keys() == start.keys()
@@ -117,14 +128,14 @@ def test_the_prompts_that_wait_are_in_the_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_of_an_older_format_is_refused_in_words(tmp_path):
-    load_trainer(make_config(tmp_path / "run", "--steps=1")).train()
+    load_trainer(make_config(tmp_path / "run", *SMALL, "--steps=1")).train()
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
     manifest = read_manifest(checkpoint)
     facts = {name: value for name, value in manifest.items() if name not in ("format", "files")}
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint, facts)  # as the first format had it
     with pytest.raises(CheckpointError, match=r"has format 1, .* reads format \d+; start a new run .*--model\.path"):
-        load_trainer(make_config(tmp_path / "run", "--steps=1"), resume="auto")
+        load_trainer(make_config(tmp_path / "run", *SMALL, "--steps=1"), resume="auto")
 
 
 def test_gradient_checkpointing_changes_nothing_and_bfloat16_little(tmp_path):
@@ -160,7 +171,8 @@ def test_evaluations_are_before_after_and_every_so_many_steps(tmp_path):
         seen.append(trainer.step)
         return {"figure": {"value": trainer.step / 10, "low": 0.0, "high": 1.0, "n": 5}}
 
-    trainer = load_trainer(make_config(tmp_path / "run", "--steps=5", "--evaluation.every=2"), evaluate=evaluate)
+    config = make_config(tmp_path / "run", *SMALL, "--steps=5", "--evaluation.every=2")
+    trainer = load_trainer(config, evaluate=evaluate)
     trainer.train()
     assert seen == [0, 2, 4, 5]
     lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
@@ -266,8 +278,8 @@ def test_rows_that_share_an_id_are_told_apart_from_sampling_to_publishing(tmp_pa
         tmp_path, rows, verifier="number", columns={"question": "question", "answer": "answer", "id": "id"}
     )
     settings = (f"--data.recipes=[{recipe}]", "--data.prompts_per_step=8", "--checkpoint.every=2", "--steps=4")
-    for name in ("whole", "cut"):
-        load_trainer(make_config(tmp_path / name, *settings)).train()
+    load_trainer(make_config(tmp_path / "whole", *settings)).train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     assert max(line["rollout/sampler_logprob_gap"] for line in metrics(tmp_path / "whole")) <= 1e-6
 
     # Resumed from half way, it asks the same rows by the same names.
@@ -326,7 +338,7 @@ def test_trackers_get_the_metrics(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
-    config = make_config(tmp_path / "run", "--steps=1")
+    config = make_config(tmp_path / "run", *SMALL, "--steps=1")
     load_trainer(config).train()
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume auto"):
         load_trainer(config)
@@ -334,7 +346,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
 
 def test_no_half_written_checkpoint_is_resumed_from(tmp_path):
     load_trainer(
-        make_config(tmp_path / "run", "--steps=3", "--checkpoint.every=1", "--checkpoint.save_total_limit=2")
+        make_config(tmp_path / "run", *SMALL, "--steps=3", "--checkpoint.every=1", "--checkpoint.save_total_limit=2")
     ).train()
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000002", "step-000003"]

@@ -96,14 +96,14 @@ dresses = st.lists(
 
 
 @given(drawn)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_every_gold_gets_full_marks(case) -> None:
     kind, case, gold, _ = case
     check_gold(asked(kind, case, gold))
 
 
 @given(drawn, dresses, prose, prose)
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 def test_a_right_answer_is_right_however_it_is_dressed(case, dresses: list[str], before: str, after: str) -> None:
     kind, case, gold, _ = case
     answer = gold
@@ -113,7 +113,7 @@ def test_a_right_answer_is_right_however_it_is_dressed(case, dresses: list[str],
 
 
 @given(drawn, prose)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_the_last_box_decides(case, between: str) -> None:
     kind, case, gold, other = case
     right, wrong = rf"\boxed{{{gold}}}", rf"\boxed{{{other}}}"
@@ -126,7 +126,7 @@ def test_the_last_box_decides(case, between: str) -> None:
 
 
 @given(drawn, prose)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_without_an_answer_there_is_no_score(case, reply: str) -> None:
     kind, case, gold, _ = case
     for completion in (reply, reply + gold, f"{reply} The answer is {gold}.", rf"\boxed{{}} {gold} \boxed{{{gold}"):
@@ -175,7 +175,7 @@ def test_without_an_answer_there_is_no_score(case, reply: str) -> None:
         max_size=14,
     ),
 )
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 def test_any_reply_has_a_verdict(case, parts: list[str]) -> None:
     kind, case, gold, _ = case
     reply = "".join(parts)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.command import Ended, command
 from tests.hub.driver import Driver, driver
 from tests.hub.server import HubServer
 
@@ -37,12 +38,26 @@ def hub(server, call) -> Iterator[HubServer]:
     server.behave()
 
 
+@pytest.fixture(scope="session")
+def spark_vl(server) -> Iterator[Callable[..., Ended]]:
+    """`spark-vl *arguments`, in a process of its own in `folder` that knows the Hub, under a changed environment. What
+    is read when huggingface_hub is imported must be `imported`, and starts a process anew."""
+    heavy = ("spark_vl.setup", "spark_vl.evaluation", "spark_vl.report", "spark_vl.hub.publish", "spark_vl.hub.upload")
+    with command(*heavy, environment=server.environment()) as forked:
+
+        def run(
+            *arguments: object, folder: Path = ROOT, imported: dict[str, str] | None = None, **environment: str
+        ) -> Ended:
+            if imported is None:
+                return forked(folder, *map(str, arguments), **environment)
+            start = [sys.executable, "-m", "spark_vl", *map(str, arguments)]
+            settings = {"env": server.environment(PYTHONPATH=str(ROOT), **imported, **environment), "cwd": folder}
+            done = subprocess.run(start, **settings, capture_output=True, text=True)
+            return Ended(done.returncode, done.stdout, done.stderr, set())
+
+        yield run
+
+
 def digests(folder: Path) -> dict[str, bytes]:
     """All files of a run."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def spark_vl(hub: HubServer, *arguments: object, **settings) -> subprocess.CompletedProcess[str]:
-    """The command, in a process of its own."""
-    command = [sys.executable, "-m", "spark_vl", *map(str, arguments)]
-    return subprocess.run(command, env=hub.environment(**settings), cwd=ROOT, capture_output=True, text=True)
