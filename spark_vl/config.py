@@ -465,7 +465,10 @@ def read_config(file: Path) -> dict[str, Any]:
 
 _FREE_TO_CHANGE = (
     *("output_dir", "logging", "checkpoint", "publish", "distributed"),
-    *("rollout.startup_check", "rollout.max_logprob_gap", "rollout.on_logprob_gap"),
+    *("rollout.startup_check", "rollout.max_logprob_gap", "rollout.on_logprob_gap", "rollout.vllm.max_canary_gap"),
+    # Servers that have moved, or are slower there.
+    *("rollout.vllm.servers", "rollout.vllm.sync_port", "rollout.vllm.start_timeout_s", "rollout.vllm.timeout_s"),
+    "rollout.vllm.retries",
 )
 """Settings that do not change what a run computes."""
 

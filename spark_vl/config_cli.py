@@ -19,7 +19,6 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 _RENAMED = {
     "optimizer.learning_rate": "it is called optimizer.lr",
     "rollout.rows_at_once": "it is called rollout.decode_batch_size now",
-    "rollout.engine": "there is one engine; leave it out",
     "logging.rollouts_every": "all rollouts are in judgments/, which `spark-vl show RUN` prints; leave it out",
     "recycle.balance_labels": "true is recycle.pointwise: matched_pairs now, false is recycle.pointwise: one_per_group",
 }

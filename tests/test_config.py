@@ -21,6 +21,7 @@ from spark_vl.config import (
     ModelConfig,
     RolloutConfig,
     TrainConfig,
+    config_differences,
     flat,
     save_config,
 )
@@ -383,3 +384,16 @@ def test_a_list_without_brackets_is_answered_with_brackets(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse_train_config(arguments)
         assert "A list is written in brackets: --data.recipes '[mine.yaml]'" in capsys.readouterr().err
+
+
+def test_a_run_resumes_with_servers_that_have_moved_and_not_with_another_engine():
+    config = TrainConfig()
+    config.rollout.engine, config.rollout.vllm.mode, config.rollout.vllm.servers = "vllm", "server", ["http://a:1"]
+    saved = asdict(config)
+    config.rollout.vllm.servers, config.rollout.vllm.timeout_s = ["http://b:1", "http://c:1"], 60.0
+    assert config_differences(saved, config) == []
+    config.rollout.engine, config.rollout.vllm.importance_clip = "transformers", None
+    assert sorted(config_differences(saved, config)) == [
+        "rollout.engine: 'vllm' → 'transformers'",
+        "rollout.vllm.importance_clip: 2.0 → None",
+    ]

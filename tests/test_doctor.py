@@ -199,6 +199,31 @@ def test_a_dependency_that_is_missing_and_another_python(tmp_path):
     assert found["rich"] == Finding("ok", "rich", version("rich"))
 
 
+def test_vllm_has_to_be_of_a_known_version_and_go_with_torch_and_transformers(tmp_path):
+    wanted = ("Requires-Dist: rich", 'Requires-Dist: vllm>=0.32; extra == "vllm"')
+    install(tmp_path, "spark-vl", "9.9", *wanted)
+    without = {f.subject: f for f in examined(tmp_path, "dependencies", PYTHONPATH=str(tmp_path))}
+    mark, text = without["vllm"].mark, without["vllm"].found
+    assert (mark, text.partition(";")[0]) == ("ok", "not installed")
+
+    install(tmp_path, "vllm", "0.28.1", "Requires-Dist: transformers<5,>=4.56", "Requires-Dist: torch==1.0.0")
+    found = {f.subject: f for f in examined(tmp_path, "dependencies", PYTHONPATH=str(tmp_path))}
+    asked = {
+        "vllm": "0.28.1; spark-vl 9.9 requires vllm>=0.32",
+        "torch": f"{version('torch')}; vllm 0.28.1 requires torch==1.0.0",
+        "transformers": f"{version('transformers')}; vllm 0.28.1 requires transformers<5,>=4.56",
+    }
+    assert {name: (found[name].mark, found[name].found) for name in asked} == {
+        name: ("error", text) for name, text in asked.items()
+    }
+
+    (tmp_path / "vllm-0.28.1.dist-info").rename(tmp_path / "old")
+    install(tmp_path, "vllm", "0.33.0", f"Requires-Dist: torch=={version('torch').partition('+')[0]}")
+    found = {f.subject: f for f in examined(tmp_path, "dependencies", PYTHONPATH=str(tmp_path))}
+    assert (found["vllm"].mark, found["vllm"].found) == ("ok", "0.33.0")
+    assert "torch" not in found
+
+
 def test_tools_that_are_missing_and_a_device_that_is_not_there(tmp_path):
     found = examined(tmp_path, "DeepSpeed", PATH="/nowhere", CXX="/nowhere/c++", DS_ACCELERATOR="cuda")
     texts = [f"{f.mark} {f.subject}: {f.found}" for f in found]

@@ -361,6 +361,58 @@ def test_host_memory_can_be_what_lacks(capsys):
     assert "of host memory" in output
 
 
+VLLM = "spark-vl estimate --gpus 8 --zero 3 --gpu_memory 80 --rollout.engine vllm"
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor_parallel", "held", "tokens"),
+    [
+        # 28 GiB are 30,064,771,072 bytes. A token: layers · (keys and values) · heads of them · width · 2 bytes.
+        ("7b", 1, "15.4", (30_064_771_072 - 2 * 8_292_166_656) // (28 * 2 * 4 * 128 * 2)),
+        ("3b", 1, "7.0", (30_064_771_072 - 2 * 3_754_622_976) // (36 * 2 * 2 * 128 * 2)),
+        ("3b", 4, "1.7", (30_064_771_072 - 2 * 3_754_622_976 // 4) // (36 * 2 * 1 * 128 * 2)),  # of two heads
+    ],
+)
+def test_vllm_takes_its_share_to_sample_and_host_memory_to_sleep(model, tensor_parallel, held, tokens, capsys):
+    arguments = f"{VLLM} --model {model} --rollout.vllm.tensor_parallel {tensor_parallel}"
+    status, output = run_command(arguments, capsys)
+    assert status == 0
+    assert f"its share holds {held} GiB of weights and the keys and values of at most {tokens:,} tokens" in output
+    rows = table(output, "GiB on each GPU")
+    assert rows["vLLM's share"] == ["-", "-", "28.0"]  # 0.35 · 80
+    assert "key-value cache" not in rows
+    assert f"vLLM's weights while it sleeps {held}" in output
+    # The embedding is larger than a bucket of 512 MiB: it and its copy, 2 bytes a number.
+    embedding = {"7b": 152_064 * 3584, "3b": 151_936 * 2048}[model] * 2 * 2 / 2**30
+    assert rows["weights gathered or cast"][2] == f"{embedding:.1f}"
+
+
+@pytest.mark.parametrize(("share", "lacking"), [(0.201, None), (0.199, "0.01"), (0.15, "3.9")])
+def test_vllms_share_has_to_hold_its_weights_and_a_completion(share, lacking):
+    """7B: 15.445 GiB, and 8192 + 768 tokens of 56 KiB, 0.479 GiB: 15.923 of 80, which is a share of 0.19904."""
+    config, setup = TrainConfig(), weights.Setup(gpus=8, zero=3, gpu_memory=80)
+    config.data.max_prompt_tokens, config.rollout.max_new_tokens = 8192, 768
+    config.rollout.engine, config.rollout.vllm.memory_share = "vllm", share
+    needed = estimate(load_shape("7b"), config, setup)
+    assert needed.share_lacks / 2**30 == pytest.approx(float(lacking or 0), abs=0.03)
+    assert (needed.share_lacks > 0) == bool(lacking)
+
+
+def test_a_share_that_is_too_small_does_not_fit(capsys):
+    status, output = run_command(f"{VLLM} --model 32b --offload optimizer+weights", capsys)
+    assert status == 1
+    # 62.312 and, at 8960 tokens of 256 KiB, 2.188 GiB, of 28.
+    assert "It does not fit: rollout.vllm.memory_share lacks 36.5 GiB for the weights and one completion" in output
+
+
+def test_servers_are_not_counted(capsys):
+    servers = "--rollout.vllm.mode server --rollout.vllm.servers [http://node7:8000]"
+    status, output = run_command(f"{VLLM} --model 7b {servers}", capsys)
+    assert status == 0
+    assert "sampled by servers on other GPUs, which are not counted" in output
+    assert not {"vLLM's share", "key-value cache"} & set(table(output, "GiB on each GPU"))
+
+
 def test_a_phase_never_needs_less_with_more_in_it():
     """More tokens, rows and pixels never need less, and more GPUs never more."""
     shape = load_shape("7b")

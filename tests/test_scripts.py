@@ -20,6 +20,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from spark_vl.config_cli import parse_train_config
+from spark_vl.estimate.memory import estimate
+from spark_vl.estimate.shape import load_shape
+from spark_vl.estimate.weights import Setup
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -120,7 +123,7 @@ def put(folder: Path, name: str, text: str) -> None:
 
 def start(folder: Path, script: str, *flags: str, **variables: str) -> subprocess.Popen[str]:
     """Start a launch script in `folder`, whose programs come first."""
-    own = ("SLURM_", "MACHINE", "MAIN_", "TORCH_ELASTIC", "OMP_NUM_THREADS")
+    own = ("SLURM_", "MACHINE", "MAIN_", "TORCH_ELASTIC", "OMP_NUM_THREADS", "ROLLOUT")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return subprocess.Popen(
         ["bash", LAUNCH / script, *flags],
@@ -219,6 +222,31 @@ def test_each_starts_its_run_and_hands_flags_on(script, recipes, launch, config,
     assert given["--resume"] == "auto"
     assert given.get("--data.recipes") == (f"[{recipes}]" if recipes else None)
     assert "--machine_rank" not in given
+    assert "--rollout.engine" not in given
+
+
+@pytest.mark.parametrize("size", ["3b", "7b", "32b"])
+def test_one_variable_lets_vllm_sample_with_settings_that_fit(size, elsewhere, monkeypatch):
+    """What the script hands on are settings of the run; each of them can still be overridden."""
+    script = f"qwen2_5_vl_{'32b' if size == '32b' else '7b'}.sh"
+    own = f"scripts/configs/qwen2_5_vl_{size}/spark.yaml"
+    flags = ("--seed", "3", "--rollout.vllm.memory_share", "0.4")
+    code, output, errors = run(elsewhere, script, *flags, ROLLOUT="vllm", RECIPES="geometry3k", CONFIG=own)
+    assert (code, errors) == (0, "")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("spark_vl.config_check.find_spec", lambda name: name)  # as if vLLM were installed
+    called = said(output, "accelerate")
+    settings = [argument for argument in called[called.index("train") + 1 :] if argument not in ("--resume", "auto")]
+    config = parse_train_config(settings)
+    assert (config.rollout.engine, config.rollout.vllm.mode) == ("vllm", "colocate")
+    assert config.rollout.vllm.memory_share == 0.4
+    assert (config.rollout.vllm.tensor_parallel, config.rollout.decode_batch_size) == (
+        (4, 128) if size == "32b" else (1, 256)
+    )
+    offload = "optimizer+weights" if "offload" in options(called)["--config_file"] else "none"
+    needed = estimate(load_shape(size), config, Setup(gpus=8, zero=3, offload=offload))
+    assert needed.share_lacks == 0
+    assert max(needed.total) < 79.5 * 2**30
 
 
 def test_the_launcher_is_in_the_repository_and_ignores_usr1(elsewhere):

@@ -15,7 +15,8 @@ die() {
     exit 2
 }
 
-# launch [option of `spark-vl train` ...]: CONFIG into OUTPUT_DIR, by LAUNCH on GPUS × MACHINES processes.
+# launch [option of `spark-vl train` ...]: CONFIG into OUTPUT_DIR, by LAUNCH on GPUS × MACHINES processes, sampled by
+# ROLLOUT if it is set.
 # Takes the place of the shell.
 launch() {
     local file recipes machines=()
@@ -41,5 +42,6 @@ launch() {
     # place, and in those that it starts; the training processes listen again (spark_vl/distributed/stop.py).
     trap '' USR1
     exec accelerate launch --config_file "$LAUNCH" --num_processes "$((GPUS * MACHINES))" "${machines[@]}" \
-        -m spark_vl train --config "$CONFIG" --output_dir "$OUTPUT_DIR" --resume auto "$@"
+        -m spark_vl train --config "$CONFIG" --output_dir "$OUTPUT_DIR" --resume auto \
+        ${ROLLOUT:+--rollout.engine "$ROLLOUT"} "$@"
 }

@@ -14,11 +14,13 @@
 #   CONFIG=scripts/configs/qwen2_5_vl_7b/spark.yaml  settings of the run
 #   LAUNCH=scripts/accelerate/zero3.yaml             how processes are started, and the weights held
 #   GPUS=8                                           of one machine
+#   ROLLOUT=transformers                             what samples; vllm: see docs/rollouts.md (not run on a GPU yet)
 # With MACHINES=2 or more (LAUNCH is then multinode_zero3.yaml) start it on each of them, with MACHINE_RANK=0, 1, ...
 # and MAIN_IP, the address of the first; on SLURM, slurm.sbatch does that.
 #
 # Examples:
 #   RECIPES=my_virl39k.yaml scripts/launch/qwen2_5_vl_7b.sh
+#   ROLLOUT=vllm RECIPES=my_virl39k.yaml scripts/launch/qwen2_5_vl_7b.sh
 #   RECIPES=geometry3k GPUS=4 scripts/launch/qwen2_5_vl_7b.sh --rollout.decode_batch_size 64 --optimizer.lr 1e-6
 #   RECIPES=my_virl.yaml CONFIG=scripts/configs/qwen2_5_vl_7b/released.yaml OUTPUT_DIR=runs/7b-released \
 #       scripts/launch/qwen2_5_vl_7b.sh                                                       # the released run

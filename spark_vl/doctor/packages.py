@@ -43,12 +43,16 @@ def python() -> Iterator[Finding]:
 def dependencies() -> Iterator[Finding]:
     """Each dependency against what spark-vl and its other dependencies ask of it.
 
-    That finds the pair that is known to break: torchvision is built for one version of torch.
+    That finds the pair that is known to break: torchvision is built for one version of torch. Of vLLM, which asks for
+    one version of torch too, only where it is installed.
     """
-    own = [canonicalize_name(requirement.name) for requirement in _requirements(_KIT)]
+    extra = "vllm" if _version("vllm") else ""
+    if not extra:
+        yield ok("vllm", 'not installed; only for rollout.engine: vllm (pip install "spark-vl[vllm]")')
+    own = [canonicalize_name(requirement.name) for requirement in _requirements(_KIT, extra)]
     asked: dict[str, dict[str, SpecifierSet]] = defaultdict(dict)  # package → who asks → for what
     for asker in (_KIT, *own):
-        for requirement in _requirements(asker):
+        for requirement in _requirements(asker, extra if asker == _KIT else ""):
             ranges = asked[canonicalize_name(requirement.name)]
             ranges[asker] = ranges.get(asker, SpecifierSet()) & requirement.specifier
     for package, ranges in asked.items():
@@ -104,13 +108,13 @@ def optional() -> Iterator[Finding]:
         yield ok(name, _version(name) or f"not installed; only for {needed_for}")
 
 
-def _requirements(name: str) -> Iterator[Requirement]:
-    """What an installed distribution requires here, without its extras; nothing if it is not installed."""
+def _requirements(name: str, extra: str = "") -> Iterator[Requirement]:
+    """What an installed distribution requires here, with one of its extras or none; nothing if it is not installed."""
     if _version(name) is None:
         return
     for text in requires(name) or ():
         requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
             yield requirement
 
 

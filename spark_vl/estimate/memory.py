@@ -42,6 +42,8 @@ class Estimate:
     """What it is for → bytes on one GPU."""
     host: Mapping[str, int]
     """What it is for → bytes of host memory for one process."""
+    share_lacks: int = 0
+    """Bytes by which vLLM's share of a GPU is too small for it to start."""
 
     @property
     def total(self) -> Phases:
@@ -65,8 +67,31 @@ def estimate(shape: Shape, config: TrainConfig, setup: Setup) -> Estimate:
         **_rollout(shape, config, setup, prompt),
         "CUDA, NCCL, fragmentation": Phases.always(RESERVED),
     }
-    host = _host(shape, config, setup, rows)
-    return Estimate(_left_on_gpu(rows, setup), host)
+    lacks = 0
+    if colocated(config):
+        weights, token = vllm_bytes(shape, config)
+        new = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+        longest = config.data.max_prompt_tokens + new
+        lacks = max(0, weights + longest * token - vllm_share(config, setup))
+    return Estimate(_left_on_gpu(rows, setup), _host(shape, config, setup, rows), lacks)
+
+
+def colocated(config: TrainConfig) -> bool:
+    """Whether vLLM samples on the GPUs of the run."""
+    return config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocate"
+
+
+def vllm_share(config: TrainConfig, setup: Setup) -> int:
+    """Bytes of a GPU that vLLM takes while it samples."""
+    return int(config.rollout.vllm.memory_share * setup.gpu_memory * GIB)
+
+
+def vllm_bytes(shape: Shape, config: TrainConfig) -> tuple[int, int]:
+    """On one GPU of vLLM: bytes of its part of the weights, and of the keys and values of a token. A head is not
+    divided, so more GPUs than there are heads of keys hold copies."""
+    low, parts = low_bytes(config.model), config.rollout.vllm.tensor_parallel
+    heads = ceil(shape.num_key_value_heads / parts)
+    return low * shape.parameters // parts, low * 2 * shape.num_hidden_layers * heads * shape.head_dim
 
 
 def _check(setup: Setup) -> None:
@@ -97,7 +122,9 @@ def _activations(shape: Shape, config: TrainConfig, setup: Setup, prompt: int) -
 
 
 def _rollout(shape: Shape, config: TrainConfig, setup: Setup, prompt: int) -> dict[str, Phases]:
-    """Sampling in the training process, the largest of its batches."""
+    """Sampling in the training process, the largest of its batches; or vLLM's share."""
+    if config.rollout.engine == "vllm":
+        return {"vLLM's share": Phases(rollout=vllm_share(config, setup) if colocated(config) else 0)}
     cache, working = max(
         (
             rollout_bytes(
@@ -169,9 +196,11 @@ def _host(shape: Shape, config: TrainConfig, setup: Setup, rows: Mapping[str, Ph
         offloaded = rows["optimizer"].update + (4 if setup.fsdp else 4 + (4 if setup.zero == 3 else low)) * local
     if setup.offload == "optimizer+weights":
         offloaded += rows["weights"].update + rows["reference policy"].update
+    asleep = vllm_bytes(shape, config)[0] if colocated(config) else 0
     return {
         "process": HOST_PROCESS,
         "images of a step": images,
         "offloaded": offloaded,
-        "more while loading": max(0, loading - images - offloaded),
+        "vLLM's weights while it sleeps": asleep,
+        "more while loading": max(0, loading - images - offloaded - asleep),
     }

@@ -13,7 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from spark_vl.config import ConfigError, LoraConfig, TrainConfig
-from spark_vl.estimate.memory import GIB, Estimate, batches, estimate, prompt_tokens
+from spark_vl.estimate.memory import (
+    GIB,
+    Estimate,
+    batches,
+    colocated,
+    estimate,
+    prompt_tokens,
+    vllm_bytes,
+    vllm_share,
+)
 from spark_vl.estimate.shape import Shape
 from spark_vl.estimate.weights import Phases, Setup, trained_parameters
 
@@ -59,7 +68,7 @@ def print_estimate(shape: Shape, config: TrainConfig, setup: Setup, console: Con
     )
     say(
         f"Assumed: prompts of {prompt_tokens(shape, config, setup)} tokens (images: {images}, text: "
-        f"{setup.text_tokens} tokens), {_rows(config, setup)} completions decoded together to the full length."
+        f"{setup.text_tokens} tokens), {_sampled(shape, config, setup)}."
     )
     rows = [(name, *map(_gib, row)) for name, row in needed.rows.items() if any(row)]
     _print_table(console, ("GiB on each GPU", *Phases._fields), [*rows, ("sum", *map(_gib, needed.total))])
@@ -160,7 +169,25 @@ def _lacking(needed: Estimate, setup: Setup) -> list[str]:
     host = sum(needed.host.values()) * min(setup.gpus, setup.gpus_per_machine)
     if setup.host_memory is not None and host > setup.host_memory * GIB:
         lacking.append(f"a machine needs {_gib(host)} of {setup.host_memory:g} GiB of host memory")
+    if needed.share_lacks:
+        lacking.append(
+            f"rollout.vllm.memory_share lacks {_gib(needed.share_lacks)} GiB for the weights and one completion: "
+            "raise it, or rollout.vllm.tensor_parallel"
+        )
     return lacking
+
+
+def _sampled(shape: Shape, config: TrainConfig, setup: Setup) -> str:
+    if config.rollout.engine != "vllm":
+        return f"{_rows(config, setup)} completions decoded together to the full length"
+    if not colocated(config):
+        return "sampled by servers on other GPUs, which are not counted"
+    weights, token = vllm_bytes(shape, config)
+    tokens = max(0, vllm_share(config, setup) - weights) // token
+    return (
+        f"sampled by vLLM: its share holds {_gib(weights)} GiB of weights and the keys and values of at most "
+        f"{tokens:,} tokens, less what it computes with"
+    )
 
 
 def _shortage(needed: Estimate, setup: Setup) -> float:
@@ -169,6 +196,7 @@ def _shortage(needed: Estimate, setup: Setup) -> float:
     short = [total - setup.gpu_memory * GIB for total in needed.total]
     if setup.host_memory is not None:
         short.append(host - setup.host_memory * GIB)
+    short.append(needed.share_lacks)
     return sum(max(0.0, lacking) for lacking in short)
 
 

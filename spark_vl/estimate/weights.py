@@ -156,18 +156,22 @@ def computing(shape: Shape, model: ModelConfig, rollout: RolloutConfig, setup: S
     - ZeRO-3: in a pass up to `stage3_max_live_parameters` (or the embedding, if it is larger) and what is prefetched.
     - FSDP2: what belongs to no layer, and two layers.
     - Both in the rollout: all of them with `rollout.gather: phase`, as in a pass with `layer`.
+    - With vLLM, in the rollout: a bucket of weights on their way to it, and the copies that are sent.
     - Else, float32 weights under autocast: a bfloat16 copy of a layer in the backward pass, of all trained matrices in
       the rollout, which autocast keeps. (At the end of the forward pass, too: see `activation_bytes`.)
     """
     low = low_bytes(model)
     everything = shape.parameters
+    bucket = None
+    if rollout.engine == "vllm":
+        bucket = (1 + setup.sharded) * max(rollout.vllm.sync_bucket_mb * 2**20, low * shape.embedding)
     if setup.sharded:
         if setup.fsdp:
             live = everything - (shape.num_hidden_layers - 2) * shape.layer - shape.vision.depth * shape.vision.block
         else:
             live = max(ZERO3_LIVE, shape.embedding) + ZERO3_PREFETCH
         live = low * min(everything, live)
-        return Phases(live, 0, low * everything if rollout.gather == "phase" else live)
+        return Phases(live, 0, bucket or (low * everything if rollout.gather == "phase" else live))
     if autocast(model, setup):
-        return Phases(update=2 * shape.layer, rollout=cast_bytes(shape, model))
-    return Phases()
+        return Phases(update=2 * shape.layer, rollout=bucket or cast_bytes(shape, model))
+    return Phases(rollout=bucket or 0)
