@@ -108,6 +108,7 @@ def check_eval_config(config: EvalConfig) -> None:
     if not config.evaluation.recipes:
         raise ConfigError("evaluation.recipes: is empty; name at least one recipe (`spark-vl recipes` lists them)")
     _check_pixels(config.model)
+    _check_vllm(config.rollout)
 
 
 def _check_pixels(model: ModelConfig) -> None:

@@ -110,7 +110,11 @@ class Trainer:
             self.step += 1
             last = self.step == self.steps
             # Evaluated before it is saved, so that a run that resumes from the checkpoint does not evaluate it again.
-            figures = self.evaluate(self.step) if last or self._due(self.config.evaluation.every) else {}
+            try:
+                figures = self.evaluate(self.step) if last or self._due(self.config.evaluation.every) else {}
+            except EngineError:
+                self._save(is_best=False)
+                raise
             is_best = self.best.update(self.step, figures)
             if is_best or last or self._due(self.config.checkpoint.every):
                 self._save(is_best=is_best)
@@ -130,14 +134,14 @@ class Trainer:
                 seed = self._seed(step, "sample", 2 * phase + 1)
                 try:
                     scored = self.collector.sample_and_verify(prompts, seed=seed)
+                    # Dynamic sampling, if asked for, draws fresh groups, with seeds of their own. They join `scored`;
+                    # in `trained_on` they replace groups without a gradient, which are recycled all the same.
+                    scored, trained_on = self.collector.refill(scored, self.feed.more, seed=seed)
                 except EngineError:
                     if phase == 0:
                         self.feed.rewind()
                         self._save_unless_saved()
                     raise
-                # Dynamic sampling, if asked for, draws fresh groups, with seeds of their own. They join `scored`; in
-                # `trained_on` they take the place of groups without a gradient, which are recycled all the same.
-                scored, trained_on = self.collector.refill(scored, self.feed.more, seed=seed)
                 if phase == 0 and self._asked_to_stop():
                     self.feed.rewind()  # to the start of the step, which the resumed run takes again
                     return False

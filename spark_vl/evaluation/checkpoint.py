@@ -6,17 +6,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spark_vl.config import EvalConfig, ModelConfig, PromptConfig, blamed_on
+from spark_vl.config import DataConfig, EvalConfig, ModelConfig, PromptConfig, blamed_on
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
+from spark_vl.families.base import Processor
 from spark_vl.families.registry import check_recipes, find_family
 from spark_vl.log import Pace
-from spark_vl.policy.policy import load_policy
+from spark_vl.policy.packing import Pack
+from spark_vl.policy.policy import Policy, load_policy
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
-from spark_vl.rollout import TransformersEngine
+from spark_vl.rollout import RolloutEngine, TransformersEngine
+from spark_vl.rollout.load import load_vllm
+from spark_vl.rollout.vllm_requests import serving_arguments
 from spark_vl.run.trained import find_saved
 from spark_vl.verifiers import VerifierPool
 
@@ -48,7 +53,9 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
         temperature=config.rollout.temperature,
         suppressed_token_ids=processor.suppressed_token_ids,
     ).to("cuda" if torch.cuda.is_available() else "cpu")
-    engine = TransformersEngine(policy, processor, decode_batch_size=config.rollout.decode_batch_size)
+    engine: RolloutEngine = TransformersEngine(policy, processor, decode_batch_size=config.rollout.decode_batch_size)
+    if config.rollout.engine == "vllm":
+        engine = _vllm(config, policy.eval(), processor)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     pace = Pace()
     with (
@@ -67,6 +74,23 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]
             return advance
 
         return evaluator(engine, processor, verifiers, progress)
+
+
+def _vllm(config: EvalConfig, policy: Policy, processor: Processor) -> RolloutEngine:
+    arguments = serving_arguments(
+        config.model,
+        config.rollout,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=config.evaluation.max_new_tokens or config.rollout.max_new_tokens,
+        images=DataConfig.max_row_images if processor.padding.images else 0,
+    )
+
+    @torch.no_grad()
+    def score(passes: Sequence[Pack | None]) -> list[torch.Tensor]:
+        return [policy(pack.to(policy.suppressed.device)).logprobs for pack in passes if pack]
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    return load_vllm(config.model, config.rollout, arguments, accelerator, policy, processor, score=score, say=print)
 
 
 def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence[str]) -> Templater:

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from spark_vl.distributed.spread import spread
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.policy.policy import Policy
-from spark_vl.records import PromptRecord, RolloutGroup, Verdict
-from spark_vl.rollout.engine import RolloutEngine, Sampling, nothing
+from spark_vl.records import BadRecordError, PromptRecord, Rollout, RolloutGroup, Verdict
+from spark_vl.rollout.engine import EngineError, PromptsRefusedError, RolloutEngine, Sampling, nothing
 from spark_vl.verifiers.pool import VerifierPool
 
 
@@ -32,16 +32,20 @@ class DistributedEngine:
         """See `RolloutEngine.generate`. What is drawn at a temperature depends on the number of processes."""
         own = replace(sampling, seed=sampling.seed + self.accelerator.process_index)
         processes = self.accelerator.num_processes
-        rollouts = spread(
-            self.accelerator,
-            prompts,
-            # Without the records: they may hold images, and every process has them.
-            lambda mine: [
-                group.rollouts
-                for group in self.engine.generate(mine, n, own, lambda finished: progress(finished * processes))
-            ],
-        )
-        groups = [RolloutGroup(prompt.record, each) for prompt, each in zip(prompts, rollouts, strict=True)]
+
+        def sample(mine: Sequence[ProcessedPrompt]) -> list[tuple[Rollout, ...] | BadRecordError]:
+            """Without the records: they may hold images, and every process has them."""
+            try:
+                groups = self.engine.generate(mine, n, own, lambda finished: progress(finished * processes))
+            except PromptsRefusedError as error:
+                return [group.rollouts if group else error.reasons[i] for i, group in enumerate(error.groups)]
+            return [group.rollouts for group in groups]
+
+        groups = []
+        for prompt, found in zip(prompts, spread(self.accelerator, prompts, sample), strict=True):
+            if isinstance(found, BadRecordError):  # what an evaluation asks is fixed: nothing may be missing from it
+                raise EngineError(f"a prompt of the evaluation cannot be sampled: {found}")
+            groups.append(RolloutGroup(prompt.record, found))
         for i, group in enumerate(groups):
             on_group(i, group)
         return groups

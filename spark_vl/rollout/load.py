@@ -2,21 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from spark_vl.config import TrainConfig
+from spark_vl.config import ModelConfig, RolloutConfig, TrainConfig
 from spark_vl.distributed.gather import any_process, whole_weights
 from spark_vl.distributed.launch import strategy
 from spark_vl.families.base import Processor
 from spark_vl.policy.check import MAX_LOGPROB_GAP
+from spark_vl.policy.packing import Pack
+from spark_vl.policy.policy import Policy
 from spark_vl.policy.update import Updater
 from spark_vl.rollout.engine import RolloutEngine, nothing
 from spark_vl.rollout.transformers_engine import TransformersEngine
+from spark_vl.rollout.vllm_colocated import Colocated
+from spark_vl.rollout.vllm_engine import VLLMEngine
+from spark_vl.rollout.vllm_requests import Backend, run_arguments
+from spark_vl.rollout.vllm_servers import Servers
+
+
+def load_vllm(
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    arguments: Mapping[str, Any],
+    accelerator: Accelerator,
+    policy: Policy,
+    processor: Processor,
+    *,
+    score: Callable[[Sequence[Pack | None]], list[torch.Tensor]],
+    add: Callable[[str, float, float], None] = nothing,
+    say: Callable[[str], None] = nothing,
+) -> VLLMEngine:
+    """vLLM, where `rollout.vllm` wants it, with the weights of `policy`.
+
+    Args:
+        arguments: of vLLM, see `serving_arguments`; a server has been given its own.
+        policy: unwrapped.
+        score: see `VLLMEngine`.
+        add, say: see `load_engine`.
+
+    Raises:
+        EngineError: see `load_engine`.
+    """
+    settings = rollout.vllm
+    backend: Backend
+    if settings.mode == "server":
+        backend = Servers(settings, accelerator, say)
+    else:
+        backend = Colocated(arguments, accelerator, tensor_parallel=settings.tensor_parallel)
+    return VLLMEngine(
+        backend,
+        accelerator,
+        policy,
+        processor,
+        settings=settings,
+        dtype=getattr(torch, model.dtype),
+        max_model_len=arguments["max_model_len"],
+        score=score,
+        max_canary_gap=settings.max_canary_gap or rollout.max_logprob_gap or MAX_LOGPROB_GAP[model.dtype],
+        add=add,
+    )
 
 
 def load_engine(
@@ -39,20 +88,16 @@ def load_engine(
     """
     policy, rollout = accelerator.unwrap_model(updater.policy), config.rollout
     if rollout.engine == "vllm":
-        from spark_vl.rollout.vllm_engine import VLLMEngine, load_backend
-
-        return VLLMEngine(
-            load_backend(config, accelerator, processor, say),
+        return load_vllm(
+            config.model,
+            rollout,
+            run_arguments(config, vision=bool(processor.padding.images)),
             accelerator,
             policy,
             processor,
-            settings=rollout.vllm,
-            dtype=getattr(torch, config.model.dtype),
             score=updater.score,
-            max_canary_gap=rollout.vllm.max_canary_gap
-            or rollout.max_logprob_gap
-            or MAX_LOGPROB_GAP[config.model.dtype],
             add=add,
+            say=say,
         )
     if rollout.gather == "layer" and strategy(accelerator) in ("zero3", "fsdp2"):
         sharded: dict[str, Any] = {"any_process": partial(any_process, accelerator)}

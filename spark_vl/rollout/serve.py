@@ -12,8 +12,7 @@ import torch
 
 from spark_vl.config import TrainConfig
 from spark_vl.families.registry import find_family
-from spark_vl.rollout.vllm_engine import run_arguments
-from spark_vl.rollout.vllm_requests import ON_CPU
+from spark_vl.rollout.vllm_requests import ON_CPU, run_arguments
 
 
 def server_command(config: TrainConfig, *, host: str, port: int) -> list[str]:

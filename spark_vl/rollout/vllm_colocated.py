@@ -39,6 +39,7 @@ class Colocated:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.device_type = accelerator.device.type
         self.sleeps = self.device_type == "cuda"
+        self._awake: set[str] = set()
         launched: dict[str, Any] = dict(ON_CPU) if self.device_type == "cpu" else {}
         if accelerator.num_processes > 1:
             os.environ["RANK"], os.environ["LOCAL_RANK"] = (
@@ -136,10 +137,12 @@ class Colocated:
     def _sleep(self) -> None:
         if self.sleeps:
             self.llm.sleep(level=1)
+            self._awake.clear()
 
     def _wake(self, *parts: str) -> None:
-        if self.sleeps:
-            self.llm.wake_up(tags=list(parts))
+        if self.sleeps and (asleep := [part for part in parts if part not in self._awake]):
+            self.llm.wake_up(tags=asleep)  # which does nothing at all where one of them is awake
+            self._awake.update(asleep)
 
 
 def _completion(output: Any) -> Completion:

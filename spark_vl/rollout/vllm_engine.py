@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
-from spark_vl.config import TrainConfig, VLLMConfig
+from spark_vl.config import VLLMConfig
 from spark_vl.data.images import encode_pixels
 from spark_vl.distributed.gather import each_process
 from spark_vl.families.base import ProcessedPrompt, Processor
@@ -25,45 +25,16 @@ from spark_vl.policy.policy import Policy
 from spark_vl.policy.weights import weight_buckets
 from spark_vl.records import BadRecordError, ImageRef, Message, PromptRecord, RolloutGroup
 from spark_vl.rollout.engine import EngineError, PromptsRefusedError, Sampling, nothing
-from spark_vl.rollout.vllm_colocated import Colocated
 from spark_vl.rollout.vllm_requests import (
     Asked,
     Backend,
     Completion,
     group_of,
     sampling_settings,
-    serving_arguments,
 )
 from spark_vl.rollout.vllm_servers import Servers
 
 _CANARY_TOKENS = 8
-
-
-def run_arguments(config: TrainConfig, *, vision: bool) -> dict[str, Any]:
-    """What vLLM is started with for a run: see `serving_arguments`. Its evaluations may have longer completions."""
-    longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
-    return serving_arguments(
-        config.model,
-        config.rollout,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_new_tokens=longest,
-        images=config.data.max_row_images if vision else 0,
-    )
-
-
-def load_backend(
-    config: TrainConfig, accelerator: Accelerator, processor: Processor, say: Callable[[str], None]
-) -> Backend:
-    """vLLM, where the settings of a run want it.
-
-    Raises:
-        EngineError: see `Servers`, `Colocated`.
-    """
-    settings = config.rollout.vllm
-    if settings.mode == "server":
-        return Servers(settings, accelerator, say)
-    arguments = run_arguments(config, vision=bool(processor.padding.images))
-    return Colocated(arguments, accelerator, tensor_parallel=settings.tensor_parallel)
 
 
 class VLLMEngine:
@@ -76,6 +47,7 @@ class VLLMEngine:
         processor: makes and reads prompts.
         settings: of the run.
         dtype: in which vLLM holds the weights.
+        max_model_len: tokens that a prompt and a completion may have together.
         score: the policy's log-probabilities of packs (`Updater.score`).
         max_canary_gap: mean absolute difference in nats per token that the canary may show.
         add: takes metrics: (name, sum, number of observations).
@@ -90,6 +62,7 @@ class VLLMEngine:
         *,
         settings: VLLMConfig,
         dtype: torch.dtype,
+        max_model_len: int,
         score: Callable[[Sequence[Pack | None]], list[torch.Tensor]],
         max_canary_gap: float,
         add: Callable[[str, float, float], None] = nothing,
@@ -101,7 +74,7 @@ class VLLMEngine:
         self._syncs = 0
         self._stale = True
         self._canary = [processor.process(record) for record in _canary_records(bool(processor.padding.images))]
-        self._check_model()
+        self._check_model(max_model_len)
 
     @property
     def version(self) -> str:
@@ -246,7 +219,7 @@ class VLLMEngine:
                 "computes this model otherwise"
             )
 
-    def _check_model(self) -> None:
+    def _check_model(self, max_model_len: int) -> None:
         """Raises an EngineError unless the engine serves this run's model under this run's settings."""
         text = self.policy.model.config.get_text_config()
         wanted: dict[str, Any] = {
@@ -262,6 +235,11 @@ class VLLMEngine:
             f"{name}: {found[name]}, the run has {value}" for name, value in wanted.items() if found[name] != value
         ]:
             raise EngineError(f"vLLM does not serve the model of this run: {'; '.join(wrong)}")
+        if found["max_model_len"] < max_model_len:
+            raise EngineError(
+                f"vLLM serves prompts with completions of up to {found['max_model_len']} tokens; this run has up to "
+                f"{max_model_len} (data.max_prompt_tokens + rollout.max_new_tokens): start it with the run's settings"
+            )
 
 
 class _Together:

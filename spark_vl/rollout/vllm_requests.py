@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from spark_vl.config import ModelConfig, RolloutConfig
+from spark_vl.config import ModelConfig, RolloutConfig, TrainConfig
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.policy.weights import Bucket
 from spark_vl.records import BadRecordError, Rollout, RolloutGroup
@@ -55,6 +55,18 @@ def serving_arguments(
         pixels = {"shortest_edge": model.min_pixels, "longest_edge": model.max_pixels}
         arguments["mm_processor_kwargs"] = {"size": pixels}
     return arguments
+
+
+def run_arguments(config: TrainConfig, *, vision: bool) -> dict[str, Any]:
+    """What vLLM is started with for a run: see `serving_arguments`. Its evaluations may have longer completions."""
+    longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    return serving_arguments(
+        config.model,
+        config.rollout,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_new_tokens=longest,
+        images=config.data.max_row_images if vision else 0,
+    )
 
 
 @dataclass(frozen=True)

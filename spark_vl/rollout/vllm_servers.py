@@ -205,6 +205,8 @@ class Servers:
                 answer = self._send(url, "/inference/v1/generate", body)
                 return read(answer["prompt_token_ids"], [_completion(choice) for choice in answer["choices"]])
             except httpx.HTTPStatusError as error:
+                if error.response.status_code != 400:
+                    raise EngineError(f"{prompt.record.id}: {url}: {_reason(error)}") from error
                 raise BadRecordError(prompt.record.id, f"{url} refuses the prompt: {_reason(error)}") from error
             except (_TryAgainError, EngineError) as error:
                 if k + 1 == len(tries):

@@ -91,6 +91,14 @@ def server(tmp_path_factory):
         yield lambda: wait_up(run, port)
 
 
+@pytest.fixture
+def own_server(tmp_path_factory):
+    """A server that the test may kill, and its address."""
+    port = free_port()
+    with serve(tmp_path_factory.mktemp("server"), port) as run:
+        yield run, wait_up(run, port)
+
+
 @pytest.fixture(scope="session")
 def run_accelerator(tmp_path_factory):
     return start_accelerator(run_config(), tmp_path_factory.mktemp("accelerator"))

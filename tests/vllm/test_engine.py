@@ -9,7 +9,9 @@ import torch
 
 from spark_vl.config import LoraConfig
 from spark_vl.policy.policy import load_policy
+from spark_vl.policy.packing import PackItem, make_pack
 from spark_vl.policy.update import load_updater
+from spark_vl.policy.weights import weight_buckets
 from spark_vl.records import RolloutGroup
 from spark_vl.rollout import EngineError, PromptsRefusedError, Sampling, TransformersEngine, load_engine
 from spark_vl.rollout.vllm_engine import VLLMEngine
@@ -97,8 +99,6 @@ def test_greedy_tokens_are_those_of_the_transformers_engine_before_and_after_an_
 
 def test_log_probabilities_of_drawn_tokens_are_the_policys_own(engine, prompts, updater, run_processor):
     """Also in the server, whose checkpoint asks for a repetition penalty, top_k 1 and a temperature of 1e-6."""
-    from spark_vl.policy.packing import PackItem, make_pack
-
     groups = engine.generate(prompts, 8, DRAWN)
     for prompt, group in zip(prompts, groups, strict=True):
         assert len({rollout.token_ids for rollout in group.rollouts}) > 1
@@ -179,23 +179,24 @@ def test_weights_that_arrive_damaged_stop_the_run(engine, policy, monkeypatch, p
     monkeypatch.setattr(engine.backend, "load", damaged)
     engine.sync_weights(policy)
     # Only the prompt with an image shows it.
-    with pytest.raises(EngineError, match=r"canary/image at \S+: [\d.]+ nats .* max_canary_gap") as raised:
+    with pytest.raises(EngineError, match=r"canary/image at \S+: [\d.]+ nats .*max_canary_gap") as raised:
         engine.generate(prompts, 1, GREEDY)
     assert "canary/text" not in str(raised.value)
 
 
 def test_weights_that_do_not_arrive_stop_the_run(engine, policy, monkeypatch, prompts):
     load = engine.backend.load
+    old = list(weight_buckets(engine.accelerator, policy, dtype=torch.float32, bucket_bytes=2**20))
+    assert len(old) > 1
     shake(policy)
-    # Under the new version, but the old ones.
-    old = [[(name, value - value + 1e-3) for name, value in bucket] for bucket in [[]]]
+    # The old ones under the new version.
     monkeypatch.setattr(engine.backend, "load", lambda buckets, version: (list(buckets), load(old, version)))
     engine.sync_weights(policy)
     with pytest.raises(EngineError, match="Some weights have not arrived"):
         engine.generate(prompts, 1, GREEDY)
     # Under the old version.
     monkeypatch.setattr(engine.backend, "load", lambda buckets, version: list(buckets))
-    with pytest.raises(EngineError, match="sampled from weights of version .*; the policy's are"):
+    with pytest.raises(EngineError, match=r"sampled from weights of version .*; the policy's are"):
         engine.generate(prompts, 1, GREEDY)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from spark_vl.policy.update import load_updater
-from spark_vl.rollout import EngineError, Sampling, load_engine
+from spark_vl.rollout import EngineError, PromptsRefusedError, Sampling, load_engine
 from tests.conftest import make_image, make_record
 from tests.vllm.conftest import free_port, run_config
 from tests.vllm.proxy import Proxy
@@ -75,7 +75,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault, says", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("fault", "says"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_tried_again_and_a_lasting_one_stops_with_its_reason(engine, proxy, prompts, fault, says):
     right = engine.generate(prompts, 4, DRAWN)
     proxy.faults[:] = [fault]
@@ -98,8 +98,6 @@ def test_each_prompt_is_sent_once_with_each_image_once_and_gets_its_own_completi
 
 
 def test_a_refused_request_is_not_repeated(engine, proxy, prompts):
-    from spark_vl.rollout import PromptsRefusedError
-
     proxy.faults[:] = [400]
     with pytest.raises(PromptsRefusedError, match="refuses the prompt: status 400"):
         engine.generate(prompts, 2, DRAWN)
@@ -108,7 +106,7 @@ def test_a_refused_request_is_not_repeated(engine, proxy, prompts):
 
 def test_servers_that_are_not_there_or_are_something_else(server, run_accelerator, updater, run_processor):
     config = run_config(mode="server", servers=[f"http://127.0.0.1:{free_port()}"], start_timeout_s=0.2)
-    with pytest.raises(EngineError, match="is not up after .*spark-vl serve-rollouts"):
+    with pytest.raises(EngineError, match=r"is not up after .*spark-vl serve-rollouts"):
         load_engine(config, run_accelerator, updater, run_processor)
     config = run_config(mode="server", servers=[server()])
     config.model.dtype = "bfloat16"
@@ -116,10 +114,17 @@ def test_servers_that_are_not_there_or_are_something_else(server, run_accelerato
         load_engine(config, run_accelerator, updater, run_processor)
 
 
+def test_a_server_for_shorter_prompts_is_told_apart(server, run_accelerator, updater, run_processor):
+    config = run_config(mode="server", servers=[server()])
+    config.data.max_prompt_tokens = 1000
+    with pytest.raises(EngineError, match="tokens; this run has up to 1024"):
+        load_engine(config, run_accelerator, updater, run_processor)
+
+
 def test_a_server_without_the_flags_is_told_apart(proxy, run_accelerator, updater, run_processor, monkeypatch):
     monkeypatch.setattr(proxy, "target", proxy.target + "/v1")  # answers 404
     config = run_config(mode="server", servers=[proxy.url], start_timeout_s=0.2)
-    with pytest.raises(EngineError, match="404|not up"):
+    with pytest.raises(EngineError, match=r"404|not up"):
         load_engine(config, run_accelerator, updater, run_processor)
 
 
