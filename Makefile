@@ -1,6 +1,7 @@
 # make demo: a small, real SPARK run on this machine; make demo-zero3: the same, sharded over two processes;
 # make test: the test suite; make test-distributed: the tests that start several processes; make test-slow: long ones;
 # make test-newest: the test suite with the newest version of everything; make test-browser: those that drive Chromium;
+# make test-vllm: the rollout engine on real vLLM;
 # make fuzz: hostile input, for FUZZ_SECONDS; make lint: style and types;
 # make audit: known vulnerabilities of what is installed.
 # Each does its own set-up. PYTHON names the interpreter that makes .venv.
@@ -12,7 +13,7 @@ WITH_BIN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # One thread a process: small tensors gain nothing from more.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-zero3 test test-distributed test-slow test-newest test-browser fuzz audit lint format checkpoint clean
+.PHONY: demo demo-zero3 test test-distributed test-slow test-newest test-vllm test-browser fuzz audit lint format checkpoint clean
 
 .venv/.installed: setup.cfg constraints.txt
 	@echo "installs about 6 GB into .venv; this takes minutes"
@@ -49,6 +50,16 @@ test-newest:
 	.venv/newest/bin/python -m pip install --quiet --upgrade pip
 	.venv/newest/bin/python -m pip install --quiet --upgrade --editable ".[test]"
 	.venv/newest/bin/python -m pytest -n 2 --dist loadfile
+
+# In an environment of its own (3 GB), with real vLLM on CPUs; tests/vllm/environment.py says what it is made of.
+.venv/vllm/.installed: setup.cfg tests/vllm/environment.py
+	$(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/python -m pip install --quiet --upgrade pip packaging
+	.venv/vllm/bin/python tests/vllm/environment.py
+	touch $@
+
+test-vllm: .venv/vllm/.installed
+	PATH="$(CURDIR)/.venv/vllm/bin:$$PATH" .venv/vllm/bin/python -m pytest -m vllm tests/vllm
 
 # Debian: apt-get install chromium chromium-driver
 test-browser: .venv/.installed-test

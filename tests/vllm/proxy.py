@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -24,6 +23,7 @@ class Proxy:
     def __init__(self, target: str) -> None:
         self.target = target
         self.faults: list[int | str | Change] = []
+        self.closed = False
         self.asked: list[dict[str, Any]] = []
         lock = threading.Lock()
         proxy = self
@@ -44,12 +44,12 @@ class Proxy:
                     with lock:
                         proxy.asked.append(json.loads(body))
                         fault = proxy.faults.pop(0) if proxy.faults else None
-                if fault == "drop":
+                if fault == "drop" or proxy.closed:
                     self.close_connection = True
                     self.connection.close()
                     return
                 if fault == "slow":
-                    time.sleep(5)
+                    threading.Event().wait(5)
                 if isinstance(fault, int):
                     self._write(fault, b'{"error": {"message": "told to fail"}}')
                     return
@@ -74,5 +74,7 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def close(self) -> None:
+        """Connections that are open stay so, and are closed at the next request."""
+        self.closed = True
         self._server.shutdown()
         self._server.server_close()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from spark_vl.config import LoraConfig
-from spark_vl.policy.policy import load_policy
 from spark_vl.policy.packing import PackItem, make_pack
+from spark_vl.policy.policy import load_policy
 from spark_vl.policy.update import load_updater
 from spark_vl.policy.weights import weight_buckets
 from spark_vl.records import RolloutGroup

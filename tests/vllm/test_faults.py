@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
@@ -93,7 +94,7 @@ def test_each_prompt_is_sent_once_with_each_image_once_and_gets_its_own_completi
     assert all(body["sampling_params"]["n"] == 4 and len(body["content_parts"]) == 1 for body in proxy.asked)
     assert [group.record.id for group in groups] == [f"p{i}" for i in range(6)]
     # Answers that come in another order are not mixed up: the slow one is the first.
-    proxy.faults[:] = [lambda answer: (time.sleep(1), answer)[1]]
+    proxy.faults[:] = [lambda answer: (threading.Event().wait(1), answer)[1]]
     assert engine.generate(prompts, 4, DRAWN) == groups
 
 
@@ -116,8 +117,8 @@ def test_servers_that_are_not_there_or_are_something_else(server, run_accelerato
 
 def test_a_server_for_shorter_prompts_is_told_apart(server, run_accelerator, updater, run_processor):
     config = run_config(mode="server", servers=[server()])
-    config.data.max_prompt_tokens = 1000
-    with pytest.raises(EngineError, match="tokens; this run has up to 1024"):
+    config.data.max_prompt_tokens = 2000
+    with pytest.raises(EngineError, match="tokens; this run has up to 2024"):
         load_engine(config, run_accelerator, updater, run_processor)
 
 
