@@ -34,6 +34,7 @@ from urllib.parse import parse_qsl
 
 import yaml
 
+from spark_vl.data.benchmarks import ADAPTERS, PREFERENCES
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
 from spark_vl.data.sources import FILES, Source, SourceType
 from spark_vl.records import did_you_mean, writable
@@ -67,6 +68,9 @@ class Columns:
     verifier: str | None = None
     """Name of the row's verifier: one of `VERIFIERS`, or one that the recipe names under `verifier` or `settings`.
     null: the recipe's."""
+    settings: str | None = None
+    """Mapping of settings of the row's verifier, which replace those of the recipe: `{"decimals": 2}`. Nulls in it do
+    not count."""
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -91,6 +95,24 @@ class JudgmentColumns:
 
 
 @dataclass(frozen=True)
+class PreferenceColumns:
+    """The columns of a reward benchmark, whose rows are answers to compare (`preferences.open_preferences`)."""
+
+    preferences: str
+    """Which benchmark: a name in `benchmarks.PREFERENCES`, which says how its rows are read."""
+    id: None = field(default=None, init=False)
+    images: None = field(default=None, init=False)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The names of all columns of rows."""
+        return PREFERENCES[self.preferences].reads
+
+
+AnyColumns = Columns | JudgmentColumns | PreferenceColumns
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A dataset, and how its rows become problems."""
 
@@ -101,7 +123,7 @@ class Recipe:
     source: Source
     splits: Mapping[str, str]
     """train, validation or test → the split at the source (see `sources.open_rows`)."""
-    columns: Columns | JudgmentColumns
+    columns: AnyColumns
     verifier: str | Mapping[str, str] | None = None
     """Name of the verifier of the rows that name none, or one for each split: one of `VERIFIERS`, `module:function`, or
     `./file.py:function`, relative to the recipe file. `math` gives way to `choice` in rows whose answer is one capital
@@ -119,6 +141,12 @@ class Recipe:
     filter: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Column → the values that a row may have there; rows with another one are no part of the dataset. In a file, one
     value or a list: `{subject: [algebra, geometry], has_image: true}`. Ids count all rows of the source."""
+    adapter: str | None = None
+    """What turns the source's rows into rows with the columns that are named here: a name in `benchmarks.ADAPTERS`.
+    None: they have them already."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Name of a tag → the column that holds its values, texts or numbers: `{version: problem_version}`. Records carry
+    them, and evaluation groups by them; a null is no tag."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of the score and of shaping terms (`verifiers.shaping`) in the reward. In a file they replace the
     verifier's name: `verifier: {math: 1.0, format: 0.1}`."""
@@ -139,8 +167,12 @@ class Recipe:
 
     @property
     def columns_read(self) -> tuple[str, ...]:
-        """The names of all columns that are read, each once."""
-        return tuple(dict.fromkeys((*self.columns.used, *self.filter)))
+        """The names of all columns of the source that are read, each once."""
+        used = (*self.columns.used, *self.tags.values(), *self.filter)
+        if self.adapter is not None:
+            adapter = ADAPTERS[self.adapter]
+            used = (*(name for name in used if name not in adapter.makes), *adapter.reads)
+        return tuple(dict.fromkeys(used))
 
     @property
     def own_verifiers(self) -> frozenset[str]:
@@ -324,6 +356,13 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     }
     if isinstance(columns, JudgmentColumns) and optional:
         raise ValueError(f"{where}: {next(iter(optional))}: does not apply to a judgment dataset; leave it out")
+    if isinstance(columns, PreferenceColumns):
+        for key in ("verifier", "settings", "adapter", "tags", *optional):
+            if raw.get(key):
+                raise ValueError(f"{where}: {key}: does not apply to a reward benchmark; leave it out")
+    adapter = raw.get("adapter")
+    if adapter is not None and adapter not in ADAPTERS:
+        raise ValueError(f"{where}: adapter: found {_shown(adapter)}; allowed: {', '.join(ADAPTERS)}")
     if isinstance(columns, Columns) and verifier is None and columns.verifier is None:
         raise ValueError(f"{where}: verifier: is missing, and so is columns.verifier, which may name one in each row")
     named = [] if verifier is None else list(verifier.values()) if isinstance(verifier, dict) else [verifier]
@@ -340,12 +379,14 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
         verifier=verifier,
         settings=settings,
         filter=_filter(where, raw.get("filter", {}), columns),
+        adapter=adapter,
+        tags=_mapping(where, "tags", raw.get("tags", {})),
         weights=weights,
         **optional,
     )
 
 
-def _settings(where: str, raw: Any, columns: Columns | JudgmentColumns, named: list[str]) -> dict[str, dict[str, Any]]:
+def _settings(where: str, raw: Any, columns: AnyColumns, named: list[str]) -> dict[str, dict[str, Any]]:
     """Verifier → its settings. Those of the user's own verifiers are left to `check_verifiers`.
 
     Args:
@@ -434,8 +475,15 @@ def _verifier(where: str, raw: Any, splits: Mapping[str, str]) -> tuple[Any, dic
     return verifiers[0], {name: float(weight) for name, weight in raw.items()}
 
 
-def _columns(where: str, raw: Any) -> Columns | JudgmentColumns:
+def _columns(where: str, raw: Any) -> AnyColumns:
     columns = _mapping(where, "columns", raw)
+    if "preferences" in columns:
+        name = columns["preferences"]
+        if len(columns) > 1:
+            raise ValueError(f"{where}: columns: found {_shown(raw)}; allowed beside preferences: nothing")
+        if name not in PREFERENCES:
+            raise ValueError(f"{where}: columns.preferences: found {name!r}; allowed: {', '.join(PREFERENCES)}")
+        return PreferenceColumns(name)
     if "judgments" not in columns:
         _check_fields(where, "columns.", columns, Columns)
         return Columns(**columns)
@@ -446,7 +494,7 @@ def _columns(where: str, raw: Any) -> Columns | JudgmentColumns:
     return JudgmentColumns(columns["judgments"])
 
 
-def _filter(where: str, raw: Any, columns: Columns | JudgmentColumns) -> dict[str, tuple[Any, ...]]:
+def _filter(where: str, raw: Any, columns: AnyColumns) -> dict[str, tuple[Any, ...]]:
     if not isinstance(raw, dict) or not all(isinstance(column, str) for column in raw):
         raise ValueError(f"{where}: filter: found {_shown(raw)}; allowed: a mapping of columns to values")
     if raw and isinstance(columns, JudgmentColumns):

@@ -1,11 +1,22 @@
-"""Choice questions: the reply's last box names the right option, or all the right ones, by letter, text or value."""
+"""Choice questions: the reply's last box names the right option, or all the right ones, by letter, text or value.
+
+Setting `nearest`: a box that names no option counts as the one whose text takes the fewest edits, as in MathVista,
+where no reply is unreadable. Not for training: any box then has a chance of being right.
+"""
 
 from __future__ import annotations
 
 from string import ascii_uppercase
+from typing import Any
 
 from spark_vl.answers import last_boxed, match_choice, match_choices, plain
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
+from spark_vl.verifiers.base import settings_of
+from spark_vl.verifiers.text import edit_distance
+
+SETTINGS: dict[str, Any] = {"nearest": False}
+_MAX_NEAREST = 1000
+"""Characters of a box that is compared with the options."""
 
 
 def verify_choice(completion: str, record: PromptRecord) -> Verdict:
@@ -24,9 +35,17 @@ def verify_choice(completion: str, record: PromptRecord) -> Verdict:
         letters = tuple(filter(None, [match_choice(boxed, record.choices)]))
         if not (letters or record.choices) and (words := _text(record)) and match_choice(boxed, (words,)):
             letters = gold
+    if not letters and record.choices and len(boxed) <= _MAX_NEAREST and settings_of(record)["nearest"]:
+        letters = (_nearest(plain(boxed), record.choices),)
     if not letters:
         return Verdict(0.0, None, "unparsable", f"the last box names no {'single ' if len(gold) == 1 else ''}choice")
     return Verdict(float(letters == gold), ", ".join(letters))
+
+
+def _nearest(words: str, choices: tuple[str, ...]) -> str:
+    """The letter of the option that takes the fewest edits to become `words`; of several, the first."""
+    distances = [edit_distance(option[:_MAX_NEAREST], words) for option in choices]
+    return ascii_uppercase[distances.index(min(distances))]
 
 
 def boxed_gold(record: PromptRecord) -> str:
