@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from spark_vl.config import ConfigError, TrainConfig
+from spark_vl.data.preferences import PreferenceSet, check_preferences, open_preferences
 from spark_vl.data.problems import check, open_recipe
-from spark_vl.data.recipes import SPLITS, load_recipe, recipes, usage
+from spark_vl.data.recipes import SPLITS, PreferenceColumns, load_recipe, recipes, usage
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, PromptRecord, plain_text, visible
 from spark_vl.verifiers import VerifierPool
@@ -35,6 +36,8 @@ def preview(name: str | None, split: str | None, show: int, settings: TrainConfi
         templater, rendered = _renderer(settings) if render else (Templater.load(), None)
         recipe = load_recipe(name)
         split = split or next(each for each in SPLITS if each in recipe.splits)
+        if isinstance(recipe.columns, PreferenceColumns):
+            return _show_preferences(open_preferences(recipe, split, templater), show)
         problems = open_recipe(recipe, split, templater)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
@@ -49,11 +52,7 @@ def preview(name: str | None, split: str | None, show: int, settings: TrainConfi
             elif rows - len(bad) <= show:
                 shown = plain_text(found.question) if rendered is None else rendered(found)
                 print(visible(f"── {found.id}\n{shown}\n→ {found.gold}   ({public_name(found.verifier)})"))
-    for faults in _alike(bad):
-        for fault in faults[:_SHOWN_ALIKE]:
-            print(visible(f"cannot be used: {fault}"))
-        if (more := len(faults) - _SHOWN_ALIKE) > 0:
-            print(f"    and {more} more for the same reason")
+    _print_faults(bad)
     if problems.unused:
         print(visible(f"the recipe uses no column {', '.join(problems.unused):.300}"))
     if problems.renamed:
@@ -62,6 +61,32 @@ def preview(name: str | None, split: str | None, show: int, settings: TrainConfi
     rest = f"; not checked: {', '.join(others)} (--split {others[0]})" if others else ""
     print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license}){rest}")
     return not bad
+
+
+def _show_preferences(preferences: PreferenceSet, show: int) -> bool:
+    """Print and check the rows of a reward benchmark. Returns whether all can be used."""
+    bad: list[BadRecordError] = []
+    for number, found in enumerate(check_preferences(preferences)):
+        if isinstance(found, BadRecordError):
+            bad.append(found)
+        elif number - len(bad) < show:
+            answers = "".join(
+                f"\n── answer {place}{', preferred' if place == found.preferred else ''}\n{plain_text(answer)}"
+                for place, answer in enumerate(found.answers)
+            )
+            print(visible(f"── {found.id} ({found.category})\n{plain_text(found.question)}{answers}"))
+    _print_faults(bad)
+    rows, recipe = len(preferences), preferences.recipe
+    print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license})")
+    return not bad
+
+
+def _print_faults(bad: Sequence[BadRecordError]) -> None:
+    for faults in _alike(bad):
+        for fault in faults[:_SHOWN_ALIKE]:
+            print(visible(f"cannot be used: {fault}"))
+        if (more := len(faults) - _SHOWN_ALIKE) > 0:
+            print(f"    and {more} more for the same reason")
 
 
 def _alike(faults: Sequence[BadRecordError]) -> list[list[BadRecordError]]:

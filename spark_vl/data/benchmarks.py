@@ -11,6 +11,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from spark_vl.answers import parse_quantity
@@ -74,7 +75,7 @@ def _mathvista(row: Row) -> dict[str, Any]:
     decimals, a list. See `evaluation/calculate_score.py` of the benchmark."""
     kind = text(row, "answer_type")
     if text(row, "question_type") == "multi_choice":
-        return {"verifier": "choice", "settings": {"nearest": True}}
+        return {"verifier": "choice", "settings": {"letter_first": True, "nearest": True}}
     if kind == "float":
         precision = cell(row, "precision")
         if not isinstance(precision, int | float) or not 1 <= precision <= 10 or precision != int(precision):
@@ -88,6 +89,11 @@ def _mathvista(row: Row) -> dict[str, Any]:
     if kind not in rules:
         raise ValueError(f"'answer_type' is {kind!r:.80}; allowed: integer, float, list, text")
     return rules[kind]
+
+
+def _mathvision(row: Row) -> dict[str, Any]:
+    """Without options, two decimals decide."""
+    return {"settings": None if items(row.get("options")) else {"decimals": 2}}
 
 
 def _by_type(column: str, verifiers: Mapping[str, str]) -> Callable[[Row], dict[str, Any]]:
@@ -112,7 +118,13 @@ def _wemath(row: Row) -> dict[str, Any]:
     letters, options = "".join(found[::2]), [option.strip().rstrip(";；").strip() for option in found[1::2]]
     if letter or len(options) < 2 or not "ABCDEFGH".startswith(letters) or not all(options):
         raise ValueError(f"'option' is {words!r:.200}; options from A on, as in 'A. 5 cm; B. 6 cm', are allowed")
-    return {"choices": options}
+    return {"choices": options, "answer": _lettered(text(row, "answer"), options)}
+
+
+def _lettered(letter: str, options: Sequence[str]) -> str:
+    """An answer that is a letter, with the text of its option: the letter may be the text of another."""
+    place = ascii_uppercase.find(letter.strip())
+    return f"{letter.strip()}. {options[place]}" if len(letter.strip()) == 1 and 0 <= place < len(options) else letter
 
 
 def _literal(words: str, column: str) -> list[str]:
@@ -147,12 +159,16 @@ def _mmmu(row: Row) -> dict[str, Any]:
         "images": [held[number] for number in (*first, *numbers)],
         "answer": text(row, "answer"),
         "verifier": "choice",
+        "settings": {"letter_first": True},
     }
-    if is_open:
+    if not is_open:
+        made["answer"] = _lettered(made["answer"], made["choices"])
+    else:
         listed = made["answer"].startswith("[")
         golds = _literal(made["answer"], "answer") if listed else [made["answer"]]
         number = len(golds) == 1 and parse_quantity(golds[0]) is not None
         made |= {"answer": golds[0] if len(golds) == 1 else golds, "verifier": "math" if number else "text"}
+        made["settings"] = {"decimals": 2} if number else None
     return made
 
 
@@ -170,7 +186,8 @@ ADAPTERS: dict[str, Adapter] = {
     "mathverse": Adapter(
         ("question_type",), ("verifier",), _by_type("question_type", {"multi-choice": "choice", "free-form": "math"})
     ),
-    "wemath": Adapter(("option",), ("choices",), _wemath),
+    "mathvision": Adapter(("options",), ("settings",), _mathvision),
+    "wemath": Adapter(("option", "answer"), ("choices", "answer"), _wemath),
     "dynamath": Adapter(
         ("answer_type",),
         ("verifier",),
@@ -178,7 +195,7 @@ ADAPTERS: dict[str, Adapter] = {
     ),
     "mmmu": Adapter(
         ("question", "options", "answer", "question_type", *MMMU_IMAGES),
-        ("question", "choices", "images", "answer", "verifier"),
+        ("question", "choices", "images", "answer", "verifier", "settings"),
         _mmmu,
     ),
     "chartqa": Adapter(("answer",), ("verifier",), _chartqa),

@@ -1,7 +1,8 @@
 """Choice questions: the reply's last box names the right option, or all the right ones, by letter, text or value.
 
-Setting `nearest`: a box that names no option counts as the one whose text takes the fewest edits, as in MathVista,
-where no reply is unreadable. Not for training: any box then has a chance of being right.
+Settings: with `letter_first`, a bare letter is the option of that letter, even if it is the text of another. With
+`nearest`, a box that names no option counts as the one whose text takes the fewest edits, as in MathVista, where no
+reply is unreadable: not for training, since any box then has a chance of being right.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from spark_vl.records import BadRecordError, PromptRecord, Verdict
 from spark_vl.verifiers.base import settings_of
 from spark_vl.verifiers.text import edit_distance
 
-SETTINGS: dict[str, Any] = {"nearest": False}
+SETTINGS: dict[str, Any] = {"letter_first": False, "nearest": False}
 _MAX_NEAREST = 1000
 """Characters of a box that is compared with the options."""
 
@@ -29,13 +30,15 @@ def verify_choice(completion: str, record: PromptRecord) -> Verdict:
     boxed = last_boxed(completion)
     if boxed is None:
         return Verdict(0.0, None, "unparsable", "no box")
+    settings = settings_of(record)
+    letter_first = settings["letter_first"]
     if len(gold) > 1:
-        letters = match_choices(boxed, record.choices, letter_first=False)
+        letters = match_choices(boxed, record.choices, letter_first=letter_first)
     else:
-        letters = tuple(filter(None, [match_choice(boxed, record.choices)]))
+        letters = tuple(filter(None, [match_choice(boxed, record.choices, letter_first=letter_first)]))
         if not (letters or record.choices) and (words := _text(record)) and match_choice(boxed, (words,)):
             letters = gold
-    if not letters and record.choices and len(boxed) <= _MAX_NEAREST and settings_of(record)["nearest"]:
+    if not letters and record.choices and len(boxed) <= _MAX_NEAREST and settings["nearest"]:
         letters = (_nearest(plain(boxed), record.choices),)
     if not letters:
         return Verdict(0.0, None, "unparsable", f"the last box names no {'single ' if len(gold) == 1 else ''}choice")
