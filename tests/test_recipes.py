@@ -168,6 +168,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"filter": ["k"]}, "filter: found .*; allowed: a mapping of columns to values"),
         ({"filter": {"k": []}}, r"filter\.k: found \[\]; allowed: a text, a number"),
         ({"filter": {"k": {"a": 1}}}, r"filter\.k: found {'a': 1}; allowed: a text, a number"),
+        ({"filter": {"k": {"min": "1"}}}, r"filter\.k: found {'min': '1'}; allowed: a text, a number, .* or a range"),
         ({"columns": {"judgments": "pairwise"}, "filter": {"k": 1}}, "filter: does not apply to a judgment dataset"),
         ({"settings": []}, "settings: found .*; allowed: a mapping of verifiers to their settings"),
         ({"settings": {"numbr": {}}}, "settings: found 'numbr'; allowed: math, choice"),
@@ -878,6 +879,10 @@ KINDS = [{"k": "chart", "n": 1}, {"k": "map", "n": 2}, 5, {"k": "chart", "n": No
         ({"n": None}, [2, 3]),
         ({"k": None}, [2, 4]),
         ({"n": 2.0}, [1, 2]),
+        ({"n": {"min": 2}}, [1, 2, 5]),
+        ({"n": {"min": 1, "max": 2}}, [0, 1, 2, 4]),
+        ({"k": {"max": 4}}, [1, 2, 5]),  # characters, or items
+        ({"k": "chart", "n": {"max": 9.5}}, [0, 2]),
     ],
 )
 def test_a_filter_keeps_rows_by_their_values(problems, wanted, rows: list[int]) -> None:
@@ -905,6 +910,8 @@ def test_a_filter_that_leaves_nothing_says_what_there_is(problems) -> None:
         ValueError, match=r"^recipe mine: filter: none of 2 rows has in 'k' one of \['graph'\]; found: 'ch"
     ):
         problems(KINDS[0], KINDS[1], filter={"k": "graph"})
+    with pytest.raises(ValueError, match=r"none of 2 rows has in 'n' a value in Range\(min=3, max=inf\); found: 1, 2"):
+        problems(KINDS[0], KINDS[1], filter={"n": {"min": 3}})
     with pytest.raises(ValueError, match=r"source: no row has a column kind; the columns are q, a"):
         problems(KINDS[0], filter={"kind": "graph"})
 

@@ -25,7 +25,7 @@ from spark_vl.data.benchmarks import ADAPTERS, AdaptedRows
 from spark_vl.data.cells import answer, identifier, items, optional, options, text, type_name, unicode
 from spark_vl.data.images import ImageError, encode_pixels, image_in_text, image_path, load_image
 from spark_vl.data.judgments import record_of
-from spark_vl.data.recipes import Columns, JudgmentColumns, PreferenceColumns, Recipe, check_verifiers
+from spark_vl.data.recipes import Columns, JudgmentColumns, PreferenceColumns, Range, Recipe, check_verifiers
 from spark_vl.data.sources import (
     DEFAULT_LIMITS,
     PlacedRows,
@@ -387,7 +387,7 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
             yield row if isinstance(row, BadRecordError) else next(faults) or row
 
 
-def chosen_rows(rows: Rows, wanted: Mapping[str, tuple[Any, ...]]) -> Sequence[int]:
+def chosen_rows(rows: Rows, wanted: Mapping[str, tuple[Any, ...] | Range]) -> Sequence[int]:
     """The numbers of the rows that have one of the wanted values in each column. A row that cannot be read is among
     them: it is a bad row, not one that nobody wanted.
 
@@ -400,9 +400,8 @@ def chosen_rows(rows: Rows, wanted: Mapping[str, tuple[Any, ...]]) -> Sequence[i
         left = array("q", (i for i in chosen if cells[i] in values or (cells[i] is None and not _is_readable(rows, i))))
         if chosen and not left:
             found = ", ".join(islice(dict.fromkeys(f"{cells[i]!r:.40}" for i in chosen), 10))
-            raise ValueError(
-                f"filter: none of {len(chosen)} rows has in {column!r} one of {list(values)}; found: {found}"
-            )
+            allowed = f"a value in {values}" if isinstance(values, Range) else f"one of {list(values)}"
+            raise ValueError(f"filter: none of {len(chosen)} rows has in {column!r} {allowed}; found: {found}")
         chosen = left
     return chosen
 

@@ -79,6 +79,19 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Range:
+    """The cells that a filter `{min: 0.1, max: 0.9}` keeps: numbers in it, texts with so many characters, and lists
+    with so many items. A null, true and false are not in any."""
+
+    min: float = -inf
+    max: float = inf
+
+    def __contains__(self, cell: Any) -> bool:
+        value = len(cell) if isinstance(cell, str | list | tuple) else cell
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.min <= value <= self.max
+
+
+@dataclass(frozen=True)
 class JudgmentColumns:
     """The columns of a judgment dataset, which are fixed (`judgments.features`)."""
 
@@ -138,9 +151,10 @@ class Recipe:
     it is bad. None: the column holds the answer."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Verifier → its settings, such as `{number: {relative: 0.05}, iou: {coordinates: thousand}}`."""
-    filter: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    filter: Mapping[str, tuple[Any, ...] | Range] = field(default_factory=dict)
     """Column → the values that a row may have there; rows with another one are no part of the dataset. In a file, one
-    value or a list: `{subject: [algebra, geometry], has_image: true}`. Ids count all rows of the source."""
+    value, a list, or a range: `{subject: [algebra, geometry], has_image: true, pass_rate: {min: 0.1, max: 0.9}}`. Ids
+    count all rows of the source."""
     adapter: str | None = None
     """What turns the source's rows into rows with the columns that are named here: a name in `benchmarks.ADAPTERS`.
     None: they have them already."""
@@ -494,17 +508,26 @@ def _columns(where: str, raw: Any) -> AnyColumns:
     return JudgmentColumns(columns["judgments"])
 
 
-def _filter(where: str, raw: Any, columns: AnyColumns) -> dict[str, tuple[Any, ...]]:
+def _filter(where: str, raw: Any, columns: AnyColumns) -> dict[str, tuple[Any, ...] | Range]:
     if not isinstance(raw, dict) or not all(isinstance(column, str) for column in raw):
         raise ValueError(f"{where}: filter: found {_shown(raw)}; allowed: a mapping of columns to values")
     if raw and isinstance(columns, JudgmentColumns):
         raise ValueError(f"{where}: filter: does not apply to a judgment dataset; leave it out")
-    wanted = {column: tuple(value) if isinstance(value, list) else (value,) for column, value in raw.items()}
-    for column, values in wanted.items():
+    wanted: dict[str, tuple[Any, ...] | Range] = {}
+    for column, value in raw.items():
+        if _is_range(value):
+            wanted[column] = Range(**value)
+            continue
+        wanted[column] = values = tuple(value) if isinstance(value, list) else (value,)
         if not values or not all(isinstance(value, str | int | float | None) for value in values):
-            allowed = "a text, a number, true, false or null, or a list of them"
+            allowed = "a text, a number, true, false or null, a list of them, or a range {min: 0, max: 1}"
             raise ValueError(f"{where}: filter.{column}: found {_shown(raw[column])}; allowed: {allowed}")
     return wanted
+
+
+def _is_range(value: Any) -> bool:
+    bounds = value.values() if isinstance(value, dict) and value and set(value) <= {"min", "max"} else (None,)
+    return all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in bounds)
 
 
 def _source(where: str, raw: Any) -> Source:
