@@ -6,6 +6,7 @@ Those of a judgment dataset are prompts already, and become records of their own
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -127,6 +128,34 @@ class ProblemSet:
                 "such as %r in row %s",
                 *(recipe.name, split, len(self.renamed), len(rows), name, row),
             )
+        if recipe.exclude is not None:
+            self._exclude(Path(recipe.exclude), column)
+
+    def _exclude(self, file: Path, column: str | None) -> None:
+        """Leave out the rows whose ids stand in `file`."""
+        where = f"recipe {self.recipe.name}: exclude"
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: {file} cannot be read: {error}") from error
+        start = f"{self.recipe.name}/{self.split}/"
+        unwanted = {line.removeprefix(start) for line in lines if line.startswith(start)}
+        cells = [None] * len(self._rows) if column is None else list(read_column(self._rows, column))
+        left = array("q")
+        for number in self._chosen:
+            try:
+                name = self.renamed.get(number) or _name(cells[number], str(column), number, self._longest_id)
+            except ValueError:  # a bad row, which is said when it is drawn
+                name = f"#{number}"
+            if name in unwanted:
+                unwanted.discard(name)
+            else:
+                left.append(number)
+        if unwanted:
+            raise ValueError(f"{where}: {file}: no row has the id {start}{min(unwanted)}; the data may be another one")
+        if not left:
+            raise ValueError(f"{where}: {file}: leaves no row")
+        self._chosen = left
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -186,6 +215,7 @@ class ProblemSet:
             "image_placeholder": recipe.image_placeholder,
             "answer_after": recipe.answer_after,
             "filter": dict(recipe.filter),
+            "exclude": None if recipe.exclude is None else hashlib.sha256(bytes(array("q", self._chosen))).hexdigest(),
             "adapter": recipe.adapter,
             "tags": dict(recipe.tags),
         }

@@ -155,6 +155,9 @@ class Recipe:
     """Column → the values that a row may have there; rows with another one are no part of the dataset. In a file, one
     value, a list, or a range: `{subject: [algebra, geometry], has_image: true, pass_rate: {min: 0.1, max: 0.9}}`. Ids
     count all rows of the source."""
+    exclude: str | None = None
+    """File with ids of records, one a line, that are no part of the dataset, as `spark-vl recipes NAME --against
+    BENCHMARK --write FILE` makes it; those of other recipes and splits do not count."""
     adapter: str | None = None
     """What turns the source's rows into rows with the columns that are named here: a name in `benchmarks.ADAPTERS`.
     None: they have them already."""
@@ -332,8 +335,9 @@ def _filled(raw: dict[str, Any], query: str, where: str) -> dict[str, Any]:
 def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`raw` with its paths made absolute, relative ones from `folder`."""
     raw = dict(raw)
-    if isinstance(raw.get("media_root"), str):
-        raw["media_root"] = str(folder / Path(raw["media_root"]).expanduser())
+    for key in ("media_root", "exclude"):
+        if isinstance(raw.get(key), str):
+            raw[key] = str(folder / Path(raw[key]).expanduser())
     if isinstance(raw.get("source"), dict):
         raw["source"] = {
             kind: str(folder / Path(value).expanduser()) if kind in FILES and isinstance(value, str) else value
@@ -365,7 +369,7 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     columns = _columns(where, raw["columns"])
     optional = {
         key: _text(where, key, raw[key])
-        for key in ("media_root", "image_placeholder", "answer_after")
+        for key in ("media_root", "image_placeholder", "answer_after", "exclude")
         if raw.get(key) is not None
     }
     if isinstance(columns, JudgmentColumns) and optional:
