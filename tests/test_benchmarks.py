@@ -26,6 +26,7 @@ from spark_vl.evaluation.reward_benchmarks import Judgment
 from spark_vl.preview import preview
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
+from spark_vl.run.codec import record_from_json, record_to_json
 from spark_vl.verifiers import verify
 from spark_vl.verifiers.base import run_verifier
 from tests.conftest import make_record
@@ -184,7 +185,7 @@ def preferences(recipe: Recipe) -> PreferenceSet:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_benchmark_reads_its_schema(name: str, opened, pool) -> None:
+def test_a_benchmark_reads_its_schema(name: str, opened, pool, processor) -> None:
     problems, rows = opened(name), rows_of(name)
     assert 8 <= len(rows) <= 20
     assert set(rows[0]) == set(SCHEMAS[name])
@@ -192,10 +193,12 @@ def test_a_benchmark_reads_its_schema(name: str, opened, pool) -> None:
     for row in check(problems, pool):
         assert isinstance(row, PromptRecord), row
         check_gold(row)
-        assert row.images
+        assert len(processor.process(row).images) == len(row.images) > 0
         assert {tag for tag, _ in row.tags} == set(problems.recipe.tags)
         if not dict(row.settings).get("nearest"):
             assert run_verifier(r"\boxed{no such answer}", row).score == 0
+        kept = record_from_json(json.loads(json.dumps(record_to_json(row))))
+        assert (kept.tags, kept.settings) == (row.tags, row.settings)  # so that samples are scored again alike
     assert len({record.id for record in problems}) == len(rows)
     assert "settings" not in problems.unused
     assert problems.fingerprint["digest"] == opened(name).fingerprint["digest"]
@@ -215,6 +218,7 @@ def test_every_adapter_has_a_recipe_and_every_revision_can_be_pinned() -> None:
     [
         ("mathvista", 0, ("1.2", "number", {"decimals": 1})),
         ("mathvista", 2, ("5", "number", {"truncate": True})),
+        ("mathvista", 8, ("A", "choice", {"letter_first": True, "nearest": True})),
         ("mathvista", 4, ("D", "choice", {"letter_first": True, "nearest": True})),
         ("mathvista", 5, ("[2004, 2008]", "list", {})),
         ("mathverse", 0, ("C", "choice", {})),
@@ -296,6 +300,11 @@ def test_lists_that_are_texts_of_python_are_not_run(options: str) -> None:
     [
         ("mathvista", {"answer_type": "float", "question_type": "free_form", "precision": None}, "'precision' is null"),
         ("mathvista", {"answer_type": "tuple", "question_type": "free_form"}, "'answer_type' is 'tuple'; allowed: int"),
+        (
+            "mathvista",
+            {"answer_type": "text", "question_type": "multi_choice", "choices": ["a", "b"], "answer": "c"},
+            "the answer 'c' is none of the options",
+        ),
         ("mathverse", {"question_type": "proof"}, "'question_type' is 'proof'; allowed: multi-choice, free-form"),
         (
             "mmmu",
@@ -356,6 +365,10 @@ def test_settings_of_a_row_are_checked_and_replace_those_of_the_recipe(tmp_path:
         ("mathvista", 6, "No, it is not", 1),
         ("mathvista", 5, "[2004, 2008]", 1),
         ("mathvista", 5, "[2008, 2004]", 0),
+        # Which letter is marked? (A) B (B) A (C) C: a bare letter is that of the option
+        ("mathvista", 8, "A", 1),
+        ("mathvista", 8, "B", 0),
+        ("mathvista", 8, "(A) B", 1),
         # MathVerse
         ("mathverse", 4, "C", 1),
         ("mathverse", 4, "60°", 0),

@@ -75,12 +75,20 @@ def _mathvista(row: Row) -> dict[str, Any]:
     decimals, a list. See `evaluation/calculate_score.py` of the benchmark."""
     kind = text(row, "answer_type")
     if text(row, "question_type") == "multi_choice":
-        return {"verifier": "choice", "settings": {"letter_first": True, "nearest": True}}
+        gold, options = text(row, "answer"), items(cell(row, "choices"))
+        if gold not in options:
+            raise ValueError(f"the answer {gold!r:.80} is none of the options {options!r:.200}")
+        letter = ascii_uppercase[options.index(gold)]  # the text may be the letter of another option
+        return {
+            "answer": f"{letter}. {gold}",
+            "verifier": "choice",
+            "settings": {"letter_first": True, "nearest": True},
+        }
     if kind == "float":
         precision = cell(row, "precision")
         if not isinstance(precision, int | float) or not 1 <= precision <= 10 or precision != int(precision):
             raise ValueError(f"'precision' is {type_name(precision)}; a whole number from 1 to 10 is allowed")
-        return {"verifier": "number", "settings": {"decimals": int(precision)}}
+        return {"answer": row.get("answer"), "verifier": "number", "settings": {"decimals": int(precision)}}
     rules: dict[str, dict[str, Any]] = {
         "integer": {"verifier": "number", "settings": {"truncate": True}},
         "list": {"verifier": "list", "settings": None},
@@ -88,7 +96,7 @@ def _mathvista(row: Row) -> dict[str, Any]:
     }
     if kind not in rules:
         raise ValueError(f"'answer_type' is {kind!r:.80}; allowed: integer, float, list, text")
-    return rules[kind]
+    return {"answer": row.get("answer"), **rules[kind]}
 
 
 def _mathvision(row: Row) -> dict[str, Any]:
@@ -182,7 +190,11 @@ def _chartqa(row: Row) -> dict[str, Any]:
 
 
 ADAPTERS: dict[str, Adapter] = {
-    "mathvista": Adapter(("question_type", "answer_type", "precision"), ("verifier", "settings"), _mathvista),
+    "mathvista": Adapter(
+        ("question_type", "answer_type", "precision", "choices", "answer"),
+        ("answer", "verifier", "settings"),
+        _mathvista,
+    ),
     "mathverse": Adapter(
         ("question_type",), ("verifier",), _by_type("question_type", {"multi-choice": "choice", "free-form": "math"})
     ),
