@@ -37,7 +37,7 @@ from spark_vl.config_cli import Parser, add_config_arguments, instantiate, shape
 from spark_vl.data.recipes import load_recipes
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
-from spark_vl.preview import preview
+from spark_vl.preview import duplicates, preview
 from spark_vl.prompts import Templater
 from spark_vl.records import KINDS, visible
 from spark_vl.run.paths import CONFIG, model_folder
@@ -122,6 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="print them as the model of model.path gets them, chat template and special tokens included",
     )
+    recipes_parser.add_argument(
+        "--against", metavar="A,B", help="print the rows that these benchmarks ask, too: same question and images"
+    )
+    recipes_parser.add_argument(
+        "--write", metavar="FILE", help="with --against: write their ids, for exclude in a recipe"
+    )
     add_settings(recipes_parser, "recipes", TrainConfig)
 
     parsers = {"train": train_parser, "eval": eval_parser, "recycle": recycle_parser, "publish": publish_parser}
@@ -178,6 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "publish":
                 publish(command.what, command[command.what])
             case "recipes":
+                if command.against is not None or command.write is not None:
+                    if command.name is None or command.against is None:
+                        raise ConfigError("--against and --write need a NAME, and --write needs --against")
+                    parser.exit(not duplicates(command.name, command.split, command.against.split(","), command.write))
                 settings = instantiate(recipes_parser, command, TrainConfig)
                 if not preview(command.name, command.split, command.show, settings, render=command.render):
                     parser.exit(1)
