@@ -366,6 +366,37 @@ class EvalConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """Answers judged by a model."""
+
+    output: str = "judged.jsonl"
+    """File that gets one line of JSON for each row, beginning with one of the settings. Rows that it holds already are
+    not asked again."""
+    media_root: str | None = None
+    """Folder that image paths are relative to and cannot leave; null: that of the rows."""
+    seed: NonNegativeInt = 0
+    """Of sampled judgments."""
+    rows_at_once: PositiveInt = 64
+    """Rows that are sampled together, and then written together: what is lost when the command is killed."""
+    samples: PositiveInt = 1
+    """Judgments of each answer, and of each order of a pair. 1: greedy, so that the verdict is always the same. More:
+    sampled at `rollout.temperature`."""
+    probability: Literal["labels", "votes"] = "labels"
+    """`labels`: that of the label behind the judgment's reasoning, among the two labels, averaged over the samples; it
+    costs one more forward pass. `votes`: the share of the samples that say so."""
+    pointwise_template: str | None = None
+    """Name of the template that asks about one answer; null: the first that asks for Yes or No."""
+    pairwise_template: str | None = None
+    """Name of the template that asks about two; null: the first."""
+    max_prompt_tokens: PositiveInt = DataConfig.max_prompt_tokens
+    """Rows whose prompt is longer are not judged, and counted."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """If nothing here is set, a model that a run has saved is asked in the words that it was trained on."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+@dataclass
 class OfflineConfig:
     """Recycling without a model, from the rollouts that a run wrote down."""
 
@@ -481,6 +512,7 @@ __all__ = [
     "DistributedConfig",
     "EvalConfig",
     "EvaluationConfig",
+    "JudgeConfig",
     "Kind",
     "LoggingConfig",
     "LoraConfig",

@@ -231,7 +231,7 @@ class ProblemSet:
         if choices and not _shows(question, choices):
             lettered = zip(ascii_uppercase, choices, strict=False)
             question += "".join(f"\n{letter}. {option}" for letter, option in lettered)
-        content = self._content(question, self._images(row))
+        content = place_images(question, self._images(row), recipe.image_placeholder)
         return PromptRecord(
             id=record_id,
             kind="problem",
@@ -252,51 +252,62 @@ class ProblemSet:
         images = items(optional(row, column))
         if column is not None:
             self._limits.check({column: images}, column)  # a list that was the text of one
-        return [self._image(item) for item in images]
+        return [image_of(item, self.root, column) for item in images]
 
-    def _image(self, item: Any) -> ImageRef:
-        match item:
-            case bytes() | bytearray() | memoryview() | {"bytes": bytes() | bytearray() | memoryview()}:
-                return ImageRef(data=bytes(item["bytes"] if isinstance(item, Mapping) else item))
-            case Image():
-                return ImageRef(data=encode_pixels(item))
-            case {"bytes": str(text)}:
-                if (data := image_in_text(text)) is None:
-                    raise ValueError(f"the bytes of an image are the text {text!r:.60}, which is not base64")
+
+def image_of(item: Any, root: Path | None, name: str | None) -> ImageRef:
+    """The image that a cell holds: bytes, a path, base64, a data URL, a mapping of bytes and path, or one of Pillow.
+
+    Args:
+        root: folder that paths are relative to and cannot leave; None: paths are refused.
+        name: of the column.
+
+    Raises:
+        ValueError: it is none of these. Files are looked for, but not opened.
+    """
+    match item:
+        case bytes() | bytearray() | memoryview() | {"bytes": bytes() | bytearray() | memoryview()}:
+            return ImageRef(data=bytes(item["bytes"] if isinstance(item, Mapping) else item))
+        case Image():
+            return ImageRef(data=encode_pixels(item))
+        case {"bytes": str(text)}:
+            if (data := image_in_text(text)) is None:
+                raise ValueError(f"the bytes of an image are the text {text!r:.60}, which is not base64")
+            return ImageRef(data=data)
+        case str(path) | {"bytes": None, "path": str(path)} | {"path": str(path)}:
+            if (data := image_in_text(path)) is not None:
                 return ImageRef(data=data)
-            case str(path) | {"bytes": None, "path": str(path)} | {"path": str(path)}:
-                if (data := image_in_text(path)) is not None:
-                    return ImageRef(data=data)
-            case _:
-                raise ValueError(
-                    f"an image is {type_name(item)}; allowed are bytes, a path, base64, a data URL, a mapping of bytes "
-                    "and path, or an image of Pillow"
-                )
-        unicode(path, str(self.recipe.columns.images))
-        if self.root is None:
+        case _:
             raise ValueError(
-                f"an image is the path {path!r:.100}, but the recipe has no media_root that paths are relative to"
+                f"an image is {type_name(item)}; allowed are bytes, a path, base64, a data URL, a mapping of bytes "
+                "and path, or an image of Pillow"
             )
-        if Path(path).is_absolute():
-            path = _below(path, self.root)
-        ref = ImageRef(path=path, root=str(self.root))
-        image_path(ref)
-        return ref
+    unicode(path, str(name))
+    if root is None:
+        raise ValueError(f"an image is the path {path!r:.100}, but there is no media_root that paths are relative to")
+    if Path(path).is_absolute():
+        path = _below(path, root)
+    ref = ImageRef(path=path, root=str(root))
+    image_path(ref)
+    return ref
 
-    def _content(self, question: str, images: list[ImageRef]) -> Content:
-        pieces = question.split(self.recipe.image_placeholder)
-        if len(pieces) == 1:
-            return (*images, question)
-        if not any(piece.strip() for piece in pieces):
-            raise ValueError("the question has no words")
-        if len(pieces) != len(images) + 1:
-            raise ValueError(
-                f"the question has {len(pieces) - 1} placeholders {self.recipe.image_placeholder!r} "
-                f"for {len(images)} images"
-            )
-        between: list[str | ImageRef] = [*images, ""]
-        content = [part for pair in zip(pieces, between, strict=True) for part in pair]
-        return tuple(part for part in content if part != "")
+
+def place_images(question: str, images: Sequence[ImageRef], placeholder: str = "<image>") -> Content:
+    """`question` with each image where a placeholder stands for it; without placeholders, images go first.
+
+    Raises:
+        ValueError: there are more placeholders than images, or fewer, or nothing else.
+    """
+    pieces = question.split(placeholder)
+    if len(pieces) == 1:
+        return (*images, question)
+    if not any(piece.strip() for piece in pieces):
+        raise ValueError("the question has no words")
+    if len(pieces) != len(images) + 1:
+        raise ValueError(f"the question has {len(pieces) - 1} placeholders {placeholder!r} for {len(images)} images")
+    between: list[str | ImageRef] = [*images, ""]
+    content = [part for pair in zip(pieces, between, strict=True) for part in pair]
+    return tuple(part for part in content if part != "")
 
 
 def data_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
