@@ -231,6 +231,8 @@ class ProblemSet:
         if choices and not _shows(question, choices):
             lettered = zip(ascii_uppercase, choices, strict=False)
             question += "".join(f"\n{letter}. {option}" for letter, option in lettered)
+        if not question.replace(recipe.image_placeholder, "").strip():
+            raise ValueError("the question has no words")
         content = place_images(question, self._images(row), recipe.image_placeholder)
         return PromptRecord(
             id=record_id,
@@ -292,19 +294,17 @@ def image_of(item: Any, root: Path | None, name: str | None) -> ImageRef:
     return ref
 
 
-def place_images(question: str, images: Sequence[ImageRef], placeholder: str = "<image>") -> Content:
-    """`question` with each image where a placeholder stands for it; without placeholders, images go first.
+def place_images(text: str, images: Sequence[ImageRef], placeholder: str = "<image>") -> Content:
+    """`text` with each image where a placeholder stands for it; without placeholders, images go first.
 
     Raises:
-        ValueError: there are more placeholders than images, or fewer, or nothing else.
+        ValueError: there are more placeholders than images, or fewer.
     """
-    pieces = question.split(placeholder)
+    pieces = text.split(placeholder)
     if len(pieces) == 1:
-        return (*images, question)
-    if not any(piece.strip() for piece in pieces):
-        raise ValueError("the question has no words")
+        return (*images, text)
     if len(pieces) != len(images) + 1:
-        raise ValueError(f"the question has {len(pieces) - 1} placeholders {placeholder!r} for {len(images)} images")
+        raise ValueError(f"the text has {len(pieces) - 1} placeholders {placeholder!r} for {len(images)} images")
     between: list[str | ImageRef] = [*images, ""]
     content = [part for pair in zip(pieces, between, strict=True) for part in pair]
     return tuple(part for part in content if part != "")
