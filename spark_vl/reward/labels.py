@@ -76,8 +76,8 @@ def _place(reply: str, labels: tuple[str, ...]) -> tuple[int, int] | None:
     if label is None or box is None:
         return None
     written = re.compile(rf"(?<![A-Za-z]){re.escape(label)}(?![A-Za-z])", re.IGNORECASE)
-    found = [match.span() for match in written.finditer(reply, *box)]
-    return found[-1] if found else None
+    found = written.search(reply, *box)
+    return found and found.span()
 
 
 def _like(said: str, label: str) -> str:
