@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the table below, for type checkers
     from spark_vl.config import PublishConfig as PublishConfig
     from spark_vl.config import RecycleConfig as RecycleConfig
     from spark_vl.config import RolloutConfig as RolloutConfig
+    from spark_vl.config import SelfJudgeConfig as SelfJudgeConfig
     from spark_vl.config import TrainConfig as TrainConfig
     from spark_vl.config import VerifierConfig as VerifierConfig
     from spark_vl.config_cli import parse_train_config as parse_train_config
@@ -64,7 +65,7 @@ PUBLIC = {
         "spark_vl.config": """
             CheckpointConfig DataConfig DistributedConfig EvalConfig EvaluationConfig JudgeConfig LoggingConfig
             LoraConfig ModelConfig ObjectiveConfig OptimizerConfig PromptConfig PublishConfig RecycleConfig
-            RolloutConfig TrainConfig VerifierConfig""",
+            RolloutConfig SelfJudgeConfig TrainConfig VerifierConfig""",
         "spark_vl.config_cli": "parse_train_config",
         "spark_vl.cli": "train",
         "spark_vl.setup": "load_trainer",

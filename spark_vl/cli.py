@@ -195,6 +195,7 @@ def train(
     config.model.path = model_folder(config.model.path)
     _check_recipes("data.recipes", config.data.recipes, "train")
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
+    _check_recipes("self_judge.recipes", config.self_judge.recipes, config.self_judge.split)
     Templater.from_config(config.prompts)  # a mistake there is found before anything heavy is loaded
     _warn_without_box(config.prompts)
 

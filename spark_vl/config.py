@@ -193,6 +193,32 @@ class RecycleConfig:
 
 
 @dataclass
+class SelfJudgeConfig:
+    """Problems without a right answer (`verifier: self_judge` in a recipe): the policy that is trained judges its own
+    completions, and is rewarded with its verdict."""
+
+    recipes: list[str] = field(default_factory=list)
+    """Verified problems that are not trained on, which tell how well the policy judges. Needed where a recipe of
+    `data.recipes` has prompts that are self-judged."""
+    split: str = "validation"
+    problems: PositiveInt = 64
+    """Held-out problems, drawn with a fixed seed."""
+    samples: PositiveInt = 4
+    """Completions of each of them. One right and one wrong answer to each problem, if there are both, are judged."""
+    every: PositiveInt = 10
+    """Steps between two measurements; the first is before the first step."""
+    min_accuracy: ClosedUnitInterval = 0.75
+    """Balanced accuracy on the answers to held-out problems from which on the policy is believed. Below it, and where
+    it cannot be measured, because all these answers are right or all are wrong, self-judged prompts are left out. A
+    coin has 0.5."""
+    ask: Literal["pointwise", "pairwise"] = "pointwise"
+    """`pointwise`: each distinct answer of a group is judged alone, and its reward is the share of votes for it.
+    `pairwise`: each is compared with each in both orders, and its reward is the mean share of votes over the others."""
+    votes: PositiveInt = 4
+    """Judgments of each answer, or of each order of a pair, sampled as completions are."""
+
+
+@dataclass
 class ObjectiveConfig:
     """What the update maximizes."""
 
@@ -339,6 +365,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     recycle: RecycleConfig = field(default_factory=RecycleConfig)
+    self_judge: SelfJudgeConfig = field(default_factory=SelfJudgeConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -524,6 +551,7 @@ __all__ = [
     "PublishConfig",
     "RecycleConfig",
     "RolloutConfig",
+    "SelfJudgeConfig",
     "TrainConfig",
     "VerifierConfig",
     "blamed_on",

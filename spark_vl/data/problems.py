@@ -39,7 +39,7 @@ from spark_vl.data.sources import (
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
-from spark_vl.verifiers.base import one_of, public_name
+from spark_vl.verifiers.base import SELF_JUDGE, one_of, public_name
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +104,9 @@ class ProblemSet:
             self._chosen = _chosen(rows, recipe.filter)
         except ValueError as error:
             raise ValueError(f"recipe {recipe.name}: {error}") from error
-        self.verifiers = recipe.own_verifiers | VERIFIERS.keys()
-        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only what the
-        recipe itself names."""
+        self.verifiers = recipe.own_verifiers | {*VERIFIERS, SELF_JUDGE}
+        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS` and `SELF_JUDGE`,
+        only what the recipe itself names."""
         column = recipe.columns.id
         # A run adds to the id of a problem what it made of it, and that to what somebody makes of its judgments.
         self._longest_id = 4000 if isinstance(recipe.columns, JudgmentColumns) else 1000
@@ -210,7 +210,11 @@ class ProblemSet:
                 neutralize=self._templater.neutralize,
             )
         question = text(row, columns.question).strip()
-        gold = _gold(answer(row, columns.answer), recipe.answer_after)
+        named = optional(row, columns.verifier)
+        if named is None:
+            named = recipe.verifier_of(self.split)
+        without_gold = named == SELF_JUDGE  # its answer is not looked at
+        gold = "" if without_gold else _gold(answer(row, str(columns.answer)), recipe.answer_after)
         choices = () if optional(row, columns.choices) is None else options(row, str(columns.choices))
         default = recipe.verifier_of(self.split)
         if columns.verifier is not None and optional(row, columns.verifier) is not None:
@@ -218,14 +222,14 @@ class ProblemSet:
             if (verifier := one_of(named, self.verifiers)) is None:
                 allowed = ", ".join(sorted(map(public_name, self.verifiers)))
                 raise ValueError(f"{columns.verifier!r} is {named!r:.200}; allowed: null, {allowed}")
-        elif choices or (default == "math" and _is_lettered(question, gold)):
+        elif (choices and not without_gold) or (default == "math" and _is_lettered(question, gold)):
             verifier = "choice"
         else:
             if default is None:
                 raise ValueError(f"{columns.verifier!r} is null, and the recipe has no verifier")
             verifier = default
         if verifier == "choice":
-            text(row, columns.answer)  # a number may count the options from 0 or from 1
+            text(row, str(columns.answer))  # a number may count the options from 0 or from 1
             letters = _letters(gold, choices)
             gold = letters if choices or len(letters) > 1 else plain(gold)
         if choices and not _shows(question, choices):
@@ -343,9 +347,10 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
                 record = problems[index]
                 sizes = [load_image(ref).size for ref in record.images]
                 image_sizes = tuple(ImageSize(size, size) for size in sizes)
-                sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
                 rows.append(record)
-                places.append(index)
+                if record.verifier != SELF_JUDGE:
+                    sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
+                    places.append(index)
             except ImageError as error:
                 rows.append(problems.placed(BadRecordError(record.id, str(error)), index))
             except BadRecordError as error:
@@ -353,7 +358,8 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
         found = zip(check_golds(verifiers, sized), places, strict=True)
         faults = iter([fault and problems.placed(fault, index) for fault, index in found])
         for row in rows:
-            yield row if isinstance(row, BadRecordError) else next(faults) or row
+            has_gold = not isinstance(row, BadRecordError) and row.verifier != SELF_JUDGE
+            yield (next(faults) or row) if has_gold else row
 
 
 def _chosen(rows: Rows, wanted: Mapping[str, tuple[Any, ...]]) -> Sequence[int]:

@@ -3,6 +3,16 @@
 from spark_vl.reward.judge import GenerativeReward
 from spark_vl.reward.judgment import Judgment, Ranking, Reply
 from spark_vl.reward.lines import judge_file
+from spark_vl.reward.self_judge import Measurement, SelfJudge
 from spark_vl.reward.trl import JudgeReward
 
-__all__ = ["GenerativeReward", "JudgeReward", "Judgment", "Ranking", "Reply", "judge_file"]
+__all__ = [
+    "GenerativeReward",
+    "JudgeReward",
+    "Judgment",
+    "Measurement",
+    "Ranking",
+    "Reply",
+    "SelfJudge",
+    "judge_file",
+]

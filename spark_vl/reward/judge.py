@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -194,7 +195,7 @@ class GenerativeReward:
             ValueError: question and images do not go together, or the lists differ in length.
         """
         rows = _rows(question, images, answer)
-        judged = self.judge([self.ask_pointwise(*row) for row in rows])
+        judged = self._judge([self.ask_pointwise(*row) for row in rows])
         return judged if isinstance(question, list) else judged[0]
 
     @overload
@@ -213,7 +214,7 @@ class GenerativeReward:
             BadRecordError, ValueError: see `pointwise`.
         """
         rows = _rows(question, images, a, b)
-        judged = self.judge([self.ask_pairwise(*row) for row in rows])
+        judged = self._judge([self.ask_pairwise(*row) for row in rows])
         return judged if isinstance(question, list) else judged[0]
 
     @overload
@@ -254,7 +255,7 @@ class GenerativeReward:
                 asked += [self.ask_pairwise(q, shown, given[i], given[j]) for i, j in pairs(len(given))]
             else:
                 asked += [self.ask_pointwise(q, shown, answer) for answer in given]
-        judged = iter(self.judge(asked))
+        judged = iter(self._judge(asked))
         rankings = []
         for _, _, given in rows:
             n = len(given)
@@ -328,16 +329,23 @@ class GenerativeReward:
         ]
         return self._process("pairwise", content, rendered)
 
-    def judge(self, asked: Sequence[Asked]) -> list[Judgment]:
-        """The judgment of each of `asked`, which are sampled together."""
+    def judge(self, asked: Sequence[Asked], *, seed: int | None = None) -> list[Judgment]:
+        """The judgment of each of `asked`, which are sampled together.
+
+        Args:
+            seed: in place of that of `sampling`.
+        """
         prompts = [prompt for each in asked for prompt in each]
-        groups = self.engine.generate(prompts, self.samples, self.sampling) if prompts else []
-        sampled = [
-            (prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group.rollouts
-        ]
-        replies = iter(self._read(sampled))
-        self.processor.forget_images()
+        sampling = self.sampling if seed is None else replace(self.sampling, seed=seed)
+        both = zip(prompts, self.engine.generate(prompts, self.samples, sampling), strict=True)
+        replies = iter(self._read([(prompt, rollout) for prompt, group in both for rollout in group.rollouts]))
         return [Judgment(tuple(tuple(next(replies) for _ in range(self.samples)) for _ in each)) for each in asked]
+
+    def _judge(self, asked: Sequence[Asked]) -> list[Judgment]:
+        """As `judge`; the images are not needed any more."""
+        judged = self.judge(asked)
+        self.processor.forget_images()
+        return judged
 
     def _read(self, sampled: Sequence[tuple[ProcessedPrompt, Rollout]]) -> list[Reply]:
         """Each reply with its label, and the probability of it."""

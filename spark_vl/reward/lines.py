@@ -79,6 +79,7 @@ def judge_file(
                 head |= {"status": "error", "error": f"{error}"[:500]}
             written.append(head)
         judged = iter(judge.judge(asked))
+        judge.processor.forget_images()
         for head in written:
             if "kind" in head:
                 head |= _facts(next(judged))

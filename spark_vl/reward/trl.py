@@ -56,6 +56,7 @@ class JudgeReward:
             except BadRecordError as error:
                 logger.warning("judge reward: a completion is not judged: %s", error)
         judged = dict(zip(asked, self.judge.judge(list(asked.values())), strict=True))
+        self.judge.processor.forget_images()
         if unread := sum(judgment.status == "unparsable" for judgment in judged.values()):
             logger.warning("judge reward: %d of %d judgments give no verdict", unread, len(judged))
         return [judged[i].probability if i in judged else None for i in range(len(completions))]

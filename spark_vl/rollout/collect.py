@@ -5,17 +5,30 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from accelerate import Accelerator
 
+from spark_vl.config import ConfigError
 from spark_vl.distributed.gather import any_process
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import Scored
-from spark_vl.records import KINDS, Kind, RecycledRecord
+from spark_vl.records import KINDS, Kind, RecycledRecord, RolloutGroup
 from spark_vl.rollout.engine import RolloutEngine, Sampling
+from spark_vl.verifiers.base import SELF_JUDGE
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
+
+
+class SelfJudging(Protocol):
+    """Rewards completions of prompts without a right answer."""
+
+    def is_allowed(self) -> bool:
+        """Whether such prompts are sampled now. Collective."""
+
+    def verified(self, groups: Sequence[RolloutGroup], *, seed: str) -> list[RolloutGroup]:
+        """`groups` with verdicts of the policy's own. Collective."""
 
 
 @dataclass(kw_only=True)
@@ -33,16 +46,40 @@ class Collector:
     """Completions per prompt, G."""
     refill_rounds: Mapping[str, int]
     """See `ObjectiveConfig`."""
+    self_judge: SelfJudging | None = None
+    """For prompts whose verifier is `SELF_JUDGE`; None: there are none."""
 
     def sample_and_verify(self, prompts: Sequence[ProcessedPrompt], *, seed: str) -> list[Scored]:
-        """Each prompt with its group of G completions and their verdicts. Collective."""
+        """Each prompt with its group of G completions and their verdicts. Collective.
+
+        Prompts that the policy judges itself are left out while it is not allowed to.
+
+        Raises:
+            ConfigError: there are such prompts, and nothing that judges them.
+        """
+        if self.self_judge is None:
+            if lost := [prompt.record.id for prompt in prompts if _is_self_judged(prompt)]:
+                raise ConfigError(
+                    f"self_judge.recipes: is empty, and {lost[0]} has the verifier {SELF_JUDGE}; name a recipe of "
+                    "verified problems, which tell how well the policy judges"
+                )
+        elif not self.self_judge.is_allowed():
+            left = [prompt for prompt in prompts if not _is_self_judged(prompt)]
+            self.log.count("self_judge", {"left_out": len(prompts) - len(left)})
+            prompts = left
         sampling = replace(self.sampling, seed=zlib.crc32(seed.encode()))
         with self.log.timed("generate"), self.accelerator.autocast():
             advance = self.log.progress("sampling", len(prompts) * self.n)
             groups = self.engine.generate(prompts, self.n, sampling, advance)
         with self.log.timed("verify"):
             self.log.phase("verifying")
-            groups = verify_groups(self.verifiers, groups, sampling.max_new_tokens)
+            own = [group for group in groups if _is_self_judged(group)]
+            others = [group for group in groups if not _is_self_judged(group)]
+            verified = iter(verify_groups(self.verifiers, others, sampling.max_new_tokens))
+        if self.self_judge:
+            with self.log.timed("self_judge"), self.accelerator.autocast():
+                judged = iter(self.self_judge.verified(own, seed=seed))
+        groups = [next(judged if _is_self_judged(group) else verified) for group in groups]
         self.log.verified(groups)
         return list(zip(prompts, groups, strict=True))
 
@@ -76,6 +113,10 @@ class Collector:
                         for i, j in zip(old, new, strict=True):
                             chosen[i] = fresh[j]
         return sampled, chosen
+
+
+def _is_self_judged(of: ProcessedPrompt | RolloutGroup) -> bool:
+    return of.record.verifier == SELF_JUDGE
 
 
 def _units(scored: Sequence[Scored], kind: Kind) -> list[list[int]]:
