@@ -111,10 +111,16 @@ class _Rows:
 
 class _HalfRows(_Rows):
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = super().__getitem__(index)
-        if self.split == "train" and index % 2:
-            return row | {"answer": None, "verifier": SELF_JUDGE}
-        return row | {"verifier": "number"}
+        verifier = self._verifier(index % len(self))
+        row = super().__getitem__(index) | {"verifier": verifier}
+        return row | {"answer": None} if verifier == SELF_JUDGE else row
+
+    def column(self, name: str) -> Iterator[Any]:
+        """See `_Rows.column`."""
+        return map(self._verifier, range(len(self))) if name == "verifier" else super().column(name)
+
+    def _verifier(self, index: int) -> str:
+        return SELF_JUDGE if self.split == "train" and index % 2 else "number"
 
 
 @cache
