@@ -40,7 +40,7 @@ def spark_vl(folder: Path, *arguments: str, module: bool = False) -> tuple[int, 
     return run.returncode, output, run.stderr, HEAVY & set(loaded.split())
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "recipes", "show", "doctor", "estimate"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "judge", "recipes", "show", "doctor", "estimate"])
 def test_help_loads_nothing_heavy(tmp_path, command):
     status, output, _, loaded = spark_vl(tmp_path, *command.split(), "--help")
     assert (status, loaded) == (0, set())
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
         (("recipes", "no_rows.yaml"), "recipe no_rows: source: no file 'train.jsonl'"),
         (("recipes", "no_rows.yaml", "--split=test"), "recipe no_rows: splits: test: 'empty.jsonl' has no rows"),
         (("trian",), "invalid choice: 'trian'"),
-        ((), "{train,eval,recycle,publish,recipes, ..."),
+        ((), "{train,eval,judge,recycle,publish, ..."),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_loaded_or_written(tmp_path, arguments, message):
