@@ -85,6 +85,7 @@ class SelfJudge(Sink):
         self.judge, self.held_out, self.last = judge, held_out, last
         self.sampling, self.config, self.log, self.seed = sampling, config, log, seed
         # Measures: all processes ask the same.
+        self._accelerator = accelerator
         self._together = copy(judge)
         self._together.engine = DistributedEngine(judge.engine, accelerator)
         self._verifiers = DistributedVerifiers(verifiers, accelerator)
@@ -113,7 +114,8 @@ class SelfJudge(Sink):
         self.log.phase("measuring the judge")
         sampling = replace(self.sampling, seed=_crc(f"{self.seed}/self_judge/{step}"))
         prompts = [self.judge.processor.process(record) for record in self.held_out]
-        groups = self._together.engine.generate(prompts, self.config.samples, sampling)
+        with self._accelerator.autocast():
+            groups = self._together.engine.generate(prompts, self.config.samples, sampling)
         rollouts = [(rollout.answer_text, group.record) for group in groups for rollout in group.rollouts]
         verdicts = iter(self._verifiers.verify(rollouts))
         asked: list[Asked] = []
@@ -128,8 +130,10 @@ class SelfJudge(Sink):
                 if found := self._ask(group.record, answers):
                     asked.append(found)
                     truths.append(truth)
+        with self._accelerator.autocast():
+            judged = self._together.judge(asked, seed=sampling.seed)
         credit: dict[bool, list[float]] = {truth: [] for truth in truths}
-        for truth, judgment in zip(truths, self._together.judge(asked, seed=sampling.seed), strict=True):
+        for truth, judgment in zip(truths, judged, strict=True):
             credit[truth].append(_credit(judgment.probability, truth))
         sides = 1 if self.config.ask == "pairwise" else 2
         self.last.accuracy = fmean(map(fmean, credit.values())) if len(credit) == sides else None
