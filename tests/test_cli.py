@@ -41,7 +41,7 @@ def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", "train", "eval", "recipes", "show", "doctor", "estimate"])
+@pytest.mark.parametrize("name", ["", "train", "eval", "judge", "recipes", "show", "doctor", "estimate"])
 def test_help_loads_nothing_heavy(spark_vl, tmp_path, name):
     status, output, _, loaded = spark_vl(tmp_path, *name.split(), "--help")
     assert (status, loaded) == (0, set())
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_is_none_is_named(capsys, tmp_path):
         (("recipes", "no_rows.yaml"), "recipe no_rows: source: no file 'train.jsonl'"),
         (("recipes", "no_rows.yaml", "--split=test"), "recipe no_rows: splits: test: 'empty.jsonl' has no rows"),
         (("trian",), "invalid choice: 'trian'"),
-        ((), "{train,eval,recycle,publish,recipes, ..."),
+        ((), "{train,eval,judge,recycle,publish, ..."),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_loaded_or_written(spark_vl, tmp_path, arguments, message):

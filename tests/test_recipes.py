@@ -483,9 +483,9 @@ def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
     rows = [{"v": "spark_vl.verifiers.number:verify_number"}, {"v": "os:system"}, {"v": "number"}]
     opened = problems(*rows, verifier="spark_vl.verifiers.number:verify_number")
     assert [opened[0].verifier, opened[2].verifier] == ["spark_vl.verifiers.number:verify_number", "number"]
-    allowed = ", ".join(sorted({*VERIFIERS, "spark_vl.verifiers.number:verify_number"}))
+    allowed = ", ".join(sorted({*VERIFIERS, "self_judge", "spark_vl.verifiers.number:verify_number"}))
     assert reason(opened, 1).startswith(f"'v' is 'os:system'; allowed: null, {allowed}")
-    assert reason(problems(*rows)).endswith(f"allowed: null, {', '.join(sorted(VERIFIERS))}")
+    assert reason(problems(*rows)).endswith(f"allowed: null, {', '.join(sorted({*VERIFIERS, 'self_judge'}))}")
 
 
 # ── bad and hostile rows ──

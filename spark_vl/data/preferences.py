@@ -13,7 +13,7 @@ from typing import Any
 from spark_vl.data.benchmarks import PREFERENCES
 from spark_vl.data.cells import identifier, type_name, unicode
 from spark_vl.data.images import ImageError, load_image
-from spark_vl.data.problems import chosen_rows, ids_of_repeats, image_ref
+from spark_vl.data.problems import chosen_rows, ids_of_repeats, image_of
 from spark_vl.data.recipes import PreferenceColumns, Recipe
 from spark_vl.data.sources import DEFAULT_LIMITS, RowLimits, Rows, open_rows, read_column
 from spark_vl.prompts import Templater
@@ -123,9 +123,7 @@ class PreferenceSet:
 
     def _content(self, parts: Sequence[Any], what: str) -> Content:
         content = tuple(
-            image_ref(part[0], what, None)
-            if isinstance(part, list)
-            else self._templater.neutralize(unicode(part, what))
+            image_of(part[0], None, what) if isinstance(part, list) else self._templater.neutralize(unicode(part, what))
             for part in parts
             if part != ""
         )

@@ -41,7 +41,7 @@ from spark_vl.data.sources import (
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
-from spark_vl.verifiers.base import check_settings, one_of, public_name
+from spark_vl.verifiers.base import SELF_JUDGE, check_settings, one_of, public_name
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +112,9 @@ class ProblemSet:
             self._chosen = chosen_rows(rows, recipe.filter)
         except ValueError as error:
             raise ValueError(f"recipe {recipe.name}: {error}") from error
-        self.verifiers = recipe.own_verifiers | VERIFIERS.keys()
-        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only what the
-        recipe itself names."""
+        self.verifiers = recipe.own_verifiers | {*VERIFIERS, SELF_JUDGE}
+        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS` and `SELF_JUDGE`,
+        only what the recipe itself names."""
         column = recipe.columns.id
         # A run adds to the id of a problem what it made of it, and that to what somebody makes of its judgments.
         self._longest_id = 4000 if isinstance(recipe.columns, JudgmentColumns) else 1000
@@ -251,7 +251,11 @@ class ProblemSet:
             )
         assert isinstance(columns, Columns)  # `open_recipe` refuses the others
         question = text(row, columns.question).strip()
-        gold = _gold(answer(row, columns.answer), recipe.answer_after)
+        named = optional(row, columns.verifier)
+        if named is None:
+            named = recipe.verifier_of(self.split)
+        without_gold = named == SELF_JUDGE  # its answer is not looked at
+        gold = "" if without_gold else _gold(answer(row, str(columns.answer)), recipe.answer_after)
         choices = () if optional(row, columns.choices) is None else options(row, str(columns.choices))
         default = recipe.verifier_of(self.split)
         if columns.verifier is not None and optional(row, columns.verifier) is not None:
@@ -259,20 +263,22 @@ class ProblemSet:
             if (verifier := one_of(named, self.verifiers)) is None:
                 allowed = ", ".join(sorted(map(public_name, self.verifiers)))
                 raise ValueError(f"{columns.verifier!r} is {named!r:.200}; allowed: null, {allowed}")
-        elif choices or (default == "math" and _is_lettered(question, gold)):
+        elif (choices and not without_gold) or (default == "math" and _is_lettered(question, gold)):
             verifier = "choice"
         else:
             if default is None:
                 raise ValueError(f"{columns.verifier!r} is null, and the recipe has no verifier")
             verifier = default
         if verifier == "choice":
-            text(row, columns.answer)  # a number may count the options from 0 or from 1
+            text(row, str(columns.answer))  # a number may count the options from 0 or from 1
             letters = _letters(gold, choices)
             gold = letters if choices or len(letters) > 1 else plain(gold)
         if choices and not _shows(question, choices):
             lettered = zip(ascii_uppercase, choices, strict=False)
             question += "".join(f"\n{letter}. {option}" for letter, option in lettered)
-        content = self._content(question, self._images(row))
+        if not question.replace(recipe.image_placeholder, "").strip():
+            raise ValueError("the question has no words")
+        content = place_images(question, self._images(row), recipe.image_placeholder)
         return PromptRecord(
             id=record_id,
             kind="problem",
@@ -308,39 +314,18 @@ class ProblemSet:
         images = items(optional(row, column))
         if column is not None:
             self._limits.check({column: images}, column)  # a list that was the text of one
-        return [image_ref(item, str(column), self.root) for item in images]
-
-    def _content(self, question: str, images: list[ImageRef]) -> Content:
-        pieces = question.split(self.recipe.image_placeholder)
-        if len(pieces) == 1:
-            return (*images, question)
-        if not any(piece.strip() for piece in pieces):
-            raise ValueError("the question has no words")
-        if len(pieces) != len(images) + 1:
-            raise ValueError(
-                f"the question has {len(pieces) - 1} placeholders {self.recipe.image_placeholder!r} "
-                f"for {len(images)} images"
-            )
-        between: list[str | ImageRef] = [*images, ""]
-        content = [part for pair in zip(pieces, between, strict=True) for part in pair]
-        return tuple(part for part in content if part != "")
+        return [image_of(item, self.root, column) for item in images]
 
 
-def _tag(row: Row, column: str) -> str:
-    value = row[column]
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"{column!r} is {type_name(value)}; a text or a number is allowed as a tag")
-    return unicode(str(value), column)
-
-
-def image_ref(item: Any, column: str, root: Path | None) -> ImageRef:
-    """The image that an item of a cell of `column` holds or names.
+def image_of(item: Any, root: Path | None, name: str | None) -> ImageRef:
+    """The image that a cell holds: bytes, a path, base64, a data URL, a mapping of bytes and path, or one of Pillow.
 
     Args:
         root: folder that paths are relative to and cannot leave; None: paths are refused.
+        name: of the column.
 
     Raises:
-        ValueError: it is not an image, or a path that may not be followed. `ImageError`: see `image_in_text`.
+        ValueError: it is none of these. Files are looked for, but not opened.
     """
     match item:
         case bytes() | bytearray() | memoryview() | {"bytes": bytes() | bytearray() | memoryview()}:
@@ -359,16 +344,37 @@ def image_ref(item: Any, column: str, root: Path | None) -> ImageRef:
                 f"an image is {type_name(item)}; allowed are bytes, a path, base64, a data URL, a mapping of bytes "
                 "and path, or an image of Pillow"
             )
-    unicode(path, column)
+    unicode(path, str(name))
     if root is None:
-        raise ValueError(
-            f"an image is the path {path!r:.100}, but the recipe has no media_root that paths are relative to"
-        )
+        raise ValueError(f"an image is the path {path!r:.100}, but there is no media_root that paths are relative to")
     if Path(path).is_absolute():
         path = _below(path, root)
     ref = ImageRef(path=path, root=str(root))
     image_path(ref)
     return ref
+
+
+def place_images(text: str, images: Sequence[ImageRef], placeholder: str = "<image>") -> Content:
+    """`text` with each image where a placeholder stands for it; without placeholders, images go first.
+
+    Raises:
+        ValueError: there are more placeholders than images, or fewer.
+    """
+    pieces = text.split(placeholder)
+    if len(pieces) == 1:
+        return (*images, text)
+    if len(pieces) != len(images) + 1:
+        raise ValueError(f"the text has {len(pieces) - 1} placeholders {placeholder!r} for {len(images)} images")
+    between: list[str | ImageRef] = [*images, ""]
+    content = [part for pair in zip(pieces, between, strict=True) for part in pair]
+    return tuple(part for part in content if part != "")
+
+
+def _tag(row: Row, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{column!r} is {type_name(value)}; a text or a number is allowed as a tag")
+    return unicode(str(value), column)
 
 
 def data_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -404,9 +410,10 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
                 record = problems[index]
                 sizes = [load_image(ref).size for ref in record.images]
                 image_sizes = tuple(ImageSize(size, size) for size in sizes)
-                sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
                 rows.append(record)
-                places.append(index)
+                if record.verifier != SELF_JUDGE:
+                    sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
+                    places.append(index)
             except ImageError as error:
                 rows.append(problems.placed(BadRecordError(record.id, str(error)), index))
             except BadRecordError as error:
@@ -414,7 +421,8 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
         found = zip(check_golds(verifiers, sized), places, strict=True)
         faults = iter([fault and problems.placed(fault, index) for fault, index in found])
         for row in rows:
-            yield row if isinstance(row, BadRecordError) else next(faults) or row
+            has_gold = not isinstance(row, BadRecordError) and row.verifier != SELF_JUDGE
+            yield (next(faults) or row) if has_gold else row
 
 
 def chosen_rows(rows: Rows, wanted: Mapping[str, tuple[Any, ...] | Range]) -> Sequence[int]:

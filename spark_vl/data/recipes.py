@@ -38,7 +38,7 @@ from spark_vl.data.benchmarks import ADAPTERS, PREFERENCES
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
 from spark_vl.data.sources import FILES, Source, SourceType
 from spark_vl.records import did_you_mean, writable
-from spark_vl.verifiers.base import VERIFIERS, absolute_name, check_own_verifier, check_settings, file_of
+from spark_vl.verifiers.base import SELF_JUDGE, VERIFIERS, absolute_name, check_own_verifier, check_settings, file_of
 from spark_vl.verifiers.shaping import SHAPING
 
 SPLITS = ("train", "validation", "test")
@@ -53,9 +53,10 @@ class Columns:
 
     question: str
     """Text, in which the image placeholder stands where an image belongs; without placeholders, images go first."""
-    answer: str
+    answer: str | None = None
     r"""Text; where it holds a `\boxed{}`, the content of the last one is the gold answer. Or a number, true, false, a
-    list or a mapping, which are taken as JSON: `[12, 30, 80, 90]` for a box, `["colour", "color"]` for `text`."""
+    list or a mapping, which are taken as JSON: `[12, 30, 80, 90]` for a box, `["colour", "color"]` for `text`. Rows
+    with the verifier `self_judge` need none; it may be left out where all have it."""
     images: str | None = None
     """One image or a list: encoded bytes, `{"bytes", "path"}`, or a path below the media root, relative or absolute. A
     text that is a JSON list is a list, here and in `choices`."""
@@ -138,10 +139,11 @@ class Recipe:
     """train, validation or test → the split at the source (see `sources.open_rows`)."""
     columns: AnyColumns
     verifier: str | Mapping[str, str] | None = None
-    """Name of the verifier of the rows that name none, or one for each split: one of `VERIFIERS`, `module:function`, or
-    `./file.py:function`, relative to the recipe file. `math` gives way to `choice` in rows whose answer is one capital
-    letter and whose question letters its options. None: each row names its own (`columns.verifier`), as those of
-    judgment datasets do, which may name this one besides `VERIFIERS`."""
+    """Name of the verifier of the rows that name none, or one for each split: one of `VERIFIERS`, `module:function`,
+    `./file.py:function`, relative to the recipe file, or `self_judge`, for rows without a right answer
+    (`SelfJudgeConfig`). `math` gives way to `choice` in rows whose answer is one capital letter and whose question
+    letters its options. None: each row names its own (`columns.verifier`), as those of judgment datasets do, which may
+    name this one besides `VERIFIERS`."""
     media_root: str | None = None
     """Folder that image paths are relative to and cannot leave. None: that of a local source; no paths for others."""
     image_placeholder: str = "<image>"
@@ -195,7 +197,7 @@ class Recipe:
     def own_verifiers(self) -> frozenset[str]:
         """The verifiers that it names, besides `VERIFIERS`. They are the user's code."""
         named = self.verifier.values() if isinstance(self.verifier, Mapping) else [self.verifier]
-        return frozenset({*named, *self.settings} - {*VERIFIERS, None})
+        return frozenset({*named, *self.settings} - {*VERIFIERS, SELF_JUDGE, None})
 
 
 def recipes() -> list[str]:
@@ -386,6 +388,8 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     named = [] if verifier is None else list(verifier.values()) if isinstance(verifier, dict) else [verifier]
     for name_of_verifier in named:
         _check_verifier(where, "verifier", name_of_verifier)
+    if isinstance(columns, Columns) and columns.answer is None and {*named} != {SELF_JUDGE}:
+        raise ValueError(f"{where}: columns.answer: is missing")
     settings = _settings(where, raw.get("settings", {}), columns, named)
     return Recipe(
         name=name,
@@ -423,6 +427,8 @@ def _settings(where: str, raw: Any, columns: AnyColumns, named: list[str]) -> di
                 f"{where}: settings.{name}: found {_shown(settings)}; settings stand below the name of their verifier: "
                 f"settings: {{{of}: {{{name}: {settings}}}}}"
             )
+        if name == SELF_JUDGE:
+            raise ValueError(f"{where}: settings: {name} has none here; they are those of the run (self_judge)")
         _check_verifier(where, "settings", name)
         if name in VERIFIERS:
             try:
@@ -440,7 +446,7 @@ def _settings(where: str, raw: Any, columns: AnyColumns, named: list[str]) -> di
 def _check_verifier(where: str, field: str, name: Any) -> None:
     """A name of `VERIFIERS`, or a function of a module or file that is there. It is not imported."""
     name = _text(where, field, name)
-    if name in VERIFIERS:
+    if name in VERIFIERS or name == SELF_JUDGE:
         return
     place, _, function = name.rpartition(":")
     if not place or not function:
@@ -453,7 +459,7 @@ def _check_verifier(where: str, field: str, name: Any) -> None:
         why = f"there is no module {place!r} on sys.path; of a file beside the recipe, write ./{place}.py:{function}"
     else:
         return
-    allowed = f"{', '.join(VERIFIERS)}, module:function, or ./file.py:function"
+    allowed = f"{', '.join(VERIFIERS)}, {SELF_JUDGE}, module:function, or ./file.py:function"
     raise ValueError(f"{where}: {field}: found {name!r}; allowed: {allowed} ({why})")
 
 

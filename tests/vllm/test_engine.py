@@ -195,7 +195,7 @@ def test_weights_that_do_not_arrive_stop_the_run(engine, policy, monkeypatch, pr
         engine.generate(prompts, 1, GREEDY)
     # Under the old version.
     monkeypatch.setattr(engine.backend, "load", lambda buckets, version: list(buckets))
-    with pytest.raises(EngineError, match="sampled from weights of version .*; the policy's are"):
+    with pytest.raises(EngineError, match=r"sampled from weights of version .*; the policy's are"):
         engine.generate(prompts, 1, GREEDY)
 
 

@@ -75,7 +75,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault, says", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("fault", "says"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_tried_again_and_a_lasting_one_stops_with_its_reason(engine, proxy, prompts, fault, says):
     right = engine.generate(prompts, 4, DRAWN)
     proxy.faults[:] = [fault]
@@ -108,7 +108,7 @@ def test_a_refused_request_is_not_repeated(engine, proxy, prompts):
 
 def test_servers_that_are_not_there_or_are_something_else(server, run_accelerator, updater, run_processor):
     config = run_config(mode="server", servers=[f"http://127.0.0.1:{free_port()}"], start_timeout_s=0.2)
-    with pytest.raises(EngineError, match="is not up after .*spark-vl serve-rollouts"):
+    with pytest.raises(EngineError, match=r"is not up after .*spark-vl serve-rollouts"):
         load_engine(config, run_accelerator, updater, run_processor)
     config = run_config(mode="server", servers=[server()])
     config.model.dtype = "bfloat16"
@@ -119,7 +119,7 @@ def test_servers_that_are_not_there_or_are_something_else(server, run_accelerato
 def test_a_server_without_the_flags_is_told_apart(proxy, run_accelerator, updater, run_processor, monkeypatch):
     monkeypatch.setattr(proxy, "target", proxy.target + "/v1")  # answers 404
     config = run_config(mode="server", servers=[proxy.url], start_timeout_s=0.2)
-    with pytest.raises(EngineError, match="404|not up"):
+    with pytest.raises(EngineError, match=r"404|not up"):
         load_engine(config, run_accelerator, updater, run_processor)
 
 
