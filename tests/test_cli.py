@@ -41,7 +41,9 @@ def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", "train", "eval", "judge", "recipes", "show", "doctor", "estimate"])
+@pytest.mark.parametrize(
+    "name", ["", "train", "serve-rollouts", "eval", "judge", "recipes", "show", "doctor", "estimate"]
+)
 def test_help_loads_nothing_heavy(spark_vl, tmp_path, name):
     status, output, _, loaded = spark_vl(tmp_path, *name.split(), "--help")
     assert (status, loaded) == (0, set())

@@ -155,6 +155,7 @@ def test_the_command_judges_with_a_model(tmp_path, monkeypatch, capsys):
         (["judge", "nowhere.jsonl"], "rows: there is no file nowhere.jsonl"),
         ([*command, "--media_root=nowhere"], "media_root: there is no folder nowhere"),
         ([*command, "--model.min_pixels=99999999"], "model.min_pixels: is 99999999"),
+        ([*command, "--rollout.engine=vllm"], "rollout.engine: is vllm, but a judge is asked by transformers alone"),
         ([*command, "--samples=2"], "(samples: 1 → 2); name another file, or add --overwrite"),
     ]:
         with pytest.raises(SystemExit) as ended:
