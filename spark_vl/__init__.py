@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the table below, for type checkers
     from spark_vl.config import DistributedConfig as DistributedConfig
     from spark_vl.config import EvalConfig as EvalConfig
     from spark_vl.config import EvaluationConfig as EvaluationConfig
+    from spark_vl.config import JudgeConfig as JudgeConfig
     from spark_vl.config import LoggingConfig as LoggingConfig
     from spark_vl.config import LoraConfig as LoraConfig
     from spark_vl.config import ModelConfig as ModelConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the table below, for type checkers
     from spark_vl.config import PublishConfig as PublishConfig
     from spark_vl.config import RecycleConfig as RecycleConfig
     from spark_vl.config import RolloutConfig as RolloutConfig
+    from spark_vl.config import SelfJudgeConfig as SelfJudgeConfig
     from spark_vl.config import TrainConfig as TrainConfig
     from spark_vl.config import VerifierConfig as VerifierConfig
     from spark_vl.config_cli import parse_train_config as parse_train_config
@@ -47,6 +49,10 @@ if TYPE_CHECKING:  # the table below, for type checkers
     from spark_vl.records import Rollout as Rollout
     from spark_vl.records import RolloutGroup as RolloutGroup
     from spark_vl.records import Verdict as Verdict
+    from spark_vl.reward import GenerativeReward as GenerativeReward
+    from spark_vl.reward import Judgment as Judgment
+    from spark_vl.reward import Ranking as Ranking
+    from spark_vl.reward import Reply as Reply
     from spark_vl.run.sinks import Sink as Sink
     from spark_vl.setup import load_trainer as load_trainer
     from spark_vl.trainer import Trainer as Trainer
@@ -57,14 +63,15 @@ PUBLIC = {
     module: tuple(names.split())
     for module, names in {
         "spark_vl.config": """
-            CheckpointConfig DataConfig DistributedConfig EvalConfig EvaluationConfig LoggingConfig LoraConfig
-            ModelConfig ObjectiveConfig OptimizerConfig PromptConfig PublishConfig RecycleConfig RolloutConfig
-            TrainConfig VerifierConfig""",
+            CheckpointConfig DataConfig DistributedConfig EvalConfig EvaluationConfig JudgeConfig LoggingConfig
+            LoraConfig ModelConfig ObjectiveConfig OptimizerConfig PromptConfig PublishConfig RecycleConfig
+            RolloutConfig SelfJudgeConfig TrainConfig VerifierConfig""",
         "spark_vl.config_cli": "parse_train_config",
         "spark_vl.cli": "train",
         "spark_vl.setup": "load_trainer",
         "spark_vl.trainer": "Trainer",
         "spark_vl.run.sinks": "Sink",
+        "spark_vl.reward": "GenerativeReward Judgment Ranking Reply",
         "spark_vl.evaluation": "Evaluator evaluate_checkpoint",
         "spark_vl.answers": "last_boxed",
         "spark_vl.verifiers": "as_trl_reward verify",

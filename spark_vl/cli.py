@@ -1,5 +1,5 @@
-"""`spark-vl train | serve-rollouts | eval | recycle | show | publish | recipes | doctor | estimate`. The command line
-composes the parts; what they do is theirs.
+"""`spark-vl train | serve-rollouts | eval | judge | recycle | show | publish | recipes | doctor | estimate`. The
+command line composes the parts; what they do is theirs.
 
 Everything heavy is imported inside a command, so that `--help` and a mistake in a setting answer at once.
 """
@@ -25,6 +25,7 @@ from spark_vl import __version__
 from spark_vl.config import (
     ConfigError,
     EvalConfig,
+    JudgeConfig,
     OfflineConfig,
     PromptConfig,
     TrainConfig,
@@ -32,12 +33,12 @@ from spark_vl.config import (
     dump_config,
     save_config,
 )
-from spark_vl.config_check import check_eval_config, check_train_config
+from spark_vl.config_check import check_eval_config, check_judge_config, check_train_config
 from spark_vl.config_cli import Parser, add_config_arguments, instantiate, shape_for_model
 from spark_vl.data.recipes import load_recipes
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
-from spark_vl.preview import preview
+from spark_vl.preview import duplicates, preview
 from spark_vl.prompts import Templater
 from spark_vl.records import KINDS, visible
 from spark_vl.run.paths import CONFIG, model_folder
@@ -47,6 +48,7 @@ from spark_vl.run.trained import evaluation_settings, saved_limits
 TRAIN_HELP = "train a policy that is its own generative reward"
 SERVE_HELP = "serve rollouts to a run whose rollout.vllm.mode is server, with vLLM, on devices of its own"
 EVAL_HELP = "evaluate a checkpoint as solver, judge and reflector"
+JUDGE_HELP = "let a model judge answers, alone or in pairs: JSON lines in, JSON lines out"
 RECYCLE_HELP = "recycle the rollouts of a run anew, without a model"
 SHOW_HELP = "print the rollouts of a run: prompts, completions, verdicts, what was recycled"
 PUBLISH_HELP = "publish a model, judgments, or a demo on the Hugging Face Hub; private unless --public"
@@ -92,11 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     eval_parser.add_argument("--overwrite", action="store_true", help="replace the results that lie in `output`")
 
     serve_parser = Parser(description=SERVE_HELP)
-    add_config_arguments(serve_parser, TrainConfig)
+    add_settings(serve_parser, "serve-rollouts", TrainConfig)
     serve_parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all, for a run on other machines"
     )
     serve_parser.add_argument("--port", type=int, default=8000)
+
+    judge_parser = Parser(description=JUDGE_HELP)
+    judge_parser.add_argument("rows", help="file of JSON lines with question, images, and answer or answer_a, answer_b")
+    add_settings(judge_parser, "judge", JudgeConfig)
+    judge_parser.add_argument("--overwrite", action="store_true", help="replace `output`, rather than go on with it")
 
     recycle_parser = Parser(description=RECYCLE_HELP)
     recycle_parser.add_argument("run", help="folder of a run that kept its rollouts (logging.judgments)")
@@ -122,10 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="print them as the model of model.path gets them, chat template and special tokens included",
     )
+    recipes_parser.add_argument(
+        "--against", metavar="A,B", help="print the rows that these benchmarks ask, too: same question and images"
+    )
+    recipes_parser.add_argument(
+        "--write", metavar="FILE", help="with --against: write their ids, for exclude in a recipe"
+    )
     add_settings(recipes_parser, "recipes", TrainConfig)
 
-    parsers = {"train": train_parser, "eval": eval_parser, "recycle": recycle_parser, "publish": publish_parser}
-    parsers |= {"recipes": recipes_parser, "show": show_parser, "serve-rollouts": serve_parser}
+    parsers = {"train": train_parser, "eval": eval_parser, "judge": judge_parser, "recycle": recycle_parser}
+    parsers |= {"publish": publish_parser, "recipes": recipes_parser, "show": show_parser}
+    parsers["serve-rollouts"] = serve_parser
     parsers["doctor"] = Parser(description=DOCTOR_HELP)
     parsers["estimate"] = estimate_parser = Parser(description=ESTIMATE_HELP)
     estimate_parser.add_argument(
@@ -171,6 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 eval_parser.set_defaults(saved_limits(model_folder(config.model.path), config.model.revision))
                 command = parser.parse_args(arguments).eval
                 evaluate(instantiate(eval_parser, command, EvalConfig), overwrite=command.overwrite)
+            case "judge":
+                config = instantiate(judge_parser, command, JudgeConfig)
+                _check_judge(command.rows, config)
+                judge_parser.set_defaults(saved_limits(model_folder(config.model.path), config.model.revision))
+                command = parser.parse_args(arguments).judge
+                config = instantiate(judge_parser, command, JudgeConfig)
+                parser.exit(0 if judge(command.rows, config, overwrite=command.overwrite) else 1)
             case "recycle":
                 recycle_offline(command.run, instantiate(recycle_parser, command, OfflineConfig))
             case "show":
@@ -178,6 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "publish":
                 publish(command.what, command[command.what])
             case "recipes":
+                if command.against is not None or command.write is not None:
+                    if command.name is None or command.against is None:
+                        raise ConfigError("--against and --write need a NAME, and --write needs --against")
+                    parser.exit(not duplicates(command.name, command.split, command.against.split(","), command.write))
                 settings = instantiate(recipes_parser, command, TrainConfig)
                 if not preview(command.name, command.split, command.show, settings, render=command.render):
                     parser.exit(1)
@@ -200,6 +225,7 @@ def train(
     config.model.path = model_folder(config.model.path)
     _check_recipes("data.recipes", config.data.recipes, "train")
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
+    _check_recipes("self_judge.recipes", config.self_judge.recipes, config.self_judge.split)
     Templater.from_config(config.prompts)  # a mistake there is found before anything heavy is loaded
     _warn_without_box(config.prompts)
 
@@ -302,6 +328,35 @@ def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
     results = evaluate_checkpoint(config, folder)
     (folder / "results.json").write_text(json.dumps(results, indent=2))
     print_results(results, Console())
+
+
+def judge(rows: str, config: JudgeConfig, *, overwrite: bool = False) -> bool:
+    """`spark-vl judge ROWS`: write the judgment of each row, print how many there are of each kind, and say whether any
+    row could be judged.
+
+    Args:
+        config: checked (`_check_judge`).
+        overwrite: whether earlier judgments in `config.output` are replaced.
+    """
+    config.model.path = model_folder(config.model.path)
+    if overwrite:
+        Path(config.output).unlink(missing_ok=True)
+
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    from spark_vl.reward import GenerativeReward, judge_file
+
+    def load() -> GenerativeReward:
+        print(f"asks {config.model.path}", flush=True)
+        return GenerativeReward.from_config(config)
+
+    with Progress(TextColumn("{task.completed} rows judged"), TimeElapsedColumn()) as bar:
+        task = bar.add_task("", total=None)
+        counts = judge_file(Path(rows), config, load, lambda done: bar.advance(task, done))
+    for name, n in counts.items():
+        print(f"{name:12}{n:>10,}")
+    print(f"judgments are in {config.output}")
+    return counts["ok"] > 0 or counts["error"] + counts["unparsable"] == 0
 
 
 def recycle_offline(run: str, config: OfflineConfig) -> None:
@@ -481,6 +536,16 @@ def _check_evaluation(config: EvalConfig) -> None:
     check_eval_config(config)
     _check_recipes("evaluation.recipes", config.evaluation.recipes, config.evaluation.split)
     Templater.from_config(config.prompts)
+
+
+def _check_judge(rows: str, config: JudgeConfig) -> None:
+    """As `_check_evaluation`."""
+    check_judge_config(config)
+    Templater.from_config(config.prompts)
+    if not Path(rows).is_file():
+        raise ConfigError(f"rows: there is no file {rows}")
+    if config.media_root is not None and not Path(config.media_root).is_dir():
+        raise ConfigError(f"media_root: there is no folder {config.media_root}")
 
 
 def _check_recipes(setting: str, names: Sequence[str], split: str) -> None:

@@ -231,6 +231,32 @@ class RecycleConfig:
 
 
 @dataclass
+class SelfJudgeConfig:
+    """Problems without a right answer (`verifier: self_judge` in a recipe): the policy that is trained judges its own
+    completions, and is rewarded with its verdict."""
+
+    recipes: list[str] = field(default_factory=list)
+    """Verified problems that are not trained on, which tell how well the policy judges. Needed where a recipe of
+    `data.recipes` has prompts that are self-judged."""
+    split: str = "validation"
+    problems: PositiveInt = 64
+    """Held-out problems, drawn with a fixed seed."""
+    samples: PositiveInt = 4
+    """Completions of each of them. One right and one wrong answer to each problem, if there are both, are judged."""
+    every: PositiveInt = 10
+    """Steps between two measurements; the first is before the first step."""
+    min_accuracy: ClosedUnitInterval = 0.75
+    """Balanced accuracy on the answers to held-out problems from which on the policy is believed. Below it, and where
+    it cannot be measured, because all these answers are right or all are wrong, self-judged prompts are left out. A
+    coin has 0.5."""
+    ask: Literal["pointwise", "pairwise"] = "pointwise"
+    """`pointwise`: each distinct answer of a group is judged alone, and its reward is the share of votes for it.
+    `pairwise`: each is compared with each in both orders, and its reward is the mean share of votes over the others."""
+    votes: PositiveInt = 4
+    """Judgments of each answer, or of each order of a pair, sampled as completions are."""
+
+
+@dataclass
 class ObjectiveConfig:
     """What the update maximizes."""
 
@@ -377,6 +403,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     recycle: RecycleConfig = field(default_factory=RecycleConfig)
+    self_judge: SelfJudgeConfig = field(default_factory=SelfJudgeConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -401,6 +428,37 @@ class EvalConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class JudgeConfig:
+    """Answers judged by a model."""
+
+    output: str = "judged.jsonl"
+    """File that gets one line of JSON for each row, beginning with one of the settings. Rows that it holds already are
+    not asked again."""
+    media_root: str | None = None
+    """Folder that image paths are relative to and cannot leave; null: that of the rows."""
+    seed: NonNegativeInt = 0
+    """Of sampled judgments."""
+    rows_at_once: PositiveInt = 64
+    """Rows that are sampled together, and then written together: what is lost when the command is killed."""
+    samples: PositiveInt = 1
+    """Judgments of each answer, and of each order of a pair. 1: greedy, so that the verdict is always the same. More:
+    sampled at `rollout.temperature`."""
+    probability: Literal["labels", "votes"] = "labels"
+    """`labels`: that of the label behind the judgment's reasoning, among the two labels, averaged over the samples; it
+    costs one more forward pass. `votes`: the share of the samples that say so."""
+    pointwise_template: str | None = None
+    """Name of the template that asks about one answer; null: the first that asks for Yes or No."""
+    pairwise_template: str | None = None
+    """Name of the template that asks about two; null: the first."""
+    max_prompt_tokens: PositiveInt = DataConfig.max_prompt_tokens
+    """Rows whose prompt is longer are not judged, and counted."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """If nothing here is set, a model that a run has saved is asked in the words that it was trained on."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
 @dataclass
@@ -522,6 +580,7 @@ __all__ = [
     "DistributedConfig",
     "EvalConfig",
     "EvaluationConfig",
+    "JudgeConfig",
     "Kind",
     "LoggingConfig",
     "LoraConfig",
@@ -533,6 +592,7 @@ __all__ = [
     "PublishConfig",
     "RecycleConfig",
     "RolloutConfig",
+    "SelfJudgeConfig",
     "TrainConfig",
     "VLLMConfig",
     "VerifierConfig",

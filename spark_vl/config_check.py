@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from math import inf
 from typing import Any
 
-from spark_vl.config import ConfigError, EvalConfig, ModelConfig, RecycleConfig, RolloutConfig, TrainConfig
+from spark_vl.config import ConfigError, EvalConfig, JudgeConfig, ModelConfig, RecycleConfig, RolloutConfig, TrainConfig
 from spark_vl.records import KINDS
 
 _TRACKERS = {
@@ -36,7 +36,7 @@ def check_train_config(config: TrainConfig) -> None:
     _check_kind_table("objective.refill_rounds", config.objective.refill_rounds, 0)
     if missing := [k for k in KINDS if k not in config.objective.weights]:
         raise ConfigError(f"objective.weights: lacks {', '.join(missing)}; all of {', '.join(KINDS)} are needed")
-    _check_pixels(config.model)
+    check_pixels(config.model)
     _check_trackers(config.logging.trackers)
     if config.checkpoint.keep_best and not config.evaluation.recipes:
         raise ConfigError("checkpoint.keep_best: there is no evaluation to find the best in; set evaluation.recipes")
@@ -107,11 +107,19 @@ def check_eval_config(config: EvalConfig) -> None:
     """As `check_train_config`."""
     if not config.evaluation.recipes:
         raise ConfigError("evaluation.recipes: is empty; name at least one recipe (`spark-vl recipes` lists them)")
-    _check_pixels(config.model)
+    check_pixels(config.model)
     _check_vllm(config.rollout)
 
 
-def _check_pixels(model: ModelConfig) -> None:
+def check_judge_config(config: JudgeConfig) -> None:
+    """As `check_train_config`."""
+    check_pixels(config.model)
+    if config.rollout.engine != "transformers":
+        raise ConfigError(f"rollout.engine: is {config.rollout.engine}, but a judge is asked by transformers alone")
+
+
+def check_pixels(model: ModelConfig) -> None:
+    """Check the bounds of image sizes. Raises as `check_train_config` does."""
     if model.min_pixels > model.max_pixels:
         raise ConfigError(f"model.min_pixels: is {model.min_pixels}, above model.max_pixels ({model.max_pixels})")
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from spark_vl.config import ConfigError, EvalConfig, LoraConfig, ModelConfig, TrainConfig, flat
+from spark_vl.config import ConfigError, EvalConfig, JudgeConfig, LoraConfig, ModelConfig, TrainConfig, flat
 from spark_vl.config_check import check_train_config
 from spark_vl.records import did_you_mean, visible
 
@@ -39,7 +39,7 @@ class Parser(ArgumentParser):
         """Print `message` and exit with status 2."""
         advice = "".join(f"\n{old}: {new}" for old, new in _RENAMED.items() if _names(message, old))
         if found := re.search(r"(?:unrecognized arguments: --|(?:does not accept option|Option) ')([\w.]+)", message):
-            configs = (TrainConfig(model=ModelConfig(lora=LoraConfig())), EvalConfig())
+            configs = (TrainConfig(model=ModelConfig(lora=LoraConfig())), EvalConfig(), JudgeConfig())
             settings = {name for config in configs for name in flat(asdict(config))}
             names = settings | {name.rpartition(".")[2] for name in settings} | {"allow-config-change"}
             advice += did_you_mean(found[1], sorted(names))

@@ -23,7 +23,7 @@ from spark_vl.records import JUDGMENTS, KINDS, PromptRecord, RecycledRecord, Rol
 from spark_vl.run.codec import group_to_json
 from spark_vl.run.jsonl import append_lines, drop_lines_after
 from spark_vl.run.sinks import Sink
-from spark_vl.verifiers.base import public_name
+from spark_vl.verifiers.base import SELF_JUDGE, public_name
 
 _UNREAD_STEPS = 3
 """Steps without one readable answer to a kind of prompt, or without a gradient, after which it is said."""
@@ -83,6 +83,8 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> Means:
         kind = group.record.kind
         means.count("rollout/completions", len(group.rollouts))
         means.count("rollout/tokens", sum(len(rollout.token_ids) for rollout in group.rollouts))
+        if group.record.verifier == SELF_JUDGE:  # its figures are not of what is right, and have names of their own
+            continue
         means.add(f"{kind}/reward", sum(group.rewards), len(group.rewards))
         means.add(f"{kind}/zero_variance", group.zero_variance)
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):

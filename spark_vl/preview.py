@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 
 from spark_vl.config import ConfigError, TrainConfig
-from spark_vl.data.problems import check, open_recipe
-from spark_vl.data.recipes import SPLITS, load_recipe, recipes, usage
+from spark_vl.data.duplicates import find_duplicates
+from spark_vl.data.images import ImageError, load_image
+from spark_vl.data.preferences import PreferenceSet, check_preferences, open_preferences
+from spark_vl.data.problems import ProblemSet, check, open_recipe
+from spark_vl.data.recipes import SPLITS, PreferenceColumns, load_recipe, load_recipes, recipes, usage
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, PromptRecord, plain_text, visible
 from spark_vl.verifiers import VerifierPool
@@ -35,6 +40,8 @@ def preview(name: str | None, split: str | None, show: int, settings: TrainConfi
         templater, rendered = _renderer(settings) if render else (Templater.load(), None)
         recipe = load_recipe(name)
         split = split or next(each for each in SPLITS if each in recipe.splits)
+        if isinstance(recipe.columns, PreferenceColumns):
+            return _show_preferences(open_preferences(recipe, split, templater), show)
         problems = open_recipe(recipe, split, templater)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
@@ -49,11 +56,7 @@ def preview(name: str | None, split: str | None, show: int, settings: TrainConfi
             elif rows - len(bad) <= show:
                 shown = plain_text(found.question) if rendered is None else rendered(found)
                 print(visible(f"── {found.id}\n{shown}\n→ {found.gold}   ({public_name(found.verifier)})"))
-    for faults in _alike(bad):
-        for fault in faults[:_SHOWN_ALIKE]:
-            print(visible(f"cannot be used: {fault}"))
-        if (more := len(faults) - _SHOWN_ALIKE) > 0:
-            print(f"    and {more} more for the same reason")
+    _print_faults(bad)
     if problems.unused:
         print(visible(f"the recipe uses no column {', '.join(problems.unused):.300}"))
     if problems.renamed:
@@ -62,6 +65,80 @@ def preview(name: str | None, split: str | None, show: int, settings: TrainConfi
     rest = f"; not checked: {', '.join(others)} (--split {others[0]})" if others else ""
     print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license}){rest}")
     return not bad
+
+
+def duplicates(name: str, split: str | None, against: Sequence[str], file: str | None) -> bool:
+    """`spark-vl recipes NAME --against A,B`: print the rows that benchmarks ask, too. Returns whether there are none.
+
+    Args:
+        against: recipes, of whose split `test` each row is compared.
+        file: gets the ids of the duplicates, for `exclude` of a recipe.
+    """
+    templater = Templater.load()
+    try:
+        recipe = load_recipe(name)
+        split = split or next(each for each in SPLITS if each in recipe.splits)
+        problems = open_recipe(recipe, split, templater)
+        benchmarks = [open_recipe(each, "test", templater) for each in load_recipes(against)]
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    bad: list[BadRecordError] = []
+    same, images = [], 0
+    asked = chain.from_iterable(_usable(each, bad) for each in benchmarks)
+    for found in find_duplicates(_usable(problems, bad), asked):
+        if found.kind == "same":
+            same.append(found.id)
+            print(visible(f"{found.id} is {found.of}"))
+        else:
+            images += 1
+    if file is not None:
+        Path(file).write_text("".join(f"{each}\n" for each in same), encoding="utf-8")
+    _print_faults(bad)
+    print(
+        f"{len(same)} of {len(problems)} rows are in {', '.join(against)}; {images} more share an image with one there"
+    )
+    return not same
+
+
+def _usable(problems: ProblemSet, bad: list[BadRecordError]) -> Iterator[PromptRecord]:
+    """The rows whose images can be opened; the others are added to `bad`."""
+    for index in range(len(problems)):
+        try:
+            record = problems[index]
+            for ref in record.images:
+                load_image(ref)
+        except ImageError as error:
+            bad.append(BadRecordError(record.id, str(error)))
+        except BadRecordError as error:
+            bad.append(error)
+        else:
+            yield record
+
+
+def _show_preferences(preferences: PreferenceSet, show: int) -> bool:
+    """Print and check the rows of a reward benchmark. Returns whether all can be used."""
+    bad: list[BadRecordError] = []
+    for number, found in enumerate(check_preferences(preferences)):
+        if isinstance(found, BadRecordError):
+            bad.append(found)
+        elif number - len(bad) < show:
+            answers = "".join(
+                f"\n── answer {place}{', preferred' if place == found.preferred else ''}\n{plain_text(answer)}"
+                for place, answer in enumerate(found.answers)
+            )
+            print(visible(f"── {found.id} ({found.category})\n{plain_text(found.question)}{answers}"))
+    _print_faults(bad)
+    rows, recipe = len(preferences), preferences.recipe
+    print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license})")
+    return not bad
+
+
+def _print_faults(bad: Sequence[BadRecordError]) -> None:
+    for faults in _alike(bad):
+        for fault in faults[:_SHOWN_ALIKE]:
+            print(visible(f"cannot be used: {fault}"))
+        if (more := len(faults) - _SHOWN_ALIKE) > 0:
+            print(f"    and {more} more for the same reason")
 
 
 def _alike(faults: Sequence[BadRecordError]) -> list[list[BadRecordError]]:

@@ -180,6 +180,9 @@ class PromptRecord:
     """How the model writes coordinates in its replies, once a processor has processed the record."""
     license: str = ""
     """License of the data; recycled records keep their parent's."""
+    tags: tuple[tuple[str, str], ...] = ()
+    """Names and values that evaluation groups by, such as ("version", "Vision Only"); see `Recipe.tags`. Recycled
+    records keep their parent's."""
 
     def __post_init__(self) -> None:
         if self.kind not in self._kinds:

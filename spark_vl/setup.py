@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
@@ -14,7 +15,16 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from spark_vl.checkpoint import BestFigure, Checkpoints, check_checkpoint, claim_folder, find_checkpoint, prepare_export
-from spark_vl.config import ConfigError, TrainConfig, blamed_on, config_differences, flat, read_config, save_config
+from spark_vl.config import (
+    ConfigError,
+    SelfJudgeConfig,
+    TrainConfig,
+    blamed_on,
+    config_differences,
+    flat,
+    read_config,
+    save_config,
+)
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
 from spark_vl.data.sampler import PromptSampler
@@ -22,6 +32,7 @@ from spark_vl.data.sources import RowLimits
 from spark_vl.distributed.launch import describe_launch, start_accelerator
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
+from spark_vl.families.base import Processor
 from spark_vl.families.registry import check_recipes, find_family
 from spark_vl.feed import PHASES, PromptFeed
 from spark_vl.log import RunLog
@@ -29,6 +40,8 @@ from spark_vl.policy.batch import BatchMaker
 from spark_vl.policy.check import LogprobCheck
 from spark_vl.policy.update import load_updater
 from spark_vl.prompts import Templater
+from spark_vl.records import BadRecordError, PromptRecord
+from spark_vl.reward import GenerativeReward, Measurement, SelfJudge
 from spark_vl.rollout import Collector, Sampling, load_engine
 from spark_vl.rollout.distributed import DistributedEngine, DistributedVerifiers
 from spark_vl.run.paths import CHECKPOINTS, CONFIG, JUDGMENTS
@@ -37,6 +50,7 @@ from spark_vl.run.quarantine import Quarantine
 from spark_vl.run.shards import ShardWriter
 from spark_vl.run.sinks import JudgmentSink, Sink
 from spark_vl.trainer import Trainer
+from spark_vl.verifiers.base import SELF_JUDGE
 from spark_vl.verifiers.pool import VerifierPool
 
 Evaluate = Callable[..., Mapping[str, Any]]
@@ -124,6 +138,8 @@ def load_trainer(
     )
 
     # Where it stands.
+    measured = Measurement()
+    parts: dict[str, Any] = {"updater": updater} | ({"self_judge": measured} if config.self_judge.recipes else {})
     best = BestFigure(config.checkpoint.keep_best)
     checkpoints = Checkpoints(
         folder=folder / CHECKPOINTS,
@@ -135,7 +151,7 @@ def load_trainer(
         config=config,
         feed=feed,
         best=best,
-        parts={"updater": updater},
+        parts=parts,
     )
     resumed = None
     if checkpoint and manifest:
@@ -148,6 +164,21 @@ def load_trainer(
     engine = load_engine(config, accelerator, updater, processor, add=log.add, say=log.say)
     check = LogprobCheck(config, updater, log, folder / CHECKPOINTS)
     own: list[Sink] = [log, check]
+    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens)
+    self_judge = None
+    if config.self_judge.recipes:
+        self_judge = SelfJudge(
+            GenerativeReward(engine, processor, templater, sampling=sampling, samples=config.self_judge.votes),
+            _held_out(config.self_judge, processor, templater, limits),
+            measured,
+            verifiers=verifiers,
+            accelerator=accelerator,
+            sampling=sampling,
+            config=config.self_judge,
+            log=log,
+            seed=config.seed,
+        )
+        own.append(self_judge)
     if config.logging.judgments:
         with blamed_on("output_dir"):
             shards = ShardWriter(
@@ -193,10 +224,11 @@ def load_trainer(
             verifiers=verifiers,
             accelerator=accelerator,
             log=log,
-            sampling=Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens),
+            sampling=sampling,
             n=config.rollout.n,
             refill_rounds=config.objective.refill_rounds,
             refused=feed.refuse,
+            self_judge=self_judge,
         ),
         make_batches=make_batches,
         updater=updater,
@@ -212,6 +244,36 @@ def load_trainer(
         resumed=resumed,
         step=resumed or 0,
     )
+
+
+def _held_out(
+    config: SelfJudgeConfig, processor: Processor, templater: Templater, limits: RowLimits
+) -> list[PromptRecord]:
+    """Problems that tell how well the policy judges: as many of each recipe, drawn with a fixed seed.
+
+    Raises:
+        ConfigError: a recipe cannot be opened, or has no verified problem that can be used.
+    """
+    with blamed_on("self_judge.recipes"):
+        sets = [open_recipe(recipe, config.split, templater, limits) for recipe in load_recipes(config.recipes)]
+    found: list[PromptRecord] = []
+    for problems in sets:
+        of_recipe: list[PromptRecord] = []
+        rows = list(range(len(problems)))
+        random.Random(f"{problems.recipe.name}/{config.split}/self_judge").shuffle(rows)
+        for row in rows:
+            try:
+                record = processor.process(problems[row]).record
+            except BadRecordError:
+                continue
+            if record.kind == "problem" and record.verifier != SELF_JUDGE:
+                of_recipe.append(record)
+            if len(of_recipe) * len(sets) >= config.problems:
+                break
+        if not of_recipe:
+            raise ConfigError(f"self_judge.recipes: {problems.recipe.name} has no verified problem that can be used")
+        found += of_recipe
+    return found
 
 
 def _describe_run(

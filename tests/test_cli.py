@@ -41,7 +41,9 @@ def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", "train", "eval", "recipes", "show", "doctor", "estimate"])
+@pytest.mark.parametrize(
+    "name", ["", "train", "serve-rollouts", "eval", "judge", "recipes", "show", "doctor", "estimate"]
+)
 def test_help_loads_nothing_heavy(spark_vl, tmp_path, name):
     status, output, _, loaded = spark_vl(tmp_path, *name.split(), "--help")
     assert (status, loaded) == (0, set())
@@ -85,7 +87,7 @@ def test_a_checkpoint_that_is_none_is_named(capsys, tmp_path):
         ((*GOOD, "--config=broken.yaml"), "rollout: is [8]; allowed is a mapping of settings"),
         (
             ("train", "--data.recipes=[digit]"),
-            "data.recipes: no recipe 'digit' (did you mean digits?); allowed: dapo_math_17k, digits, ",
+            "data.recipes: no recipe 'digit' (did you mean digits?); allowed: chartqa, countbenchqa, ",
         ),
         (("train", "--data.recipes=[mine.yaml]"), "data.recipes: mine.yaml: description: is missing"),
         (("train", "--data.recipes=[mathvista]"), "data.recipes: mathvista has no split 'train'; allowed: test"),
@@ -112,12 +114,12 @@ def test_a_checkpoint_that_is_none_is_named(capsys, tmp_path):
         ((*EVAL, "--config=no_yaml.yaml"), "Problems parsing config"),
         ((*EVAL, "--config=nulls.yaml"), "model: is None; allowed is a mapping of settings"),
         ((*EVAL, "--model.path=/"), "model.path: / holds no model: there is no config.json in it or in its model/"),
-        (("recipes", "digit"), "no recipe 'digit' (did you mean digits?); allowed: dapo_math_17k, digits"),
+        (("recipes", "digit"), "no recipe 'digit' (did you mean digits?); allowed: chartqa, countbenchqa"),
         (("recipes", "digits", "--split=dev"), "recipe digits: splits: found 'dev'; allowed: train, validation, test"),
         (("recipes", "no_rows.yaml"), "recipe no_rows: source: no file 'train.jsonl'"),
         (("recipes", "no_rows.yaml", "--split=test"), "recipe no_rows: splits: test: 'empty.jsonl' has no rows"),
         (("trian",), "invalid choice: 'trian'"),
-        ((), "{train,eval,recycle,publish,recipes, ..."),
+        ((), "{train,eval,judge,recycle,publish, ..."),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_loaded_or_written(spark_vl, tmp_path, arguments, message):

@@ -352,6 +352,7 @@ def test_every_shipped_configuration_is_complete(file, monkeypatch):
     config = parse_train_config(["--config", str(file)])
     splits = [(name, "train") for name in config.data.recipes]
     splits += [(name, config.evaluation.split) for name in config.evaluation.recipes]
+    splits += [(name, config.self_judge.split) for name in config.self_judge.recipes]
     for name, split in splits:
         assert split in load_recipe(name).splits
     assert Templater.load(config.prompts.templates, builtin=config.prompts.builtin_templates).templates

@@ -25,13 +25,13 @@ from spark_vl.config import (
 )
 from spark_vl.demo.tiny import random_tiny
 from spark_vl.evaluation import Evaluator, evaluate_checkpoint, rescore, score, wilson
-from spark_vl.evaluation.checkpoint import find_templater
 from spark_vl.evaluation.prompts import judge_own
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import Rollout, RolloutGroup, Verdict, plain_text
 from spark_vl.rollout import Sampling, TransformersEngine
 from spark_vl.rollout.engine import nothing
+from spark_vl.run.trained import find_templater
 from spark_vl.verifiers import VerifierPool, boxed_gold
 from tests.conftest import make_record
 

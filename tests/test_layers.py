@@ -35,6 +35,7 @@ BELOW_THE_LINE = (
         "families",
         "policy",
         "rollout",
+        "reward",
         "feed",
         "checkpoint",
         "trainer",

@@ -27,6 +27,7 @@ from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
 from spark_vl.verifiers.base import VERIFIERS, run_verifier
 from tests.golds import check_gold
+from tests.test_benchmarks import SCHEMAS
 
 TEMPLATER = Templater.load()
 
@@ -167,6 +168,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"filter": ["k"]}, "filter: found .*; allowed: a mapping of columns to values"),
         ({"filter": {"k": []}}, r"filter\.k: found \[\]; allowed: a text, a number"),
         ({"filter": {"k": {"a": 1}}}, r"filter\.k: found {'a': 1}; allowed: a text, a number"),
+        ({"filter": {"k": {"min": "1"}}}, r"filter\.k: found {'min': '1'}; allowed: a text, a number, .* or a range"),
         ({"columns": {"judgments": "pairwise"}, "filter": {"k": 1}}, "filter: does not apply to a judgment dataset"),
         ({"settings": []}, "settings: found .*; allowed: a mapping of verifiers to their settings"),
         ({"settings": {"numbr": {}}}, "settings: found 'numbr'; allowed: math, choice"),
@@ -194,7 +196,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"no recipe 'geometry' \(did you mean geometry3k\?\); allowed: dapo_math_17k, digits, geome"
+        ValueError, match=r"no recipe 'geometry' \(did you mean geometry3k\?\); allowed: chartqa, countbenchqa, dapo"
     ):
         load_recipe("geometry")
     with pytest.raises(ValueError, match="this recipe file does not exist"):
@@ -481,9 +483,9 @@ def test_a_row_names_no_code_but_that_of_its_recipe(problems) -> None:
     rows = [{"v": "spark_vl.verifiers.number:verify_number"}, {"v": "os:system"}, {"v": "number"}]
     opened = problems(*rows, verifier="spark_vl.verifiers.number:verify_number")
     assert [opened[0].verifier, opened[2].verifier] == ["spark_vl.verifiers.number:verify_number", "number"]
-    allowed = ", ".join(sorted({*VERIFIERS, "spark_vl.verifiers.number:verify_number"}))
+    allowed = ", ".join(sorted({*VERIFIERS, "self_judge", "spark_vl.verifiers.number:verify_number"}))
     assert reason(opened, 1).startswith(f"'v' is 'os:system'; allowed: null, {allowed}")
-    assert reason(problems(*rows)).endswith(f"allowed: null, {', '.join(sorted(VERIFIERS))}")
+    assert reason(problems(*rows)).endswith(f"allowed: null, {', '.join(sorted({*VERIFIERS, 'self_judge'}))}")
 
 
 # ── bad and hostile rows ──
@@ -877,6 +879,10 @@ KINDS = [{"k": "chart", "n": 1}, {"k": "map", "n": 2}, 5, {"k": "chart", "n": No
         ({"n": None}, [2, 3]),
         ({"k": None}, [2, 4]),
         ({"n": 2.0}, [1, 2]),
+        ({"n": {"min": 2}}, [1, 2, 5]),
+        ({"n": {"min": 1, "max": 2}}, [0, 1, 2, 4]),
+        ({"k": {"max": 4}}, [1, 2, 5]),  # characters, or items
+        ({"k": "chart", "n": {"max": 9.5}}, [0, 2]),
     ],
 )
 def test_a_filter_keeps_rows_by_their_values(problems, wanted, rows: list[int]) -> None:
@@ -904,6 +910,8 @@ def test_a_filter_that_leaves_nothing_says_what_there_is(problems) -> None:
         ValueError, match=r"^recipe mine: filter: none of 2 rows has in 'k' one of \['graph'\]; found: 'ch"
     ):
         problems(KINDS[0], KINDS[1], filter={"k": "graph"})
+    with pytest.raises(ValueError, match=r"none of 2 rows has in 'n' a value in Range\(min=3, max=inf\); found: 1, 2"):
+        problems(KINDS[0], KINDS[1], filter={"n": {"min": 3}})
     with pytest.raises(ValueError, match=r"source: no row has a column kind; the columns are q, a"):
         problems(KINDS[0], filter={"kind": "graph"})
 
@@ -960,41 +968,6 @@ FIXTURES: dict[str, tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]] = {
         {
             "train": [{"id": "1", "question": "As shown <image>, find x.", "answer": "$2$", "image": {"bytes": png()}}],
             "test": [{"id": "2", "question": "<image>Which?\nA. 1\nB. 2", "answer": "B", "image": {"bytes": png()}}],
-        },
-    ),
-    "mathvista": (
-        {
-            "pid": TEXT,
-            "question": TEXT,
-            "image": TEXT,
-            "decoded_image": IMAGE,
-            "choices": TEXTS,
-            "unit": TEXT,
-            "precision": Value("float64"),
-            "answer": TEXT,
-            "question_type": TEXT,
-            "answer_type": TEXT,
-            "metadata": {"split": TEXT, "skills": TEXTS},
-            "query": TEXT,
-        },
-        {
-            "testmini": [
-                {
-                    "pid": "1",
-                    "query": "Hint: Answer with a number with one decimal place.\nQuestion: How far? (Unit: m)",
-                    "decoded_image": {"bytes": png()},
-                    "answer": "1.2",
-                    "image": "images/1.jpg",
-                },
-                {
-                    "pid": "2",
-                    "query": "Question: Which is larger?\nChoices:\n(A) the left\n(B) the right",
-                    "choices": ["the left", "the right"],
-                    "decoded_image": {"bytes": png()},
-                    "answer": "the right",
-                    "image": "images/2.jpg",
-                },
-            ]
         },
     ),
     "mathvision": (
@@ -1100,18 +1073,6 @@ def test_shipped_recipe_reads_its_schema(name: str, repository, pool) -> None:
         ("mmk12", "train", [("$2$", "math", "As shown <image>, find x.")]),
         ("mmk12", "test", [("B", "choice", "<image>Which?\nA. 1\nB. 2")]),
         (
-            "mathvista",
-            "test",
-            [
-                (
-                    "1.2",
-                    "math",
-                    "<image>Hint: Answer with a number with one decimal place.\nQuestion: How far? (Unit: m)",
-                ),
-                ("B", "choice", "<image>Question: Which is larger?\nChoices:\n(A) the left\n(B) the right"),
-            ],
-        ),
-        (
             "mathvision",
             "validation",
             [("E", "choice", "Which figure is cut?\n<image>"), ("7", "math", "<image>\nHow many?")],
@@ -1176,8 +1137,9 @@ def test_digits_run_out_of_the_box() -> None:
 
 def test_every_shipped_recipe_is_exercised_here() -> None:
     # judgments: tests/test_judgments.py; the released training sets: tests/test_spark_data.py; DAPO: tests/test_dapo.py
+    # The schemas of benchmarks, some of which are above, too: tests/test_benchmarks.py
     elsewhere = {"judgments", "spark_virl_19k", "spark_virl_hard_24k", "dapo_math_17k"}
-    assert recipes() == sorted({*FIXTURES, "digits", *elsewhere})
+    assert recipes() == sorted({*FIXTURES, "digits", *elsewhere, *SCHEMAS})
     for name in recipes():
         recipe = load_recipe(usage(name))
         assert recipe.name == (name if name != "judgments" else "judgments-pairwise")

@@ -113,6 +113,7 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
     record = replace(record, choices=("Yes", "No"), origin=origin, question=(ImageRef("a.png", "/data"), "Larger?"))
     record = replace(record, image_sizes=(ImageSize((640, 480), (644, 476)),), coordinates="resized")
     record = replace(record, settings=(("relative", 0.05),), weight=0.9, shaping=(("format", 0.1),), license="MIT")
+    record = replace(record, tags=(("version", "Text Lite"),))
     assert record_from_json(record_to_json(record)) == record
     assert record_to_json(record) == {
         "id": "digits/7@3#pointwise",
@@ -127,6 +128,7 @@ def test_a_record_as_json_is_what_a_checkpoint_holds():
         "weight": 0.9,
         "shaping": {"format": 0.1},
         "license": "MIT",
+        "tags": {"version": "Text Lite"},
         "image_sizes": [{"original": [640, 480], "processed": [644, 476]}],
         "coordinates": "resized",
         "origin": {

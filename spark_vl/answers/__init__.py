@@ -4,7 +4,7 @@ Everything that reads an answer (verifiers, recycling, judges) starts from `last
 shown is the text that was scored. Every function here runs in time linear in the length of its text.
 """
 
-from spark_vl.answers.boxed import compact, last_boxed, normalized, plain
+from spark_vl.answers.boxed import compact, last_box, last_boxed, normalized, plain
 from spark_vl.answers.choices import match_choice, match_choices, match_label
 from spark_vl.answers.quantities import TOLERANCE, Quantity, agrees, parse_count, parse_quantity, same_unit
 from spark_vl.answers.sequences import Interval, distinct, last_json_object, parse_intervals, parse_items, parse_json
@@ -16,6 +16,7 @@ __all__ = [
     "agrees",
     "compact",
     "distinct",
+    "last_box",
     "last_boxed",
     "last_json_object",
     "match_choice",

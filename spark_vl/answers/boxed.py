@@ -13,22 +13,29 @@ _BRACE = re.compile(r"(?P<box>\\boxed\s*\{)|\\(?:[{}]|\\(?!boxed))|(?P<open>\{)|
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content, stripped, of the last `\boxed{...}` in `text`; None if there is none.
+    r"""The content, stripped, of the last `\boxed{...}` in `text`; None if there is none. See `last_box`."""
+    span = last_box(text)
+    return None if span is None else text[slice(*span)]
+
+
+def last_box(text: str) -> tuple[int, int] | None:
+    r"""Where in `text` the content, stripped, of the last `\boxed{...}` starts and ends; None if there is none.
 
     "Last" is the box that starts last, so of nested boxes it is the innermost. Boxes whose braces do not close (a
     reply that was cut off) and blank ones (`\boxed{}`, an echo of the instruction) hold no answer and are skipped.
     """
     stack: list[tuple[bool, int, int]] = []  # (is a box, where it starts, where its content starts)
-    last, content = -1, None
+    last, span = -1, None
     for match in _BRACE.finditer(text):
         if match["close"]:
             if stack:
                 is_box, start, inside = stack.pop()
                 if is_box and start > last and (found := text[inside : match.start()].strip()):
-                    last, content = start, found
+                    inside = text.index(found, inside)
+                    last, span = start, (inside, inside + len(found))
         elif match["box"] or match["open"]:
             stack.append((match["box"] is not None, match.start(), match.end()))
-    return content
+    return span
 
 
 STYLE = r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mbox)"

@@ -34,7 +34,7 @@ from spark_vl.records import (
     RolloutGroup,
     Verdict,
 )
-from spark_vl.verifiers.base import VERIFIERS, check_settings, one_of, public_name
+from spark_vl.verifiers.base import SELF_JUDGE, VERIFIERS, check_settings, one_of, public_name
 
 if TYPE_CHECKING:
     import datasets
@@ -242,7 +242,8 @@ def record_of(
         ValueError: a cell does not have the type and form that `features` and `row_of` give it; names the column.
     """
     images = _images(row)
-    gold, choices, verifier = text(row, "label"), options(row, "choices"), text(row, "verifier")
+    choices, verifier = options(row, "choices"), text(row, "verifier")
+    gold = "" if verifier == SELF_JUDGE else text(row, "label")
     allowed = ("judgment",) if config in JUDGMENTS else verifiers
     if (known := one_of(verifier, allowed)) is None:
         raise ValueError(f"'verifier' is {verifier!r:.200}; allowed: {', '.join(sorted(map(public_name, allowed)))}")

@@ -6,6 +6,7 @@ Those of a judgment dataset are prompts already, and become records of their own
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -21,10 +22,11 @@ from typing import Any
 from PIL.Image import Image
 
 from spark_vl.answers import last_boxed, match_choices, plain
+from spark_vl.data.benchmarks import ADAPTERS, AdaptedRows
 from spark_vl.data.cells import answer, identifier, items, optional, options, text, type_name, unicode
 from spark_vl.data.images import ImageError, encode_pixels, image_in_text, image_path, load_image
 from spark_vl.data.judgments import record_of
-from spark_vl.data.recipes import JudgmentColumns, Recipe, check_verifiers
+from spark_vl.data.recipes import Columns, JudgmentColumns, PreferenceColumns, Range, Recipe, check_verifiers
 from spark_vl.data.sources import (
     DEFAULT_LIMITS,
     PlacedRows,
@@ -39,7 +41,7 @@ from spark_vl.data.sources import (
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
-from spark_vl.verifiers.base import one_of, public_name
+from spark_vl.verifiers.base import SELF_JUDGE, check_settings, one_of, public_name
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,10 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLim
         ValueError: the recipe has no such split, its source has no such file, split or column, or a verifier of the
             user's own cannot be used (`check_verifiers`).
     """
+    if isinstance(recipe.columns, PreferenceColumns):
+        raise ValueError(
+            f"recipe {recipe.name}: is a reward benchmark: its rows are answers to compare, not problems to solve"
+        )
     check_verifiers(recipe)
     if split not in recipe.splits:
         raise ValueError(f"recipe {recipe.name}: splits: found {split!r}; allowed: {', '.join(recipe.splits)}")
@@ -63,6 +69,8 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLim
         rows, root = open_rows(recipe.source, recipe.splits[split], recipe.columns_read, limits)
     except ValueError as error:
         raise ValueError(f"recipe {recipe.name}: source: {error}") from error
+    if recipe.adapter is not None:
+        rows = AdaptedRows(rows, ADAPTERS[recipe.adapter])
     root = root if recipe.media_root is None else Path(recipe.media_root)
     if root is not None and not root.is_dir():
         raise ValueError(f"recipe {recipe.name}: media_root: found {str(root)!r}, which is not a folder")
@@ -101,17 +109,17 @@ class ProblemSet:
         self.recipe, self.split = recipe, split
         self._templater, self._rows, self.root, self._limits = templater, rows, root, limits
         try:
-            self._chosen = _chosen(rows, recipe.filter)
+            self._chosen = chosen_rows(rows, recipe.filter)
         except ValueError as error:
             raise ValueError(f"recipe {recipe.name}: {error}") from error
-        self.verifiers = recipe.own_verifiers | VERIFIERS.keys()
-        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS`, only what the
-        recipe itself names."""
+        self.verifiers = recipe.own_verifiers | {*VERIFIERS, SELF_JUDGE}
+        """That records may name. A dataset does not choose which code is imported: beside `VERIFIERS` and `SELF_JUDGE`,
+        only what the recipe itself names."""
         column = recipe.columns.id
         # A run adds to the id of a problem what it made of it, and that to what somebody makes of its judgments.
         self._longest_id = 4000 if isinstance(recipe.columns, JudgmentColumns) else 1000
         cells = () if column is None else read_column(rows, column)
-        self.renamed: dict[int, str] = _ids_of_repeats(cells, str(column), self._longest_id)
+        self.renamed: dict[int, str] = ids_of_repeats(cells, str(column), self._longest_id)
         """Row of the source → the id that it has in place of the one in its cell, which an earlier row has."""
         if self.renamed:
             row, name = next(iter(self.renamed.items()))
@@ -120,6 +128,34 @@ class ProblemSet:
                 "such as %r in row %s",
                 *(recipe.name, split, len(self.renamed), len(rows), name, row),
             )
+        if recipe.exclude is not None:
+            self._exclude(Path(recipe.exclude), column)
+
+    def _exclude(self, file: Path, column: str | None) -> None:
+        """Leave out the rows whose ids stand in `file`."""
+        where = f"recipe {self.recipe.name}: exclude"
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: {file} cannot be read: {error}") from error
+        start = f"{self.recipe.name}/{self.split}/"
+        unwanted = {line.removeprefix(start) for line in lines if line.startswith(start)}
+        cells = [None] * len(self._rows) if column is None else list(read_column(self._rows, column))
+        left = array("q")
+        for number in self._chosen:
+            try:
+                name = self.renamed.get(number) or _name(cells[number], str(column), number, self._longest_id)
+            except ValueError:  # a bad row, which is said when it is drawn
+                name = f"#{number}"
+            if name in unwanted:
+                unwanted.discard(name)
+            else:
+                left.append(number)
+        if unwanted:
+            raise ValueError(f"{where}: {file}: no row has the id {start}{min(unwanted)}; the data may be another one")
+        if not left:
+            raise ValueError(f"{where}: {file}: leaves no row")
+        self._chosen = left
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -154,7 +190,8 @@ class ProblemSet:
         are fixed."""
         if isinstance(self.recipe.columns, JudgmentColumns):
             return []
-        return [name for name in column_names(self._rows) if name not in self.recipe.columns_read]
+        rows = self._rows.source if isinstance(self._rows, AdaptedRows) else self._rows
+        return [name for name in column_names(rows) if name not in self.recipe.columns_read]
 
     def placed(self, error: BadRecordError, index: int) -> BadRecordError:
         """`error`, of row `index` as `__getitem__` counts, with the place where a person finds that row."""
@@ -178,6 +215,9 @@ class ProblemSet:
             "image_placeholder": recipe.image_placeholder,
             "answer_after": recipe.answer_after,
             "filter": dict(recipe.filter),
+            "exclude": None if recipe.exclude is None else hashlib.sha256(bytes(array("q", self._chosen))).hexdigest(),
+            "adapter": recipe.adapter,
+            "tags": dict(recipe.tags),
         }
         return json.loads(json.dumps(facts, default=str))
 
@@ -209,8 +249,13 @@ class ProblemSet:
                 verifiers=self.verifiers,
                 neutralize=self._templater.neutralize,
             )
+        assert isinstance(columns, Columns)  # `open_recipe` refuses the others
         question = text(row, columns.question).strip()
-        gold = _gold(answer(row, columns.answer), recipe.answer_after)
+        named = optional(row, columns.verifier)
+        if named is None:
+            named = recipe.verifier_of(self.split)
+        without_gold = named == SELF_JUDGE  # its answer is not looked at
+        gold = "" if without_gold else _gold(answer(row, str(columns.answer)), recipe.answer_after)
         choices = () if optional(row, columns.choices) is None else options(row, str(columns.choices))
         default = recipe.verifier_of(self.split)
         if columns.verifier is not None and optional(row, columns.verifier) is not None:
@@ -218,20 +263,22 @@ class ProblemSet:
             if (verifier := one_of(named, self.verifiers)) is None:
                 allowed = ", ".join(sorted(map(public_name, self.verifiers)))
                 raise ValueError(f"{columns.verifier!r} is {named!r:.200}; allowed: null, {allowed}")
-        elif choices or (default == "math" and _is_lettered(question, gold)):
+        elif (choices and not without_gold) or (default == "math" and _is_lettered(question, gold)):
             verifier = "choice"
         else:
             if default is None:
                 raise ValueError(f"{columns.verifier!r} is null, and the recipe has no verifier")
             verifier = default
         if verifier == "choice":
-            text(row, columns.answer)  # a number may count the options from 0 or from 1
+            text(row, str(columns.answer))  # a number may count the options from 0 or from 1
             letters = _letters(gold, choices)
             gold = letters if choices or len(letters) > 1 else plain(gold)
         if choices and not _shows(question, choices):
             lettered = zip(ascii_uppercase, choices, strict=False)
             question += "".join(f"\n{letter}. {option}" for letter, option in lettered)
-        content = self._content(question, self._images(row))
+        if not question.replace(recipe.image_placeholder, "").strip():
+            raise ValueError("the question has no words")
+        content = place_images(question, self._images(row), recipe.image_placeholder)
         return PromptRecord(
             id=record_id,
             kind="problem",
@@ -241,62 +288,93 @@ class ProblemSet:
             verifier=verifier,
             recipe=recipe.name,
             choices=choices,
-            settings=tuple(recipe.settings.get(verifier, {}).items()),
+            settings=self._settings(row, columns.settings, verifier),
             weight=recipe.weight,
             shaping=tuple(recipe.shaping.items()),
             license=recipe.license,
+            tags=tuple(
+                (name, _tag(row, column)) for name, column in recipe.tags.items() if row.get(column) is not None
+            ),
         )
+
+    def _settings(self, row: Row, column: str | None, verifier: str) -> tuple[tuple[str, Any], ...]:
+        """Those of the recipe for `verifier`, with the row's, in `column`, in their place."""
+        own = optional(row, column)
+        if own is None:
+            return tuple(self.recipe.settings.get(verifier, {}).items())
+        if not isinstance(own, Mapping):
+            raise ValueError(f"{column!r} is {type_name(own)}; a mapping of settings is allowed")
+        own = {str(name): value for name, value in own.items() if value is not None}
+        if verifier in VERIFIERS:
+            check_settings(verifier, own)
+        return tuple((dict(self.recipe.settings.get(verifier, {})) | own).items())
 
     def _images(self, row: Row) -> list[ImageRef]:
         column = self.recipe.columns.images
         images = items(optional(row, column))
         if column is not None:
             self._limits.check({column: images}, column)  # a list that was the text of one
-        return [self._image(item) for item in images]
+        return [image_of(item, self.root, column) for item in images]
 
-    def _image(self, item: Any) -> ImageRef:
-        match item:
-            case bytes() | bytearray() | memoryview() | {"bytes": bytes() | bytearray() | memoryview()}:
-                return ImageRef(data=bytes(item["bytes"] if isinstance(item, Mapping) else item))
-            case Image():
-                return ImageRef(data=encode_pixels(item))
-            case {"bytes": str(text)}:
-                if (data := image_in_text(text)) is None:
-                    raise ValueError(f"the bytes of an image are the text {text!r:.60}, which is not base64")
+
+def image_of(item: Any, root: Path | None, name: str | None) -> ImageRef:
+    """The image that a cell holds: bytes, a path, base64, a data URL, a mapping of bytes and path, or one of Pillow.
+
+    Args:
+        root: folder that paths are relative to and cannot leave; None: paths are refused.
+        name: of the column.
+
+    Raises:
+        ValueError: it is none of these. Files are looked for, but not opened.
+    """
+    match item:
+        case bytes() | bytearray() | memoryview() | {"bytes": bytes() | bytearray() | memoryview()}:
+            return ImageRef(data=bytes(item["bytes"] if isinstance(item, Mapping) else item))
+        case Image():
+            return ImageRef(data=encode_pixels(item))
+        case {"bytes": str(text)}:
+            if (data := image_in_text(text)) is None:
+                raise ValueError(f"the bytes of an image are the text {text!r:.60}, which is not base64")
+            return ImageRef(data=data)
+        case str(path) | {"bytes": None, "path": str(path)} | {"path": str(path)}:
+            if (data := image_in_text(path)) is not None:
                 return ImageRef(data=data)
-            case str(path) | {"bytes": None, "path": str(path)} | {"path": str(path)}:
-                if (data := image_in_text(path)) is not None:
-                    return ImageRef(data=data)
-            case _:
-                raise ValueError(
-                    f"an image is {type_name(item)}; allowed are bytes, a path, base64, a data URL, a mapping of bytes "
-                    "and path, or an image of Pillow"
-                )
-        unicode(path, str(self.recipe.columns.images))
-        if self.root is None:
+        case _:
             raise ValueError(
-                f"an image is the path {path!r:.100}, but the recipe has no media_root that paths are relative to"
+                f"an image is {type_name(item)}; allowed are bytes, a path, base64, a data URL, a mapping of bytes "
+                "and path, or an image of Pillow"
             )
-        if Path(path).is_absolute():
-            path = _below(path, self.root)
-        ref = ImageRef(path=path, root=str(self.root))
-        image_path(ref)
-        return ref
+    unicode(path, str(name))
+    if root is None:
+        raise ValueError(f"an image is the path {path!r:.100}, but there is no media_root that paths are relative to")
+    if Path(path).is_absolute():
+        path = _below(path, root)
+    ref = ImageRef(path=path, root=str(root))
+    image_path(ref)
+    return ref
 
-    def _content(self, question: str, images: list[ImageRef]) -> Content:
-        pieces = question.split(self.recipe.image_placeholder)
-        if len(pieces) == 1:
-            return (*images, question)
-        if not any(piece.strip() for piece in pieces):
-            raise ValueError("the question has no words")
-        if len(pieces) != len(images) + 1:
-            raise ValueError(
-                f"the question has {len(pieces) - 1} placeholders {self.recipe.image_placeholder!r} "
-                f"for {len(images)} images"
-            )
-        between: list[str | ImageRef] = [*images, ""]
-        content = [part for pair in zip(pieces, between, strict=True) for part in pair]
-        return tuple(part for part in content if part != "")
+
+def place_images(text: str, images: Sequence[ImageRef], placeholder: str = "<image>") -> Content:
+    """`text` with each image where a placeholder stands for it; without placeholders, images go first.
+
+    Raises:
+        ValueError: there are more placeholders than images, or fewer.
+    """
+    pieces = text.split(placeholder)
+    if len(pieces) == 1:
+        return (*images, text)
+    if len(pieces) != len(images) + 1:
+        raise ValueError(f"the text has {len(pieces) - 1} placeholders {placeholder!r} for {len(images)} images")
+    between: list[str | ImageRef] = [*images, ""]
+    content = [part for pair in zip(pieces, between, strict=True) for part in pair]
+    return tuple(part for part in content if part != "")
+
+
+def _tag(row: Row, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{column!r} is {type_name(value)}; a text or a number is allowed as a tag")
+    return unicode(str(value), column)
 
 
 def data_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -332,9 +410,10 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
                 record = problems[index]
                 sizes = [load_image(ref).size for ref in record.images]
                 image_sizes = tuple(ImageSize(size, size) for size in sizes)
-                sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
                 rows.append(record)
-                places.append(index)
+                if record.verifier != SELF_JUDGE:
+                    sized.append(replace(record, image_sizes=image_sizes, coordinates="original"))
+                    places.append(index)
             except ImageError as error:
                 rows.append(problems.placed(BadRecordError(record.id, str(error)), index))
             except BadRecordError as error:
@@ -342,10 +421,11 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
         found = zip(check_golds(verifiers, sized), places, strict=True)
         faults = iter([fault and problems.placed(fault, index) for fault, index in found])
         for row in rows:
-            yield row if isinstance(row, BadRecordError) else next(faults) or row
+            has_gold = not isinstance(row, BadRecordError) and row.verifier != SELF_JUDGE
+            yield (next(faults) or row) if has_gold else row
 
 
-def _chosen(rows: Rows, wanted: Mapping[str, tuple[Any, ...]]) -> Sequence[int]:
+def chosen_rows(rows: Rows, wanted: Mapping[str, tuple[Any, ...] | Range]) -> Sequence[int]:
     """The numbers of the rows that have one of the wanted values in each column. A row that cannot be read is among
     them: it is a bad row, not one that nobody wanted.
 
@@ -358,9 +438,8 @@ def _chosen(rows: Rows, wanted: Mapping[str, tuple[Any, ...]]) -> Sequence[int]:
         left = array("q", (i for i in chosen if cells[i] in values or (cells[i] is None and not _is_readable(rows, i))))
         if chosen and not left:
             found = ", ".join(islice(dict.fromkeys(f"{cells[i]!r:.40}" for i in chosen), 10))
-            raise ValueError(
-                f"filter: none of {len(chosen)} rows has in {column!r} one of {list(values)}; found: {found}"
-            )
+            allowed = f"a value in {values}" if isinstance(values, Range) else f"one of {list(values)}"
+            raise ValueError(f"filter: none of {len(chosen)} rows has in {column!r} {allowed}; found: {found}")
         chosen = left
     return chosen
 
@@ -381,7 +460,7 @@ def _is_path(item: Any) -> bool:
         return False
 
 
-def _ids_of_repeats(cells: Iterable[Any], column: str, longest: int) -> dict[int, str]:
+def ids_of_repeats(cells: Iterable[Any], column: str, longest: int) -> dict[int, str]:
     """Row → an id of its own, `ID#ROW`, for each row whose cell has the id of an earlier row.
 
     Args:

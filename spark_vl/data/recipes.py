@@ -34,10 +34,11 @@ from urllib.parse import parse_qsl
 
 import yaml
 
+from spark_vl.data.benchmarks import ADAPTERS, PREFERENCES
 from spark_vl.data.judgments import CONFIGS, Config, record_columns
 from spark_vl.data.sources import FILES, Source, SourceType
 from spark_vl.records import did_you_mean, writable
-from spark_vl.verifiers.base import VERIFIERS, absolute_name, check_own_verifier, check_settings, file_of
+from spark_vl.verifiers.base import SELF_JUDGE, VERIFIERS, absolute_name, check_own_verifier, check_settings, file_of
 from spark_vl.verifiers.shaping import SHAPING
 
 SPLITS = ("train", "validation", "test")
@@ -52,9 +53,10 @@ class Columns:
 
     question: str
     """Text, in which the image placeholder stands where an image belongs; without placeholders, images go first."""
-    answer: str
+    answer: str | None = None
     r"""Text; where it holds a `\boxed{}`, the content of the last one is the gold answer. Or a number, true, false, a
-    list or a mapping, which are taken as JSON: `[12, 30, 80, 90]` for a box, `["colour", "color"]` for `text`."""
+    list or a mapping, which are taken as JSON: `[12, 30, 80, 90]` for a box, `["colour", "color"]` for `text`. Rows
+    with the verifier `self_judge` need none; it may be left out where all have it."""
     images: str | None = None
     """One image or a list: encoded bytes, `{"bytes", "path"}`, or a path below the media root, relative or absolute. A
     text that is a JSON list is a list, here and in `choices`."""
@@ -67,11 +69,27 @@ class Columns:
     verifier: str | None = None
     """Name of the row's verifier: one of `VERIFIERS`, or one that the recipe names under `verifier` or `settings`.
     null: the recipe's."""
+    settings: str | None = None
+    """Mapping of settings of the row's verifier, which replace those of the recipe: `{"decimals": 2}`. Nulls in it do
+    not count."""
 
     @property
     def used(self) -> tuple[str, ...]:
         """The names of all columns of rows, each once."""
         return tuple(dict.fromkeys(name for name in vars(self).values() if name is not None))
+
+
+@dataclass(frozen=True)
+class Range:
+    """The cells that a filter `{min: 0.1, max: 0.9}` keeps: numbers in it, texts with so many characters, and lists
+    with so many items. A null, true and false are not in any."""
+
+    min: float = -inf
+    max: float = inf
+
+    def __contains__(self, cell: Any) -> bool:
+        value = len(cell) if isinstance(cell, str | list | tuple) else cell
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.min <= value <= self.max
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,24 @@ class JudgmentColumns:
 
 
 @dataclass(frozen=True)
+class PreferenceColumns:
+    """The columns of a reward benchmark, whose rows are answers to compare (`preferences.open_preferences`)."""
+
+    preferences: str
+    """Which benchmark: a name in `benchmarks.PREFERENCES`, which says how its rows are read."""
+    id: None = field(default=None, init=False)
+    images: None = field(default=None, init=False)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The names of all columns of rows."""
+        return PREFERENCES[self.preferences].reads
+
+
+AnyColumns = Columns | JudgmentColumns | PreferenceColumns
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A dataset, and how its rows become problems."""
 
@@ -101,12 +137,13 @@ class Recipe:
     source: Source
     splits: Mapping[str, str]
     """train, validation or test → the split at the source (see `sources.open_rows`)."""
-    columns: Columns | JudgmentColumns
+    columns: AnyColumns
     verifier: str | Mapping[str, str] | None = None
-    """Name of the verifier of the rows that name none, or one for each split: one of `VERIFIERS`, `module:function`, or
-    `./file.py:function`, relative to the recipe file. `math` gives way to `choice` in rows whose answer is one capital
-    letter and whose question letters its options. None: each row names its own (`columns.verifier`), as those of
-    judgment datasets do, which may name this one besides `VERIFIERS`."""
+    """Name of the verifier of the rows that name none, or one for each split: one of `VERIFIERS`, `module:function`,
+    `./file.py:function`, relative to the recipe file, or `self_judge`, for rows without a right answer
+    (`SelfJudgeConfig`). `math` gives way to `choice` in rows whose answer is one capital letter and whose question
+    letters its options. None: each row names its own (`columns.verifier`), as those of judgment datasets do, which may
+    name this one besides `VERIFIERS`."""
     media_root: str | None = None
     """Folder that image paths are relative to and cannot leave. None: that of a local source; no paths for others."""
     image_placeholder: str = "<image>"
@@ -116,9 +153,19 @@ class Recipe:
     it is bad. None: the column holds the answer."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Verifier → its settings, such as `{number: {relative: 0.05}, iou: {coordinates: thousand}}`."""
-    filter: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    filter: Mapping[str, tuple[Any, ...] | Range] = field(default_factory=dict)
     """Column → the values that a row may have there; rows with another one are no part of the dataset. In a file, one
-    value or a list: `{subject: [algebra, geometry], has_image: true}`. Ids count all rows of the source."""
+    value, a list, or a range: `{subject: [algebra, geometry], has_image: true, pass_rate: {min: 0.1, max: 0.9}}`. Ids
+    count all rows of the source."""
+    exclude: str | None = None
+    """File with ids of records, one a line, that are no part of the dataset, as `spark-vl recipes NAME --against
+    BENCHMARK --write FILE` makes it; those of other recipes and splits do not count."""
+    adapter: str | None = None
+    """What turns the source's rows into rows with the columns that are named here: a name in `benchmarks.ADAPTERS`.
+    None: they have them already."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Name of a tag → the column that holds its values, texts or numbers: `{version: problem_version}`. Records carry
+    them, and evaluation groups by them; a null is no tag."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of the score and of shaping terms (`verifiers.shaping`) in the reward. In a file they replace the
     verifier's name: `verifier: {math: 1.0, format: 0.1}`."""
@@ -139,14 +186,18 @@ class Recipe:
 
     @property
     def columns_read(self) -> tuple[str, ...]:
-        """The names of all columns that are read, each once."""
-        return tuple(dict.fromkeys((*self.columns.used, *self.filter)))
+        """The names of all columns of the source that are read, each once."""
+        used = (*self.columns.used, *self.tags.values(), *self.filter)
+        if self.adapter is not None:
+            adapter = ADAPTERS[self.adapter]
+            used = (*(name for name in used if name not in adapter.makes), *adapter.reads)
+        return tuple(dict.fromkeys(used))
 
     @property
     def own_verifiers(self) -> frozenset[str]:
         """The verifiers that it names, besides `VERIFIERS`. They are the user's code."""
         named = self.verifier.values() if isinstance(self.verifier, Mapping) else [self.verifier]
-        return frozenset({*named, *self.settings} - {*VERIFIERS, None})
+        return frozenset({*named, *self.settings} - {*VERIFIERS, SELF_JUDGE, None})
 
 
 def recipes() -> list[str]:
@@ -286,8 +337,9 @@ def _filled(raw: dict[str, Any], query: str, where: str) -> dict[str, Any]:
 def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`raw` with its paths made absolute, relative ones from `folder`."""
     raw = dict(raw)
-    if isinstance(raw.get("media_root"), str):
-        raw["media_root"] = str(folder / Path(raw["media_root"]).expanduser())
+    for key in ("media_root", "exclude"):
+        if isinstance(raw.get(key), str):
+            raw[key] = str(folder / Path(raw[key]).expanduser())
     if isinstance(raw.get("source"), dict):
         raw["source"] = {
             kind: str(folder / Path(value).expanduser()) if kind in FILES and isinstance(value, str) else value
@@ -319,16 +371,25 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     columns = _columns(where, raw["columns"])
     optional = {
         key: _text(where, key, raw[key])
-        for key in ("media_root", "image_placeholder", "answer_after")
+        for key in ("media_root", "image_placeholder", "answer_after", "exclude")
         if raw.get(key) is not None
     }
     if isinstance(columns, JudgmentColumns) and optional:
         raise ValueError(f"{where}: {next(iter(optional))}: does not apply to a judgment dataset; leave it out")
+    if isinstance(columns, PreferenceColumns):
+        for key in ("verifier", "settings", "adapter", "tags", *optional):
+            if raw.get(key):
+                raise ValueError(f"{where}: {key}: does not apply to a reward benchmark; leave it out")
+    adapter = raw.get("adapter")
+    if adapter is not None and adapter not in ADAPTERS:
+        raise ValueError(f"{where}: adapter: found {_shown(adapter)}; allowed: {', '.join(ADAPTERS)}")
     if isinstance(columns, Columns) and verifier is None and columns.verifier is None:
         raise ValueError(f"{where}: verifier: is missing, and so is columns.verifier, which may name one in each row")
     named = [] if verifier is None else list(verifier.values()) if isinstance(verifier, dict) else [verifier]
     for name_of_verifier in named:
         _check_verifier(where, "verifier", name_of_verifier)
+    if isinstance(columns, Columns) and columns.answer is None and {*named} != {SELF_JUDGE}:
+        raise ValueError(f"{where}: columns.answer: is missing")
     settings = _settings(where, raw.get("settings", {}), columns, named)
     return Recipe(
         name=name,
@@ -340,12 +401,14 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
         verifier=verifier,
         settings=settings,
         filter=_filter(where, raw.get("filter", {}), columns),
+        adapter=adapter,
+        tags=_mapping(where, "tags", raw.get("tags", {})),
         weights=weights,
         **optional,
     )
 
 
-def _settings(where: str, raw: Any, columns: Columns | JudgmentColumns, named: list[str]) -> dict[str, dict[str, Any]]:
+def _settings(where: str, raw: Any, columns: AnyColumns, named: list[str]) -> dict[str, dict[str, Any]]:
     """Verifier → its settings. Those of the user's own verifiers are left to `check_verifiers`.
 
     Args:
@@ -364,6 +427,8 @@ def _settings(where: str, raw: Any, columns: Columns | JudgmentColumns, named: l
                 f"{where}: settings.{name}: found {_shown(settings)}; settings stand below the name of their verifier: "
                 f"settings: {{{of}: {{{name}: {settings}}}}}"
             )
+        if name == SELF_JUDGE:
+            raise ValueError(f"{where}: settings: {name} has none here; they are those of the run (self_judge)")
         _check_verifier(where, "settings", name)
         if name in VERIFIERS:
             try:
@@ -381,7 +446,7 @@ def _settings(where: str, raw: Any, columns: Columns | JudgmentColumns, named: l
 def _check_verifier(where: str, field: str, name: Any) -> None:
     """A name of `VERIFIERS`, or a function of a module or file that is there. It is not imported."""
     name = _text(where, field, name)
-    if name in VERIFIERS:
+    if name in VERIFIERS or name == SELF_JUDGE:
         return
     place, _, function = name.rpartition(":")
     if not place or not function:
@@ -394,7 +459,7 @@ def _check_verifier(where: str, field: str, name: Any) -> None:
         why = f"there is no module {place!r} on sys.path; of a file beside the recipe, write ./{place}.py:{function}"
     else:
         return
-    allowed = f"{', '.join(VERIFIERS)}, module:function, or ./file.py:function"
+    allowed = f"{', '.join(VERIFIERS)}, {SELF_JUDGE}, module:function, or ./file.py:function"
     raise ValueError(f"{where}: {field}: found {name!r}; allowed: {allowed} ({why})")
 
 
@@ -434,8 +499,15 @@ def _verifier(where: str, raw: Any, splits: Mapping[str, str]) -> tuple[Any, dic
     return verifiers[0], {name: float(weight) for name, weight in raw.items()}
 
 
-def _columns(where: str, raw: Any) -> Columns | JudgmentColumns:
+def _columns(where: str, raw: Any) -> AnyColumns:
     columns = _mapping(where, "columns", raw)
+    if "preferences" in columns:
+        name = columns["preferences"]
+        if len(columns) > 1:
+            raise ValueError(f"{where}: columns: found {_shown(raw)}; allowed beside preferences: nothing")
+        if name not in PREFERENCES:
+            raise ValueError(f"{where}: columns.preferences: found {name!r}; allowed: {', '.join(PREFERENCES)}")
+        return PreferenceColumns(name)
     if "judgments" not in columns:
         _check_fields(where, "columns.", columns, Columns)
         return Columns(**columns)
@@ -446,17 +518,26 @@ def _columns(where: str, raw: Any) -> Columns | JudgmentColumns:
     return JudgmentColumns(columns["judgments"])
 
 
-def _filter(where: str, raw: Any, columns: Columns | JudgmentColumns) -> dict[str, tuple[Any, ...]]:
+def _filter(where: str, raw: Any, columns: AnyColumns) -> dict[str, tuple[Any, ...] | Range]:
     if not isinstance(raw, dict) or not all(isinstance(column, str) for column in raw):
         raise ValueError(f"{where}: filter: found {_shown(raw)}; allowed: a mapping of columns to values")
     if raw and isinstance(columns, JudgmentColumns):
         raise ValueError(f"{where}: filter: does not apply to a judgment dataset; leave it out")
-    wanted = {column: tuple(value) if isinstance(value, list) else (value,) for column, value in raw.items()}
-    for column, values in wanted.items():
+    wanted: dict[str, tuple[Any, ...] | Range] = {}
+    for column, value in raw.items():
+        if _is_range(value):
+            wanted[column] = Range(**value)
+            continue
+        wanted[column] = values = tuple(value) if isinstance(value, list) else (value,)
         if not values or not all(isinstance(value, str | int | float | None) for value in values):
-            allowed = "a text, a number, true, false or null, or a list of them"
+            allowed = "a text, a number, true, false or null, a list of them, or a range {min: 0, max: 1}"
             raise ValueError(f"{where}: filter.{column}: found {_shown(raw[column])}; allowed: {allowed}")
     return wanted
+
+
+def _is_range(value: Any) -> bool:
+    bounds = value.values() if isinstance(value, dict) and value and set(value) <= {"min", "max"} else (None,)
+    return all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in bounds)
 
 
 def _source(where: str, raw: Any) -> Source:

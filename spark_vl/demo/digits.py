@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from spark_vl.data.sources import Rows
+from spark_vl.verifiers.base import SELF_JUDGE
 
 QUESTIONS: dict[str, Callable[[int, int], int]] = {
     "Which digit is larger?": max,
@@ -73,6 +74,13 @@ def rows(split: str) -> Rows:
     return _Rows(split)
 
 
+def half_rows(split: str) -> Rows:
+    """As `rows`, with a column `verifier`. In training every other row hides its answer, and is self-judged."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: the digits have {', '.join(SPLITS)}")
+    return _HalfRows(split)
+
+
 class _Rows:
     def __init__(self, split: str) -> None:
         self.split = split
@@ -99,6 +107,20 @@ class _Rows:
 
     def _id(self, index: int) -> str:
         return f"{self.split}-{index}"
+
+
+class _HalfRows(_Rows):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        verifier = self._verifier(index % len(self))
+        row = super().__getitem__(index) | {"verifier": verifier}
+        return row | {"answer": None} if verifier == SELF_JUDGE else row
+
+    def column(self, name: str) -> Iterator[Any]:
+        """See `_Rows.column`."""
+        return map(self._verifier, range(len(self))) if name == "verifier" else super().column(name)
+
+    def _verifier(self, index: int) -> str:
+        return SELF_JUDGE if self.split == "train" and index % 2 else "number"
 
 
 @cache

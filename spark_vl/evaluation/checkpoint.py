@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spark_vl.config import DataConfig, EvalConfig, ModelConfig, PromptConfig, blamed_on
+from spark_vl.config import DataConfig, EvalConfig
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
 from spark_vl.families.base import Processor
@@ -17,12 +17,11 @@ from spark_vl.families.registry import check_recipes, find_family
 from spark_vl.log import Pace
 from spark_vl.policy.packing import Pack
 from spark_vl.policy.policy import Policy, load_policy
-from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.rollout import RolloutEngine, TransformersEngine
 from spark_vl.rollout.load import load_vllm
 from spark_vl.rollout.vllm_requests import serving_arguments
-from spark_vl.run.trained import find_saved
+from spark_vl.run.trained import find_templater
 from spark_vl.verifiers import VerifierPool
 
 
@@ -91,21 +90,3 @@ def _vllm(config: EvalConfig, policy: Policy, processor: Processor) -> RolloutEn
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     return load_vllm(config.model, config.rollout, arguments, accelerator, policy, processor, score=score, say=print)
-
-
-def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence[str]) -> Templater:
-    """The prompts to evaluate a model with: those of `prompts`; if nothing is set there, those that the model was
-    trained on, which a run saves in its folder, or repository, as `PROMPTS_FILE`.
-
-    Args:
-        reserved: see `Templater`.
-
-    Raises:
-        ConfigError: a template file, or that file, cannot be used, or the Hub cannot be asked for it.
-    """
-    if prompts != PromptConfig():
-        return Templater.from_config(prompts, reserved)
-    with blamed_on("model.path"):
-        file = find_saved(model.path, model.revision, PROMPTS_FILE)
-        print(f"uses the prompts {'of the shipped templates' if file is None else 'that the model was trained on'}")
-        return Templater.from_config(prompts, reserved) if file is None else Templater.read(file)

@@ -76,7 +76,7 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     if len(by_recipe) == 1:
         return next(iter(by_recipe.values()))
     names = dict.fromkeys(name for figures in by_recipe.values() for name in figures)
-    macro = {name: _macro_mean([f[name] for f in by_recipe.values() if name in f]) for name in names}
+    macro = {name: macro_mean([f[name] for f in by_recipe.values() if name in f]) for name in names}
     return macro | {f"{recipe}/{name}": figures[name] for recipe, figures in by_recipe.items() for name in figures}
 
 
@@ -171,7 +171,7 @@ def _consistency(groups: Sequence[RolloutGroup]) -> float:
     return float(len(picks) == 1 and None not in picks)
 
 
-def _macro_mean(estimates: Sequence[Estimate]) -> Estimate:
+def macro_mean(estimates: Sequence[Estimate]) -> Estimate:
     """The unweighted mean of independent estimates. The distances to their bounds add up as standard errors do."""
     m, value = len(estimates), fmean(e["value"] for e in estimates)
     return {

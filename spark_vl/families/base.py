@@ -94,6 +94,9 @@ class Processor(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a part of a completion."""
+
     def answer_start(self, text: str) -> int:
         """Where in the `text` of a completion its answer begins: see `Rollout.answer_start`."""
 

@@ -140,6 +140,10 @@ class ChatProcessor(ABC):
         """See `Processor.decode`."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
+    def encode(self, text: str) -> list[int]:
+        """See `Processor.encode`."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def answer_start(self, text: str) -> int:
         """See `Processor.answer_start`. The answer stands behind the last thought. A thought that does not end, whether
         the completion or already the chat template began it, has no answer behind it."""

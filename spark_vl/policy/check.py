@@ -83,16 +83,19 @@ class LogprobCheck(Sink):
 
         Args:
             step: that is about to update.
-            scored: groups of this process, sampled from the weights as they are; maybe none, but not on all processes.
+            scored: groups of this process, sampled from the weights as they are; none on all processes: it is left to
+                the next step.
 
         Raises:
             LogprobGapError: two computations differ by more than the bound on any process; on all processes.
         """
         if not self._due:
             return
-        self._due = False
         self.log.phase("checking")
         found = [gaps for gaps in gather_object([self._measure(scored)]) if gaps]
+        if not found:
+            return
+        self._due = False
         worst = max(found, key=lambda gaps: gaps.largest)
         listed = ", ".join(f"{a} and {b} by {worst.means[a, b]:.2g}" for a, b in _PAIRS)
         if worst.largest > self.max_gap:

@@ -295,7 +295,7 @@ class Templater:
     def pointwise(
         self,
         question: Content,
-        answer: str,
+        answer: str | Content,
         *,
         correct: bool,
         rng: random.Random,
@@ -303,6 +303,7 @@ class Templater:
         correct_first: bool | None = None,
     ) -> Rendered:
         """Asks whether `answer`, a final answer or a chain of thought, is right. Yes/No and A/B are equally likely.
+        Answers may hold images, here and in `pairwise`.
 
         Args:
             correct: whether it is. Changes `gold` alone; where it is not known, give True, and `gold` is the label that
@@ -317,15 +318,15 @@ class Templater:
         says_correct, says_incorrect = chosen.options
         correct_first = rng.random() < 0.5 if correct_first is None else correct_first
         option_a, option_b = (says_correct, says_incorrect) if correct_first else (says_incorrect, says_correct)
-        slots = {"{answer}": answer, "{option_a}": option_a, "{option_b}": option_b}
+        slots: dict[str, str | Content] = {"{answer}": answer, "{option_a}": option_a, "{option_b}": option_b}
         return self._render(chosen, question, first if correct == correct_first else second, slots)
 
     def pairwise(
         self,
         question: Content,
         *,
-        correct: str,
-        wrong: str,
+        correct: str | Content,
+        wrong: str | Content,
         rng: random.Random,
         template: str | None = None,
         correct_first: bool | None = None,
@@ -388,8 +389,11 @@ class Templater:
             raise ValueError(f"template: found {name!r}; allowed is a {purpose}: {', '.join(allowed)}")
         return allowed[name]
 
-    def _render(self, template: Template, question: Content, gold: str | None, slots: Mapping[str, str]) -> Rendered:
-        values: dict[str, Content] = {"{question}": question, **{slot: (text,) for slot, text in slots.items()}}
+    def _render(
+        self, template: Template, question: Content, gold: str | None, slots: Mapping[str, str | Content]
+    ) -> Rendered:
+        quoted = {slot: (content,) if isinstance(content, str) else content for slot, content in slots.items()}
+        values: dict[str, Content] = {"{question}": question, **quoted}
         parts = (part for piece in _SLOT.split(template.text) for part in values.get(piece, (piece,)))
         return Rendered(self._messages(parts), gold, template.labels or (), template.name)
 

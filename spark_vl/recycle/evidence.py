@@ -11,6 +11,7 @@ from typing import Literal
 from spark_vl.answers import last_boxed
 from spark_vl.config import RecycleConfig
 from spark_vl.records import Kind, PromptRecord, RolloutGroup, Verdict
+from spark_vl.verifiers.base import SELF_JUDGE
 
 _COT_SHARE = {"answer": 0.0, "mixed": 0.5, "cot": 1.0}
 _OUTCOMES = {  # (any right evidence, any wrong evidence)
@@ -111,6 +112,8 @@ def find_evidence(
     found = []
     for group in groups:
         record = group.record
+        if record.verifier == SELF_JUDGE:  # the model's own verdict proves nothing
+            continue
         if record.kind == "problem" or (record.kind == "reflection" and config.judge_reflections):
             found.append(_evidence(group, _sides(group, config, counts), config, f"{seed}:{step}:{record.id}"))
     return found, counts

@@ -6,17 +6,30 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from accelerate import Accelerator
 
+from spark_vl.config import ConfigError
 from spark_vl.distributed.gather import any_process
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.log import RunLog
 from spark_vl.policy.batch import Scored
 from spark_vl.records import KINDS, BadRecordError, Kind, PromptRecord, RecycledRecord, RolloutGroup
 from spark_vl.rollout.engine import PromptsRefusedError, RolloutEngine, Sampling
+from spark_vl.verifiers.base import SELF_JUDGE
 from spark_vl.verifiers.groups import verify_groups
 from spark_vl.verifiers.pool import VerifierPool
+
+
+class SelfJudging(Protocol):
+    """Rewards completions of prompts without a right answer."""
+
+    def is_allowed(self) -> bool:
+        """Whether such prompts are sampled now. Collective."""
+
+    def verified(self, groups: Sequence[RolloutGroup], *, seed: str) -> list[RolloutGroup]:
+        """`groups` with verdicts of the policy's own. Collective."""
 
 
 @dataclass(kw_only=True)
@@ -36,22 +49,41 @@ class Collector:
     """See `ObjectiveConfig`."""
     refused: Callable[[PromptRecord, BadRecordError], None]
     """Is told of each prompt that the engine refuses."""
+    self_judge: SelfJudging | None = None
+    """For prompts whose verifier is `SELF_JUDGE`; None: there are none."""
 
     def sample_and_verify(self, prompts: Sequence[ProcessedPrompt], *, seed: str) -> list[Scored]:
         """Each prompt with its group of G completions and their verdicts; without those that the engine refuses. Groups
         are verified while others are being sampled. Collective.
 
+        Prompts that the policy judges itself are left out while it is not allowed to.
+
         Raises:
+            ConfigError: there are such prompts, and nothing that judges them.
             EngineError: the engine cannot go on.
             TooManyBadRowsError: it refuses too many.
         """
+        if self.self_judge is None:
+            if lost := [prompt.record.id for prompt in prompts if _is_self_judged(prompt)]:
+                raise ConfigError(
+                    f"self_judge.recipes: is empty, and {lost[0]} has the verifier {SELF_JUDGE}; name a recipe of "
+                    "verified problems, which tell how well the policy judges"
+                )
+        elif not self.self_judge.is_allowed():
+            left = [prompt for prompt in prompts if not _is_self_judged(prompt)]
+            self.log.count("self_judge", {"left_out": len(prompts) - len(left)})
+            prompts = left
         sampling = replace(self.sampling, seed=zlib.crc32(seed.encode()))
-        verified: dict[int, Future[list[RolloutGroup]]] = {}
+        own: dict[int, RolloutGroup] = {}
+        others: dict[int, Future[list[RolloutGroup]]] = {}
         # One thread, since the pool does one thing at a time. Most of the work is in its processes.
         with ThreadPoolExecutor(1, thread_name_prefix="verify") as thread:
 
             def verify(i: int, group: RolloutGroup) -> None:
-                verified[i] = thread.submit(verify_groups, self.verifiers, [group], sampling.max_new_tokens)
+                if _is_self_judged(group):
+                    own[i] = group
+                else:
+                    others[i] = thread.submit(verify_groups, self.verifiers, [group], sampling.max_new_tokens)
 
             with self.log.timed("generate"), self.accelerator.autocast():
                 advance = self.log.progress("sampling", len(prompts) * self.n)
@@ -62,7 +94,12 @@ class Collector:
                         self.refused(prompts[i].record, reason)
             with self.log.timed("verify"):  # what is left of it
                 self.log.phase("verifying")
-                scored = [(prompts[i], verified[i].result()[0]) for i in sorted(verified)]
+                verified = {i: group.result()[0] for i, group in others.items()}
+        if self.self_judge:
+            with self.log.timed("self_judge"), self.accelerator.autocast():
+                own = dict(sorted(own.items()))  # groups are complete in any order
+                verified |= zip(own, self.self_judge.verified(list(own.values()), seed=seed), strict=True)
+        scored = [(prompts[i], verified[i]) for i in sorted(verified)]
         self.log.verified([group for _, group in scored])
         return scored
 
@@ -96,6 +133,10 @@ class Collector:
                         for i, j in zip(old, new, strict=True):
                             chosen[i] = fresh[j]
         return sampled, chosen
+
+
+def _is_self_judged(of: ProcessedPrompt | RolloutGroup) -> bool:
+    return of.record.verifier == SELF_JUDGE
 
 
 def _units(scored: Sequence[Scored], kind: Kind) -> list[list[int]]:

@@ -34,6 +34,7 @@ def record_to_json(record: PromptRecord) -> dict[str, Any]:
         "choices": list(record.choices),
         "settings": dict(record.settings),
         "shaping": dict(record.shaping),
+        "tags": dict(record.tags),
         "image_sizes": [{name: list(size) for name, size in vars(sizes).items()} for sizes in record.image_sizes],
     }
     if isinstance(record, RecycledRecord):
@@ -72,6 +73,7 @@ def record_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIER
         "choices": tuple(data["choices"]),
         "settings": tuple(data["settings"].items()),
         "shaping": tuple(data["shaping"].items()),
+        "tags": tuple(data.get("tags", {}).items()),  # earlier versions wrote none
         "image_sizes": tuple(ImageSize(tuple(s["original"]), tuple(s["processed"])) for s in data["image_sizes"]),
     }
     if "origin" not in data:

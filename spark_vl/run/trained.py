@@ -4,7 +4,7 @@ limits."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from spark_vl.config import EvalConfig, TrainConfig, blamed_on
+from spark_vl.config import EvalConfig, ModelConfig, PromptConfig, TrainConfig, blamed_on
+from spark_vl.prompts import Templater
+from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.run.paths import MODEL, TRAINING_FILE
 
 _LIMITS = {
@@ -64,6 +66,24 @@ def find_saved(path: str, revision: str | None, name: str) -> Path | None:
         return Path(hf_hub_download(path, name, revision=revision))
     except EntryNotFoundError:  # also when offline, for a file that was never downloaded
         return None
+
+
+def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence[str]) -> Templater:
+    """The prompts to ask a model with: those of `prompts`; if nothing is set there, those that the model was
+    trained on, which a run saves in its folder, or repository, as `PROMPTS_FILE`.
+
+    Args:
+        reserved: see `Templater`.
+
+    Raises:
+        ConfigError: a template file, or that file, cannot be used, or the Hub cannot be asked for it.
+    """
+    if prompts != PromptConfig():
+        return Templater.from_config(prompts, reserved)
+    with blamed_on("model.path"):
+        file = find_saved(model.path, model.revision, PROMPTS_FILE)
+        print(f"uses the prompts {'of the shipped templates' if file is None else 'that the model was trained on'}")
+        return Templater.from_config(prompts, reserved) if file is None else Templater.read(file)
 
 
 def evaluation_settings(file: Path) -> dict[str, Any] | None:

@@ -44,6 +44,11 @@ VERIFIERS: dict[str, str] = {
 """Registered name → `module:function`, imported on first use."""
 
 
+SELF_JUDGE = "self_judge"
+"""In place of a verifier's name: there is no right answer, and the policy itself judges its completions, in training
+alone (`SelfJudgeConfig`). No pool runs it."""
+
+
 class UnknownVerifierError(ValueError):
     """There is no verifier of that name; the message says what is allowed."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
-from spark_vl.verifiers.base import bad_record_of, boxed_gold, public_name
+from spark_vl.verifiers.base import SELF_JUDGE, bad_record_of, boxed_gold, public_name
 from spark_vl.verifiers.pool import VerifierPool
 
 
@@ -18,6 +18,9 @@ def check_golds(pool: VerifierPool, records: Sequence[PromptRecord]) -> list[Bad
     asked: list[int] = []
     completions: list[tuple[str, PromptRecord]] = []
     for i, record in enumerate(records):
+        if record.verifier == SELF_JUDGE:
+            faults[i] = BadRecordError(record.id, "it has no right answer (verifier: self_judge)")
+            continue
         try:
             completions.append((boxed_gold(record), record))
             asked.append(i)

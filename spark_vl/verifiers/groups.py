@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
-from spark_vl.records import RolloutGroup
+from spark_vl.records import Rollout, RolloutGroup, Verdict
 from spark_vl.verifiers.pool import VerifierPool
 from spark_vl.verifiers.shaping import SHAPING
 
@@ -25,17 +25,14 @@ def verify_groups(
     verdicts = iter(
         pool.verify([(rollout.answer_text, group.record) for group in groups for rollout in group.rollouts])
     )
-    return [
-        group.verified(
-            tuple(
-                replace(
-                    verdict,
-                    shaping=tuple(
-                        (name, SHAPING[name](rollout, verdict, max_new_tokens)) for name, _ in group.record.shaping
-                    ),
-                )
-                for rollout, verdict in zip(group.rollouts, islice(verdicts, len(group.rollouts)), strict=True)
-            )
-        )
-        for group in groups
-    ]
+    return [shaped(group, list(islice(verdicts, len(group.rollouts))), max_new_tokens) for group in groups]
+
+
+def shaped(group: RolloutGroup, verdicts: Sequence[Verdict], max_new_tokens: int | None = None) -> RolloutGroup:
+    """`group` with its verdicts, which get the values of the record's shaping terms. See `verify_groups`."""
+
+    def terms(rollout: Rollout, verdict: Verdict) -> tuple[tuple[str, float], ...]:
+        return tuple((name, SHAPING[name](rollout, verdict, max_new_tokens)) for name, _ in group.record.shaping)
+
+    both = zip(group.rollouts, verdicts, strict=True)
+    return group.verified(tuple(replace(verdict, shaping=terms(rollout, verdict)) for rollout, verdict in both))

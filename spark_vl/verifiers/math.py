@@ -2,6 +2,9 @@ r"""Mathematical answers: the reply's last box says the same as the gold.
 
 Both are brought to one spelling (`answers/latex.py`), read to the end (`reading.py`), and compared here part by part;
 expressions by their values (`expressions.py`). `docs/verifiers.md` has the rules.
+
+Setting `decimals`: two numbers that are the same once both are rounded to so many decimals are right, too, as in
+MATH-Vision and MMMU; 0: they are not.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 from spark_vl.answers import distinct, last_boxed, same_unit
 from spark_vl.answers.latex import spelled
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
+from spark_vl.verifiers.base import settings_of
 from spark_vl.verifiers.equality import equal, number, proportional
 from spark_vl.verifiers.expressions import Expression, Tree, UnreadableError, read_expression
 from spark_vl.verifiers.reading import (
@@ -29,6 +33,8 @@ from spark_vl.verifiers.reading import (
 )
 from spark_vl.verifiers.solutions import TURNED, as_set, is_set, is_variable, variables
 from spark_vl.verifiers.wording import known_unit, unstyled
+
+SETTINGS: dict[str, Any] = {"decimals": 0}
 
 _MAX_CHARS = 1000
 """A longer box is not an answer, nor a longer gold, and each would take the whole deadline."""
@@ -58,7 +64,12 @@ def verify_math(completion: str, record: PromptRecord) -> Verdict:
     if spelled(boxed) == spelled(gold):
         return Verdict(1.0, boxed)
     try:
-        right = same(answer, expected) or _letters(boxed) == _letters(gold) != ""
+        decimals = settings_of(record)["decimals"]
+        right = (
+            same(answer, expected)
+            or _letters(boxed) == _letters(gold) != ""
+            or (decimals > 0 and _rounds_alike(answer, expected, decimals))
+        )
     except Exception as error:  # sympy or math-verify cannot compare them
         return Verdict(0.0, boxed, "error", f"cannot compare with the gold: {type(error).__name__}: {error}"[:500])
     return Verdict(float(right), boxed)
@@ -71,6 +82,16 @@ def _letters(text: str) -> str:
     """The letters of options ("A and C", "AC"), one after another; "" if it is something else."""
     plain = unstyled(spelled(text))
     return re.sub("[^A-J]", "", plain) if _OPTIONS.fullmatch(plain) else ""
+
+
+def _rounds_alike(answer: Answer, gold: Answer, decimals: int) -> bool:
+    """Whether both are numbers, with units that do not contradict each other, and equal once they are rounded."""
+    if not isinstance(answer, Value) or not isinstance(gold, Value) or answer.percent is not gold.percent:
+        return False
+    if not same_unit(known_unit(answer.unit), known_unit(gold.unit)):
+        return False
+    values = number(answer.expression), number(gold.expression)
+    return None not in values and round(float(values[0]), decimals) == round(float(values[1]), decimals)
 
 
 # ── comparison ──

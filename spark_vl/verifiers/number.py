@@ -2,18 +2,27 @@
 
 Settings: `relative` (to the gold) and `absolute` are tolerances from 0, of which one has to hold; ChartQA uses
 `relative: 0.05`. `percent`: with `same`, 50% is 50; with `fraction`, 50% is 0.5, and for a gold with a percent sign, an
-answer of 50 is right, too.
+answer of 50 is right, too. MathVista has two more: with `decimals` above 0, an answer is right if it is the gold once
+both are rounded to so many decimals; with `truncate`, if it is the gold once its decimals are cut off (5.9 is 5). Where
+either is set, the tolerances do not count.
 """
 
 from __future__ import annotations
 
+from math import trunc
 from typing import Any
 
-from spark_vl.answers import TOLERANCE, Quantity, agrees, last_boxed, parse_quantity
+from spark_vl.answers import TOLERANCE, Quantity, agrees, last_boxed, parse_quantity, same_unit
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 from spark_vl.verifiers.base import settings_of
 
-SETTINGS: dict[str, Any] = {"relative": TOLERANCE, "absolute": 0.0, "percent": ("same", "fraction")}
+SETTINGS: dict[str, Any] = {
+    "relative": TOLERANCE,
+    "absolute": 0.0,
+    "percent": ("same", "fraction"),
+    "decimals": 0,
+    "truncate": False,
+}
 
 
 def verify_number(completion: str, record: PromptRecord) -> Verdict:
@@ -33,7 +42,13 @@ def verify_number(completion: str, record: PromptRecord) -> Verdict:
     answer = parse_quantity(boxed, nouns=True)
     if answer is None:
         return Verdict(0.0, None, "unparsable", "the last box is not one finite number")
-    if settings["percent"] == "same":
+    if settings["truncate"] or settings["decimals"]:
+        right = same_unit(answer.unit, gold.unit) and (
+            trunc(answer.value) == gold.value
+            if settings["truncate"]
+            else round(answer.value, settings["decimals"]) == round(gold.value, settings["decimals"])
+        )
+    elif settings["percent"] == "same":
         right = agrees(answer, gold, relative, absolute)
     else:
         right = agrees(_fraction(answer), _fraction(gold), relative, absolute) or (

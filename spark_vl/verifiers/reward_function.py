@@ -78,7 +78,7 @@ class RewardFunction:
                 processed_size=processed_size,
                 settings=self.settings,
             )
-            items.append((_text(completions[i]), record))
+            items.append((completion_text(completions[i]), record))
         verdicts = self.pool.verify(items)
         if errors := [verdict.detail for verdict in verdicts if verdict.status in ("error", "timeout")]:
             logger.warning("%s reward: %d of %d not verified: %s", self.verifier, len(errors), len(rows), errors[0])
@@ -110,7 +110,8 @@ def as_trl_reward(
     return RewardFunction(verifier, column, pool or VerifierPool(), settings)
 
 
-def _text(completion: Completion) -> str:
+def completion_text(completion: Completion) -> str:
+    """What the model says in `completion`: of messages, in its last one."""
     if isinstance(completion, str):
         return completion
     own = [message for message in completion if message["role"] == "assistant"]

@@ -1,8 +1,9 @@
 """Texts: the reply's last box holds the right words.
 
 Setting `mode`: `normalized`, case does not matter; `exact`, it does; `anls`, a few wrong characters cost a part of the
-score, as in DocVQA. In none of them does it matter how the text is set: see `plain`. A gold that is a JSON array of
-texts lists variants, any of which is right.
+score, as in DocVQA; `contained`, the answer only has to stand somewhere in the gold, as in DynaMath, which a single
+letter may do: not for training. In none of them does it matter how the text is set: see `plain`. A gold that is a JSON
+array of texts lists variants, any of which is right.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from spark_vl.answers import last_boxed, normalized, parse_json, plain
 from spark_vl.records import BadRecordError, PromptRecord, Verdict
 from spark_vl.verifiers.base import settings_of
 
-SETTINGS: dict[str, Any] = {"mode": ("normalized", "exact", "anls")}
+SETTINGS: dict[str, Any] = {"mode": ("normalized", "exact", "anls", "contained")}
 
 THRESHOLD = 0.5
 """A lower similarity scores 0: it is another text (arXiv 1907.00490)."""
@@ -43,6 +44,8 @@ def verify_text(completion: str, record: PromptRecord) -> Verdict:
         return Verdict(0.0, None, "unparsable", "the last box holds no text")
     if answer in variants or answer == form(gold):
         return Verdict(1.0, boxed)
+    if mode == "contained":
+        return Verdict(float(any(answer in variant for variant in variants)), boxed)
     return Verdict(max(similarity(answer, variant) for variant in variants) if mode == "anls" else 0.0, boxed)
 
 
