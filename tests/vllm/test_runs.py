@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from statistics import fmean
 
 import pytest
@@ -18,6 +21,20 @@ TEN = (
     "--data.max_row_images=4",
 )
 SERVED = ("--rollout.engine=vllm", "--rollout.vllm.mode=server", "--rollout.vllm.timeout_s=60")
+
+EVALUATION = (
+    "--model.path=spark_vl/demo/checkpoint",
+    "--model.dtype=float32",
+    "--model.min_pixels=784",
+    "--model.max_pixels=50176",
+    "--max_prompt_tokens=256",
+    "--rollout.max_new_tokens=32",
+    "--evaluation.recipes=[digits]",
+    "--evaluation.problems=20",
+    "--evaluation.samples=2",
+    "--prompts.templates=[spark_vl/demo/templates.yaml]",
+    "--prompts.builtin_templates=false",
+)
 
 
 def learned(folder) -> tuple[float, float]:
@@ -58,6 +75,24 @@ def test_two_zero3_processes_with_a_server(server, tmp_path, plain):
     done = launch(2, "zero3", *arguments, deadline_s=400)
     assert done.returncode == 0, done.stdout[-3000:]
     assert_learns_as_well(tmp_path, plain)
+
+
+def test_an_evaluation_has_the_greedy_figures_of_the_transformers_engine(server, tmp_path):
+    results = []
+    for name, engine in {"plain": (), "vllm": (*SERVED, f"--rollout.vllm.servers=[{server()}]")}.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "spark_vl", "eval", *EVALUATION, *engine, f"--output={tmp_path / name}"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads((tmp_path / name / "results.json").read_text()))
+    plain, vllm = results
+    assert plain.keys() == vllm.keys()
+    greedy = [name for name in plain if name.endswith("_greedy") or name == "test_time_reflection"]
+    assert len(greedy) == 5
+    assert {name: vllm[name] for name in greedy} == {name: plain[name] for name in greedy}
 
 
 def test_killed_and_resumed(server, tmp_path):
