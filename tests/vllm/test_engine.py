@@ -201,11 +201,10 @@ def test_weights_that_do_not_arrive_stop_the_run(engine, policy, monkeypatch, pr
 
 
 def test_a_prompt_that_expands_otherwise_is_refused_by_name_and_the_others_are_sampled(engine, prompts):
-    longer = torch.cat([prompts[1].input_ids, prompts[1].input_ids[-1:]])
     images = prompts[1].images
     # As if the trainer had one feature less for its image than vLLM makes of it.
     odd = replace(prompts[1], images=(replace(images[0], resized=images[0].resized.resize((168, 84))),))
-    too_long = replace(prompts[0], input_ids=longer.repeat(20), images=())
+    too_long = replace(prompts[0], input_ids=prompts[0].input_ids.repeat(100))
     with pytest.raises(PromptsRefusedError) as raised:
         engine.generate([prompts[0], odd, prompts[2], too_long], 2, DRAWN)
     assert [group and group.record.id for group in raised.value.groups] == ["text", None, "two", None]
