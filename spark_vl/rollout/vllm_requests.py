@@ -18,7 +18,7 @@ from spark_vl.records import BadRecordError, Rollout, RolloutGroup
 from spark_vl.rollout.engine import EngineError, Sampling
 
 SERVING = {
-    # Nothing of the checkpoint's own: that of the default model has repetition_penalty 1.05, top_k 1 and temperature 1e-6.
+    # Nothing of the checkpoint's own: the default model's has repetition_penalty 1.05, top_k 1, temperature 1e-6.
     "generation_config": "vllm",
     # Of the distribution that is sampled from: at its temperature, without the tokens that are never sampled.
     "logprobs_mode": "processed_logprobs",
