@@ -94,6 +94,7 @@ class Colocated:
 
     def _generate(self, asked: Sequence[Asked], read: Read, on_group: OnGroup) -> dict[int, BadRecordError]:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError, VLLMError
 
         self._wake("weights", "kv_cache")
         running: dict[str, int] = {}
@@ -106,7 +107,7 @@ class Colocated:
                 params = SamplingParams(**settings)
                 try:
                     [name] = self.llm.enqueue([request], params, use_tqdm=False)
-                except ValueError as error:  # too long, or too many images
+                except (ValueError, VLLMClientError) as error:  # too long, or too many images
                     refused[i] = BadRecordError(prompt.record.id, f"vLLM refuses the prompt: {error}")
                 else:
                     running[name.rpartition("-")[0] or name] = i  # answers bear the name without its random part
@@ -120,7 +121,9 @@ class Colocated:
                             )
                         except BadRecordError as error:
                             refused[i] = error
-        except RuntimeError as error:  # out of memory among them
+        except EngineError:
+            raise
+        except (RuntimeError, VLLMError) as error:  # out of memory among them
             raise EngineError(f"vLLM failed: {type(error).__name__}: {error}") from error
         finally:
             if running:
