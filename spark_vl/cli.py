@@ -15,7 +15,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +25,7 @@ from spark_vl.config import (
     ConfigError,
     EvalConfig,
     JudgeConfig,
+    ModelConfig,
     OfflineConfig,
     PromptConfig,
     TrainConfig,
@@ -33,7 +33,7 @@ from spark_vl.config import (
     dump_config,
     save_config,
 )
-from spark_vl.config_check import check_eval_config, check_judge_config, check_train_config
+from spark_vl.config_check import check_eval_config, check_judge_config, check_train_config, check_vllm_installed
 from spark_vl.config_cli import Parser, add_config_arguments, instantiate, shape_for_model
 from spark_vl.data.recipes import load_recipes
 from spark_vl.estimate.shape import load_shape
@@ -165,6 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = _evaluation_of_a_run(arguments)
     parsed = parser.parse_args(arguments)
     command = parsed[parsed.command]
+
+    def read_within_limits(command_parser: Parser, model: ModelConfig) -> Namespace:
+        """The limits that a model was trained within are the defaults, so the settings are read once more."""
+        command_parser.set_defaults(saved_limits(model_folder(model.path), model.revision))
+        return parser.parse_args(arguments)[parsed.command]
+
     try:
         match parsed.command:
             case "train":
@@ -181,15 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "eval":
                 config = instantiate(eval_parser, command, EvalConfig)
                 _check_evaluation(config)  # before the Hub is asked
-                # The limits that a model was trained within are the defaults, so the settings are read once more.
-                eval_parser.set_defaults(saved_limits(model_folder(config.model.path), config.model.revision))
-                command = parser.parse_args(arguments).eval
+                command = read_within_limits(eval_parser, config.model)
                 evaluate(instantiate(eval_parser, command, EvalConfig), overwrite=command.overwrite)
             case "judge":
                 config = instantiate(judge_parser, command, JudgeConfig)
                 _check_judge(command.rows, config)
-                judge_parser.set_defaults(saved_limits(model_folder(config.model.path), config.model.revision))
-                command = parser.parse_args(arguments).judge
+                command = read_within_limits(judge_parser, config.model)
                 config = instantiate(judge_parser, command, JudgeConfig)
                 parser.exit(0 if judge(command.rows, config, overwrite=command.overwrite) else 1)
             case "recycle":
@@ -291,8 +294,7 @@ def train(
 
 def serve(config: TrainConfig, *, host: str, port: int) -> None:
     """`spark-vl serve-rollouts`: becomes a vLLM server."""
-    if not find_spec("vllm"):
-        raise ConfigError("rollout.engine: vllm is not installed: pip install 'spark-vl[vllm]'")
+    check_vllm_installed()
     config.model.path = model_folder(config.model.path)
 
     from spark_vl.rollout.serve import serve_rollouts

@@ -89,7 +89,13 @@ def _check_vllm(rollout: RolloutConfig) -> None:
     for url in settings.servers:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"rollout.vllm.servers: found {url!r}; allowed: http://HOST:PORT")
-    if settings.mode == "colocate" and not find_spec("vllm"):
+    if settings.mode == "colocate":
+        check_vllm_installed()
+
+
+def check_vllm_installed() -> None:
+    """Raises a ConfigError unless vLLM is installed."""
+    if not find_spec("vllm"):
         raise ConfigError("rollout.engine: vllm is not installed: pip install 'spark-vl[vllm]'")
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from spark_vl.config import ConfigError, TrainConfig
 from spark_vl.data.duplicates import find_duplicates
-from spark_vl.data.images import ImageError, load_image
 from spark_vl.data.preferences import PreferenceSet, check_preferences, open_preferences
-from spark_vl.data.problems import ProblemSet, check, open_recipe
+from spark_vl.data.problems import ProblemSet, check, open_images, open_recipe
 from spark_vl.data.recipes import SPLITS, PreferenceColumns, load_recipe, load_recipes, recipes, usage
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, PromptRecord, plain_text, visible
@@ -105,10 +104,7 @@ def _usable(problems: ProblemSet, bad: list[BadRecordError]) -> Iterator[PromptR
     for index in range(len(problems)):
         try:
             record = problems[index]
-            for ref in record.images:
-                load_image(ref)
-        except ImageError as error:
-            bad.append(BadRecordError(record.id, str(error)))
+            open_images(record.id, record.images)
         except BadRecordError as error:
             bad.append(error)
         else:

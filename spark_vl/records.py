@@ -10,7 +10,7 @@ Records hold *references* to images, never decoded pixels: a processor decodes t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, get_args
@@ -109,6 +109,13 @@ def writable(text: str) -> str:
 def plain_text(content: Content) -> str:
     """The text of `content`, with `<image>` where an image stands."""
     return "".join(part if isinstance(part, str) else "<image>" for part in content)
+
+
+def interleaved(pieces: Sequence[str], images: Sequence[ImageRef]) -> Content:
+    """Texts with an image between each two of them; empty texts are left out."""
+    between: list[str | ImageRef] = [*images, ""]
+    content = [part for pair in zip(pieces, between, strict=True) for part in pair]
+    return tuple(part for part in content if part != "")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from spark_vl import GenerativeReward, PromptConfig
 from spark_vl.answers import last_boxed
@@ -17,6 +17,7 @@ from spark_vl.demo import digits
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.demo.warm_start import REASONING_SUFFIX, TEMPLATES
 from tests.conftest import make_image
+from tests.grpo import two_steps
 from tests.test_reward import against, in_favor, shown, votes
 
 
@@ -45,20 +46,7 @@ def test_trl_trains_on_the_probability_that_the_judge_gives(tmp_path: Path) -> N
     trainer = Recorder(
         model=Qwen2_5_VLForConditionalGeneration.from_pretrained(CHECKPOINT),
         reward_funcs=judge.as_trl_reward(column="question"),
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            num_generations=2,
-            per_device_train_batch_size=4,
-            max_completion_length=16,
-            max_steps=2,
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            seed=0,
-        ),
+        args=two_steps(tmp_path, num_generations=2, per_device_train_batch_size=4, max_completion_length=16),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoProcessor.from_pretrained(CHECKPOINT),
     )

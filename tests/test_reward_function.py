@@ -10,10 +10,11 @@ from pathlib import Path
 import datasets
 import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from spark_vl.demo.tiny import CHAT_TEMPLATE, build_processor
 from spark_vl.verifiers import VerifierPool, as_trl_reward, verify
+from tests.grpo import two_steps
 
 EVEN = "tests.misbehaving:even"
 
@@ -54,20 +55,7 @@ def test_trl_trains_on_the_scores_of_the_verifier(conversational: bool, pool: Ve
     trainer = Recorder(
         model=Qwen2ForCausalLM(config),
         reward_funcs=reward,
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            num_generations=4,
-            per_device_train_batch_size=8,
-            max_completion_length=6,
-            max_steps=2,
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            seed=0,
-        ),
+        args=two_steps(tmp_path, num_generations=4, per_device_train_batch_size=8, max_completion_length=6),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )

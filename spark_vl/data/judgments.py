@@ -33,6 +33,7 @@ from spark_vl.records import (
     Rollout,
     RolloutGroup,
     Verdict,
+    interleaved,
 )
 from spark_vl.verifiers.base import SELF_JUDGE, VERIFIERS, check_settings, one_of, public_name
 
@@ -377,9 +378,7 @@ def _question(words: str, images: Sequence[ImageRef]) -> Content:
     pieces[-1] += words[end:]
     if len(pieces) != len(images) + 1:
         raise ValueError(f"'question' has {len(pieces) - 1} places {_PLACE!r} for {len(images)} 'images'")
-    between: list[str | ImageRef] = [*images, ""]
-    content = [part for pair in zip(pieces, between, strict=True) for part in pair]
-    return tuple(part for part in content if part != "")
+    return interleaved(pieces, images)
 
 
 def _origin(row: Row, config: RecycledKind) -> Origin:

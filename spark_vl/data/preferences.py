@@ -5,17 +5,16 @@ Rows are untrusted: each becomes a `Preference`, or an error that says why not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from spark_vl.data.benchmarks import PREFERENCES
-from spark_vl.data.cells import identifier, type_name, unicode
-from spark_vl.data.images import ImageError, load_image
-from spark_vl.data.problems import chosen_rows, ids_of_repeats, image_of
+from spark_vl.data.cells import identifier, unicode
+from spark_vl.data.problems import checked_row, chosen_rows, ids_of_repeats, image_of, open_images, open_split
 from spark_vl.data.recipes import PreferenceColumns, Recipe
-from spark_vl.data.sources import DEFAULT_LIMITS, RowLimits, Rows, open_rows, read_column
+from spark_vl.data.sources import DEFAULT_LIMITS, RowLimits, Rows, read_column
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Content, ImageRef
 
@@ -57,12 +56,7 @@ def open_preferences(
     """
     if not isinstance(recipe.columns, PreferenceColumns):
         raise ValueError(f"recipe {recipe.name}: is not a reward benchmark (columns.preferences)")
-    if split not in recipe.splits:
-        raise ValueError(f"recipe {recipe.name}: splits: found {split!r}; allowed: {', '.join(recipe.splits)}")
-    try:
-        rows, _ = open_rows(recipe.source, recipe.splits[split], recipe.columns_read, limits)
-    except ValueError as error:
-        raise ValueError(f"recipe {recipe.name}: source: {error}") from error
+    rows, _ = open_split(recipe, split, limits)
     return PreferenceSet(recipe, split, templater, rows, limits)
 
 
@@ -103,11 +97,7 @@ class PreferenceSet:
         number = self._chosen[index]
         record_id = f"{self.recipe.name}/{self.split}/#{number}"
         try:
-            row = self._rows[number]
-            if not isinstance(row, Mapping):
-                raise ValueError(f"the row is {type_name(row)}; a mapping of columns is allowed")
-            self._limits.check(row, None)
-            made = self._adapter.make(row)
+            made = self._adapter.make(checked_row(self._rows, number, self._limits, None))
             record_id = f"{self.recipe.name}/{self.split}/{self.renamed.get(number) or identifier(made, 'id')}"
             return Preference(
                 id=record_id,
@@ -137,10 +127,7 @@ def check_preferences(preferences: PreferenceSet) -> Iterator[Preference | BadRe
     for index in range(len(preferences)):
         try:
             row = preferences[index]
-            for ref in row.images:
-                load_image(ref)
+            open_images(row.id, row.images)
             yield row
-        except ImageError as error:
-            yield BadRecordError(row.id, str(error))
         except BadRecordError as error:
             yield error

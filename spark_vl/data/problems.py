@@ -39,7 +39,7 @@ from spark_vl.data.sources import (
     read_column,
 )
 from spark_vl.prompts import Templater
-from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord
+from spark_vl.records import BadRecordError, Content, ImageRef, ImageSize, PromptRecord, interleaved
 from spark_vl.verifiers import VERIFIERS, VerifierPool, check_golds
 from spark_vl.verifiers.base import SELF_JUDGE, check_settings, one_of, public_name
 
@@ -63,12 +63,7 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLim
             f"recipe {recipe.name}: is a reward benchmark: its rows are answers to compare, not problems to solve"
         )
     check_verifiers(recipe)
-    if split not in recipe.splits:
-        raise ValueError(f"recipe {recipe.name}: splits: found {split!r}; allowed: {', '.join(recipe.splits)}")
-    try:
-        rows, root = open_rows(recipe.source, recipe.splits[split], recipe.columns_read, limits)
-    except ValueError as error:
-        raise ValueError(f"recipe {recipe.name}: source: {error}") from error
+    rows, root = open_split(recipe, split, limits)
     if recipe.adapter is not None:
         rows = AdaptedRows(rows, ADAPTERS[recipe.adapter])
     root = root if recipe.media_root is None else Path(recipe.media_root)
@@ -83,6 +78,20 @@ def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLim
             f"unpack the images and name their folder, for instance in a recipe file with base: {recipe.name}"
         )
     return problems
+
+
+def open_split(recipe: Recipe, split: str, limits: RowLimits) -> tuple[Rows, Path | None]:
+    """The rows of one split, and the folder that their images are below, if the source has one.
+
+    Raises:
+        ValueError: the recipe has no such split, or its source has no such file, split or column.
+    """
+    if split not in recipe.splits:
+        raise ValueError(f"recipe {recipe.name}: splits: found {split!r}; allowed: {', '.join(recipe.splits)}")
+    try:
+        return open_rows(recipe.source, recipe.splits[split], recipe.columns_read, limits)
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe.name}: source: {error}") from error
 
 
 class ProblemSet:
@@ -172,10 +181,7 @@ class ProblemSet:
         number = self._chosen[index]
         record_id = f"{self.recipe.name}/{self.split}/#{number}"
         try:
-            row = self._rows[number]
-            if not isinstance(row, Mapping):
-                raise ValueError(f"the row is {type_name(row)}; a mapping of columns is allowed")
-            self._limits.check(row, self._image_column)
+            row = checked_row(self._rows, number, self._limits, self._image_column)
             if self.recipe.columns.id is not None:
                 column = self.recipe.columns.id
                 name = self.renamed.get(number) or _name(row.get(column), column, number, self._longest_id)
@@ -354,6 +360,19 @@ def image_of(item: Any, root: Path | None, name: str | None) -> ImageRef:
     return ref
 
 
+def checked_row(rows: Rows, number: int, limits: RowLimits, image_column: str | None) -> Row:
+    """Row `number`, of the size that is allowed.
+
+    Raises:
+        ValueError: it is larger, or cannot be read.
+    """
+    row = rows[number]
+    if not isinstance(row, Mapping):
+        raise ValueError(f"the row is {type_name(row)}; a mapping of columns is allowed")
+    limits.check(row, image_column)
+    return row
+
+
 def place_images(text: str, images: Sequence[ImageRef], placeholder: str = "<image>") -> Content:
     """`text` with each image where a placeholder stands for it; without placeholders, images go first.
 
@@ -365,9 +384,7 @@ def place_images(text: str, images: Sequence[ImageRef], placeholder: str = "<ima
         return (*images, text)
     if len(pieces) != len(images) + 1:
         raise ValueError(f"the text has {len(pieces) - 1} placeholders {placeholder!r} for {len(images)} images")
-    between: list[str | ImageRef] = [*images, ""]
-    content = [part for pair in zip(pieces, between, strict=True) for part in pair]
-    return tuple(part for part in content if part != "")
+    return interleaved(pieces, images)
 
 
 def _tag(row: Row, column: str) -> str:
@@ -423,6 +440,15 @@ def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecor
         for row in rows:
             has_gold = not isinstance(row, BadRecordError) and row.verifier != SELF_JUDGE
             yield (next(faults) or row) if has_gold else row
+
+
+def open_images(record_id: str, images: Sequence[ImageRef]) -> None:
+    """Raises a BadRecordError about `record_id` where one of its images cannot be opened."""
+    try:
+        for ref in images:
+            load_image(ref)
+    except ImageError as error:
+        raise BadRecordError(record_id, str(error)) from error
 
 
 def chosen_rows(rows: Rows, wanted: Mapping[str, tuple[Any, ...] | Range]) -> Sequence[int]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from spark_vl.policy.weights import Bucket
 from spark_vl.records import BadRecordError
 from spark_vl.rollout.engine import EngineError
-from spark_vl.rollout.vllm_requests import ON_CPU, Asked, Completion, OnGroup, Read
+from spark_vl.rollout.vllm_requests import ON_CPU, Asked, Completion, Generate, OnGroup, Read
 
 
 class Colocated:
@@ -132,6 +132,10 @@ class Colocated:
         if running:
             raise EngineError(f"vLLM has not answered {len(running)} of {len(asked)} prompts")
         return refused
+
+    def each(self) -> Sequence[tuple[str, Generate]]:
+        """See `vllm_requests.Backend.each`."""
+        return [("vLLM", self.generate)]
 
     def close(self) -> None:
         """Give the device back."""

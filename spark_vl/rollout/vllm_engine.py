@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from spark_vl.rollout.vllm_requests import (
     group_of,
     sampling_settings,
 )
-from spark_vl.rollout.vllm_servers import Servers
 
 _CANARY_TOKENS = 8
 
@@ -104,8 +104,7 @@ class VLLMEngine:
             progress(n)
             on_group(i, group)
 
-        refused: dict[int, BadRecordError] = {}
-        with _Together(self.accelerator):
+        with _together():
             refused = self._ask(prompts, n, sampling, arrived)
         in_order = [groups.get(i) for i in range(len(prompts))]
         if refused:
@@ -164,7 +163,7 @@ class VLLMEngine:
             dtype=self.dtype,
             bucket_bytes=self.settings.sync_bucket_mb * 2**20,
         )
-        with _Together(self.accelerator):
+        with _together():
             self.backend.load(buckets, self.version)
         self.add("rollout/sync_seconds", time.monotonic() - begun, 1.0)
         self._check_canary()
@@ -179,23 +178,13 @@ class VLLMEngine:
         begun = time.monotonic()
         sampling = Sampling(self.policy.temperature, 1.0, _CANARY_TOKENS, seed=self._syncs)
         found: list[tuple[str, ProcessedPrompt, RolloutGroup]] = []
-        with _Together(self.accelerator):
+        with _together():
             asked, read = self._asked(self._canary, 1, sampling), self._reader(self._canary, 1)
-            if not isinstance(self.backend, Servers):
-                refused = self.backend.generate(
-                    asked, read, lambda i, group: found.append(("vLLM", self._canary[i], group))
-                )
-            else:
-                refused = {}
-                for url in self.backend.alive if self.accelerator.is_main_process else ():
-                    refused |= self.backend.generate_at(
-                        [url],
-                        asked,
-                        read,
-                        lambda i, group, url=url: found.append((url, self._canary[i], group)),  # type: ignore[misc]
-                    )
-            if refused:
-                raise EngineError(f"the canary: {next(iter(refused.values()))}")
+            for where, generate in self.backend.each():
+                groups: dict[int, RolloutGroup] = {}
+                if refused := generate(asked, read, groups.__setitem__):
+                    raise EngineError(f"the canary: {next(iter(refused.values()))}")
+                found += [(where, self._canary[i], group) for i, group in groups.items()]
         packs = [
             make_pack([PackItem(prompt, [group.rollouts[0].token_ids], [0])], padding=self.processor.padding)
             for _, prompt, group in found
@@ -206,11 +195,10 @@ class VLLMEngine:
         for (where, prompt, group), own in zip(found, scores, strict=False):
             difference = own.cpu() - torch.tensor(group.rollouts[0].logprobs)
             gaps.append((float(difference.abs().mean()), f"{prompt.record.id} at {where}"))
-        everyone = [each for each in gather_object(gaps)]
         for gap, _ in gaps:
             self.add("rollout/canary_gap", gap, 1.0)
         self.add("rollout/canary_seconds", time.monotonic() - begun, 1.0)
-        wrong = [f"{where}: {gap:.2g}" for gap, where in everyone if not gap <= self.max_canary_gap]
+        wrong = [f"{where}: {gap:.2g}" for gap, where in gather_object(gaps) if not gap <= self.max_canary_gap]
         if wrong:
             raise EngineError(
                 f"after the weights were sent (version {self.version}), vLLM and the policy give tokens other "
@@ -242,22 +230,16 @@ class VLLMEngine:
             )
 
 
-class _Together:
-    """`with _Together(accelerator): …` raises an EngineError of any process on all of them, as they leave
-    it. Collective."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-
-    def __enter__(self) -> _Together:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and not isinstance(error, EngineError):
-            return
-        failed = [text for text in gather_object([str(error) if error else ""]) if text]
-        if failed and error is None:
-            raise EngineError(failed[0])
+@contextmanager
+def _together() -> Iterator[None]:
+    """Raise an EngineError of any process on all of them, as they leave. Collective."""
+    try:
+        yield
+    except EngineError as error:
+        gather_object([str(error)])
+        raise
+    if failed := [text for text in gather_object([""]) if text]:
+        raise EngineError(failed[0])
 
 
 def _canary_records(images: bool) -> list[PromptRecord]:

@@ -86,6 +86,9 @@ Read = Callable[[int, Sequence[int], list[Completion]], RolloutGroup]
 """(index of a prompt, what vLLM expanded it to, its completions) → its group; raises what `group_of` raises."""
 OnGroup = Callable[[int, RolloutGroup], None]
 
+Generate = Callable[[Sequence[Asked], Read, OnGroup], dict[int, BadRecordError]]
+"""See `Backend.generate`."""
+
 
 class Backend(Protocol):
     """A vLLM engine, wherever it is."""
@@ -109,6 +112,9 @@ class Backend(Protocol):
         Raises:
             EngineError: vLLM fails.
         """
+
+    def each(self) -> Sequence[tuple[str, Generate]]:
+        """The engines that this process has to check, each by itself: where it is, and its `generate`."""
 
     def close(self) -> None:
         """Give back what it holds."""

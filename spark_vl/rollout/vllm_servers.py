@@ -28,7 +28,7 @@ from spark_vl.families.base import ProcessedImage
 from spark_vl.policy.weights import Bucket, described
 from spark_vl.records import BadRecordError, RolloutGroup
 from spark_vl.rollout.engine import EngineError
-from spark_vl.rollout.vllm_requests import Asked, Completion, OnGroup, Read
+from spark_vl.rollout.vllm_requests import Asked, Completion, Generate, OnGroup, Read
 from spark_vl.rollout.weight_channel import SENDER, WeightChannel
 
 _AT_ONCE = 64
@@ -164,9 +164,14 @@ class Servers:
 
     def generate(self, asked: Sequence[Asked], read: Read, on_group: OnGroup) -> dict[int, BadRecordError]:
         """See `vllm_requests.Backend.generate`."""
-        return self.generate_at(self.alive, asked, read, on_group)
+        return self._generate_at(self.alive, asked, read, on_group)
 
-    def generate_at(
+    def each(self) -> Sequence[tuple[str, Generate]]:
+        """See `vllm_requests.Backend.each`: the first process checks all servers."""
+        alive = self.alive if self.accelerator.is_main_process else []
+        return [(url, partial(self._generate_at, [url])) for url in alive]
+
+    def _generate_at(
         self, urls: Sequence[str], asked: Sequence[Asked], read: Read, on_group: OnGroup
     ) -> dict[int, BadRecordError]:
         """As `generate`, by these servers."""

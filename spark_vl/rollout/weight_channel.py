@@ -23,7 +23,8 @@ class WeightChannel:
     """One end of it. Making one waits until all others have made theirs.
 
     Args:
-        host, port: where the sender listens.
+        store: through which the ends find each other; the sender's.
+        name: of this channel; one that is made anew has another.
         rank: `SENDER`, or from 1.
         size: of the sender and all workers.
         device: of the weights, the same kind on all: NCCL connects CUDA devices, gloo others.
