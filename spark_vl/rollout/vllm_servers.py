@@ -79,6 +79,9 @@ class Servers:
         if main:
             try:
                 self._join()
+                for url in self.alive:
+                    # Requests that were given up still run, and a step of theirs without weights would end the server.
+                    self._post(url, "/pause?mode=abort")
                 self._all("begin_weights")
             except EngineError as error:
                 failed = error
@@ -100,6 +103,7 @@ class Servers:
                     self._post(url, "/reset_prefix_cache")
                     self._post(url, "/reset_encoder_cache")
                     self._post(url, "/update_weight_version", {"new_version": version})
+                    self._post(url, "/resume")
             except EngineError as error:
                 failed = error
         [failed, self.alive] = broadcast_object_list([failed and str(failed), self.alive])

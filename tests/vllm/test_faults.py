@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from spark_vl.policy.update import load_updater
@@ -96,6 +97,20 @@ def test_each_prompt_is_sent_once_with_each_image_once_and_gets_its_own_completi
     # Answers that come in another order are not mixed up: the slow one is the first.
     proxy.faults[:] = [lambda answer: (threading.Event().wait(1), answer)[1]]
     assert engine.generate(prompts, 4, DRAWN) == groups
+
+
+def test_weights_arrive_while_a_request_that_was_given_up_still_runs(engine, proxy, prompts):
+    right = engine.generate(prompts, 4, DRAWN)
+    settings = engine._asked(prompts[:1], 64, replace(DRAWN, max_new_tokens=900))[0][2] | {"stop_token_ids": []}
+    body = {"token_ids": [5, 6, 7], "sampling_params": settings}
+    left = threading.Thread(target=httpx.post, args=(f"{proxy.target}/inference/v1/generate",), kwargs={"json": body})
+    left.start()
+    threading.Event().wait(1)
+    assert left.is_alive()
+    engine.sync_weights(engine.policy)
+    assert engine.generate(prompts, 4, DRAWN) == right
+    left.join(20)
+    assert not left.is_alive()
 
 
 def test_a_refused_request_is_not_repeated(engine, proxy, prompts):
