@@ -230,13 +230,13 @@ def test_a_process_that_computes_nan(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
 def test_a_process_that_scores_otherwise_than_it_samples_stops_all(tmp_path, monkeypatch, strategy):
-    """The other process has no group to check, and stops with it."""
+    """The other process has no group to check, and stops with it; the launcher may end it before it has said so."""
     monkeypatch.setenv("ADD", "causal")
     arguments = (*SHARDED, "--data.prompts_per_step=1", f"--output_dir={tmp_path / 'run'}")
     ended = launch(2, strategy, *arguments, module=DRIVER)
     assert ended.returncode == 1, ended.stdout
     said = re.findall(r"spark-vl: stopped: before the update of step 1, .*packed ≠ alone = sampler", ended.stdout)
-    assert len(said) == 2
+    assert len(said) in (1, 2), ended.stdout
     assert not lines(tmp_path / "run", "metrics")
 
 
