@@ -260,6 +260,13 @@ class Rollout:
     answer_start: int = 0
     """Characters of `text` before its answer: a chain of thought that the model marks as such. The length of `text`: it
     never came to an answer."""
+    counted: int | None = None
+    """How many tokens it has, where they are not kept: `token_ids` is empty."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return len(self.token_ids) if self.counted is None else self.counted
 
     @property
     def answer_text(self) -> str:

@@ -64,7 +64,21 @@ class ProcessedPrompt(ModelInputs):
     """With what processing found out: `image_sizes` and `coordinates`."""
 
 
-class Processor(Protocol):
+class Prompts(Protocol):
+    """Turns records into prompts."""
+
+    def process(self, record: PromptRecord) -> ProcessedPrompt:
+        """The inputs of `record`.
+
+        Raises:
+            BadRecordError: the record cannot be used, for a reason in the record.
+        """
+
+    def forget_images(self) -> None:
+        """Drop the decoded images, which prompts share until then: called at the end of a step or an evaluation."""
+
+
+class Processor(Prompts, Protocol):
     """Turns records into inputs, and tokens back into text."""
 
     commit: str | None
@@ -78,18 +92,8 @@ class Processor(Protocol):
     """What a process runs that has nothing to do, so that all processes make the same calls. With a vision tower it is
     the smallest image, all zeros, and nothing else; packs without an image get it too."""
 
-    def process(self, record: PromptRecord) -> ProcessedPrompt:
-        """The inputs of `record`.
-
-        Raises:
-            BadRecordError: the record cannot be used, for a reason in the record.
-        """
-
     def unexpanded(self, prompt: ProcessedPrompt) -> list[int]:
         """The tokens of a prompt, with one token for each image: for an engine that expands them itself."""
-
-    def forget_images(self) -> None:
-        """Drop the decoded images, which prompts share until then: called at the end of a step or an evaluation."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""

@@ -1,7 +1,7 @@
 """Rollout engines sample groups of completions from the policy; the collector has them verified."""
 
 from spark_vl.rollout.collect import Collector
-from spark_vl.rollout.engine import EngineError, PromptsRefusedError, RolloutEngine, Sampling
+from spark_vl.rollout.engine import EngineError, PromptsRefusedError, RolloutEngine, Sampler, Sampling
 from spark_vl.rollout.load import load_engine
 from spark_vl.rollout.transformers_engine import TransformersEngine
 
@@ -10,6 +10,7 @@ __all__ = [
     "EngineError",
     "PromptsRefusedError",
     "RolloutEngine",
+    "Sampler",
     "Sampling",
     "TransformersEngine",
     "load_engine",

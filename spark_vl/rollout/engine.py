@@ -21,6 +21,9 @@ class Sampling:
     max_new_tokens: int = 768
     seed: int = 0
     """Fixes the completions on a given device and engine."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0 of tokens that the prompt or the completion has, and multiplies those below 0 (arXiv
+    1909.05858, as in transformers); 1: nothing. For evaluations: it is not the distribution that is trained."""
 
 
 class EngineError(RuntimeError):
@@ -48,8 +51,8 @@ def nothing(*_: object) -> None:
     """Who does not want to hear of progress."""
 
 
-class RolloutEngine(Protocol):
-    """Samples groups of completions from the policy's current weights."""
+class Sampler(Protocol):
+    """Samples groups of completions."""
 
     def generate(
         self,
@@ -70,8 +73,12 @@ class RolloutEngine(Protocol):
             EngineError: none can.
         """
 
-    def sync_weights(self, policy: Policy) -> None:
-        """Make the engine sample from the weights that `policy` has now."""
-
     def close(self) -> None:
         """Give back what the engine holds."""
+
+
+class RolloutEngine(Sampler, Protocol):
+    """Samples from the policy's current weights."""
+
+    def sync_weights(self, policy: Policy) -> None:
+        """Make the engine sample from the weights that `policy` has now."""

@@ -84,7 +84,8 @@ def record_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIER
 
 def group_to_json(group: RolloutGroup) -> dict[str, Any]:
     """The record of a verified `group`, and its `completions`: each with the fields of its rollout and its verdict.
-    Empty lists of tokens are left out, and so is an `answer_start` of 0."""
+    Empty lists of tokens are left out, and so is an `answer_start` of 0. Where tokens are counted only, that is `tokens`.
+    """
     completions = []
     for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
         tokens = {"token_ids": list(rollout.token_ids), "logprobs": list(rollout.logprobs)}
@@ -94,6 +95,7 @@ def group_to_json(group: RolloutGroup) -> dict[str, Any]:
                 "finish_reason": rollout.finish_reason,
                 **({"answer_start": rollout.answer_start} if rollout.answer_start else {}),
                 **(tokens if rollout.token_ids else {}),
+                **({} if rollout.counted is None else {"tokens": rollout.counted}),
                 **asdict(verdict),
                 "shaping": dict(verdict.shaping),
             }
@@ -111,7 +113,7 @@ def group_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIERS
     for completion in data["completions"]:
         token_ids, logprobs = (tuple(completion.get(name, ())) for name in ("token_ids", "logprobs"))
         text = (completion["text"], completion["finish_reason"], completion.get("answer_start", 0))
-        rollouts.append(Rollout(token_ids, logprobs, *text))
+        rollouts.append(Rollout(token_ids, logprobs, *text, counted=completion.get("tokens")))
         said = {name: completion[name] for name in ("score", "parsed", "status", "detail")}
         verdicts.append(Verdict(**said, shaping=tuple(completion["shaping"].items())))
     record = record_from_json({name: value for name, value in data.items() if name != "completions"}, verifiers)
