@@ -84,7 +84,7 @@ def record_from_json(data: dict[str, Any], verifiers: Collection[str] = VERIFIER
 
 def group_to_json(group: RolloutGroup) -> dict[str, Any]:
     """The record of a verified `group`, and its `completions`: each with the fields of its rollout and its verdict.
-    Empty lists of tokens are left out, and so is an `answer_start` of 0. Where tokens are counted only, that is `tokens`.
+    Empty lists of tokens are left out, and so is an `answer_start` of 0. `tokens` is there where they are only counted.
     """
     completions = []
     for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
