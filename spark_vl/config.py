@@ -314,15 +314,23 @@ class EvaluationConfig:
     recipes: list[str] = field(default_factory=list)
     """Recipes to evaluate on; none: no evaluation."""
     split: str = "test"
-    problems: PositiveInt = 200
-    """Problems of each recipe, drawn with a fixed seed, the same at every evaluation."""
-    samples: PositiveInt = 4
-    """Completions a prompt, at the rollout temperature, for the sampled figures."""
+    problems: PositiveInt | None = 200
+    """Problems of each recipe, drawn with a fixed seed, the same at every evaluation; null: all."""
+    samples: NonNegativeInt = 4
+    """Completions a prompt, at the rollout temperature, for the sampled figures, and for the majority that test-time
+    reflection is compared with; 0: greedy answers alone."""
+    judging: bool = True
+    """Also ask about a right and a wrong answer to each problem, and about the model's own: six more prompts a problem,
+    and up to two. Benchmarks of solving do not need it."""
     max_new_tokens: PositiveInt | None = None
-    """Limit on a completion of the evaluation; null: rollout.max_new_tokens."""
-    reflection_rounds: PositiveInt = 1
+    """Limit on a completion of the evaluation; null: rollout.max_new_tokens. The released evaluation: 2048."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Divides the logits of tokens that are there already. 1: none, as rollouts are sampled. The released evaluation:
+    1.05, which Qwen2.5-VL's generation configuration asks for."""
+    reflection_rounds: NonNegativeInt = 1
     """Test-time reflection: how often an answer may be judged and, if judged wrong, revised. It stops at the first
-    verdict "correct", or after so many rounds; all is greedy. One, since each round costs a judgment and a new answer.
+    verdict "correct", or after so many rounds; all is greedy. One, since each round costs a judgment and a new answer;
+    0: none.
     The released evaluation: 2, with the same stop rule, greedy too."""
     reflection_claim: Literal["check", "wrong"] = "check"
     """What the prompt of a revision claims: "check this answer", or "this answer is wrong", which the model has judged

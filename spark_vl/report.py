@@ -24,6 +24,7 @@ LABELS = {
     "reasoning_greedy": "reasoning, greedy",
     "reasoning_sampled": "reasoning, sampled",
     "reasoning_unparsable": "  no answer found",
+    "reasoning_truncated": "  cut off",
     "reasoning_failed": "  the verifier failed",
     "test_time_reflection": "  + test-time reflection",
     "test_time_majority": "  + majority, same tokens",

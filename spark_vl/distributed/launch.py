@@ -41,17 +41,8 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     Raises:
         LaunchError: the launch asked for several processes and started one.
     """
-    launched = "WORLD_SIZE" in os.environ
-    if "MASTER_ADDR" in os.environ and not launched:
-        raise LaunchError(
-            "launch: several processes were asked for (MASTER_ADDR is set), but one was started. `accelerate launch "
-            "--cpu` and `distributed_type: MULTI_CPU` do that silently unless MPI is used; use a file of "
-            "scripts/accelerate/, or torchrun"
-        )
-    on_cpu = launched and not torch.accelerator.is_available()
-    # Before `Accelerator()`: see the top of the module.
-    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=config.distributed.timeout_s + _COLLECTIVE_GRACE_S))
-    if on_cpu and _asked_for("FSDP"):
+    state = _join(config.distributed.timeout_s)
+    if _launched() and not torch.accelerator.is_available() and _asked_for("FSDP"):
         # Opens the branch of Accelerate that knows FSDP; torch's `fully_shard` itself runs on CPUs over gloo.
         state.distributed_type = DistributedType.MULTI_GPU
     accelerator = Accelerator(
@@ -74,6 +65,38 @@ def start_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             "stage3_gather_16bit_weights_on_model_save"
         ] = True
     return accelerator
+
+
+def start_replicas(timeout_s: float) -> Accelerator:
+    """Join the other processes of the launch, each of which holds a whole model: to share out an evaluation.
+
+    Args:
+        timeout_s: seconds that a process waits for the others.
+
+    Raises:
+        LaunchError: as `start_accelerator`, or the launch asks for sharded weights.
+    """
+    for name in ("DEEPSPEED", "FSDP"):
+        if _asked_for(name):
+            raise LaunchError(f"launch: {name} shards weights; an evaluation takes scripts/accelerate/ddp.yaml")
+    _join(timeout_s)
+    return Accelerator(cpu=_launched() and not torch.accelerator.is_available())
+
+
+def _launched() -> bool:
+    return "WORLD_SIZE" in os.environ
+
+
+def _join(timeout_s: float) -> PartialState:
+    if "MASTER_ADDR" in os.environ and not _launched():
+        raise LaunchError(
+            "launch: several processes were asked for (MASTER_ADDR is set), but one was started. `accelerate launch "
+            "--cpu` and `distributed_type: MULTI_CPU` do that silently unless MPI is used; use a file of "
+            "scripts/accelerate/, or torchrun"
+        )
+    on_cpu = _launched() and not torch.accelerator.is_available()
+    # Before `Accelerator()`: see the top of the module.
+    return PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s + _COLLECTIVE_GRACE_S))
 
 
 def strategy(accelerator: Accelerator) -> str:

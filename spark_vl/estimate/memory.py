@@ -150,9 +150,10 @@ def batches(config: TrainConfig, setup: Setup) -> list[tuple[int, int]]:
     at_once, n = config.rollout.decode_batch_size, config.rollout.n
     found = [(min(max(1, at_once // n), _prompts_of_a_process(config, setup)), n)]
     if config.evaluation.recipes:
-        prompts = EVALUATION_PROMPTS * config.evaluation.problems * len(config.evaluation.recipes)
-        share = ceil(prompts / setup.gpus)
-        found += [(min(max(1, at_once // each), share), each) for each in (1, config.evaluation.samples)]
+        # All problems of a set are more than a batch holds.
+        problems = (config.evaluation.problems or at_once * setup.gpus) * len(config.evaluation.recipes)
+        share = ceil((EVALUATION_PROMPTS if config.evaluation.judging else 1) * problems / setup.gpus)
+        found += [(min(max(1, at_once // each), share), each) for each in (1, config.evaluation.samples) if each]
     return found
 
 

@@ -1,92 +1,53 @@
-"""Evaluates a checkpoint, outside of training."""
+"""Evaluates a checkpoint, outside of training: on any number of rows, in bounded memory, shared out over processes, and
+from where it was when it was killed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from spark_vl.config import DataConfig, EvalConfig
+from spark_vl.config import ConfigError, EvalConfig, blamed_on, flat, read_config, save_config
+from spark_vl.data.preferences import Preference, PreferenceSet, open_preferences
+from spark_vl.data.problems import ProblemSet
+from spark_vl.data.recipes import PreferenceColumns, load_recipes
+from spark_vl.distributed.gather import any_process
+from spark_vl.distributed.launch import start_replicas
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
-from spark_vl.families.base import Processor
-from spark_vl.families.registry import check_recipes, find_family
+from spark_vl.evaluation.preferences import judge_preferences
+from spark_vl.evaluation.prompts import in_chunks, row_order
+from spark_vl.evaluation.results import Line, key, results, unique
+from spark_vl.evaluation.samples import by_problem, groups_to_json
+from spark_vl.families.base import ProcessedPrompt, Prompts
+from spark_vl.families.registry import check_recipes
 from spark_vl.log import Pace
-from spark_vl.policy.packing import Pack
-from spark_vl.policy.policy import Policy, load_policy
 from spark_vl.prompts.templater import PROMPTS_FILE
-from spark_vl.rollout import RolloutEngine, TransformersEngine
-from spark_vl.rollout.load import load_vllm
-from spark_vl.rollout.vllm_requests import serving_arguments
-from spark_vl.run.trained import find_templater
-from spark_vl.verifiers import VerifierPool
+from spark_vl.records import BadRecordError, PromptRecord, plain_text
+from spark_vl.reward import GenerativeReward
+from spark_vl.rollout.engine import Sampling
+from spark_vl.rollout.load import load_sampler
+from spark_vl.run.jsonl import append_lines, read_lines
+from spark_vl.run.paths import CONFIG
+from spark_vl.run.provenance import write_recipes
+from spark_vl.verifiers import VerifierPool, check_golds
 
+logger = logging.getLogger(__name__)
 
-def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, Estimate]:
-    """The figures (see `Evaluator`) of the checkpoint at `config.model.path`, on a GPU if there is one.
+SAMPLES = "samples.jsonl"
+"""All that was asked and answered. While several processes evaluate, each has a file `samples-N.jsonl` of its own."""
 
-    Args:
-        folder: gets `samples.jsonl`, and `PROMPTS_FILE` with the prompts that were used.
+_ROWS_AT_ONCE = 64
+"""Rows whose golds are checked together."""
 
-    Raises:
-        ConfigError, ValueError: see `Evaluator`, `find_family` and `Templater`.
-    """
-    family = find_family(config.model)
-    check_recipes("evaluation.recipes", config.evaluation.recipes, config.model)
-    processor = family.load_processor(config.model, max_prompt_tokens=config.max_prompt_tokens)
-    templater = find_templater(config.prompts, config.model, family.reserved)
-    templater.save(folder / PROMPTS_FILE)
-    evaluator = Evaluator(
-        config.evaluation,
-        templater,
-        rollout=config.rollout,
-        seed=config.seed,
-        samples_file=folder / "samples.jsonl",
-    )
-    policy = load_policy(
-        config.model,
-        dtype=getattr(torch, config.model.dtype),
-        temperature=config.rollout.temperature,
-        suppressed_token_ids=processor.suppressed_token_ids,
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
-    engine: RolloutEngine = TransformersEngine(policy, processor, decode_batch_size=config.rollout.decode_batch_size)
-    if config.rollout.engine == "vllm":
-        engine = _vllm(config, policy.eval(), processor)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    pace = Pace()
-    with (
-        VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb) as verifiers,
-        Progress(*columns, TimeRemainingColumn()) as bar,
-    ):
+_TIMEOUT_S = 24 * 3600.0
+"""Processes wait for each other at the end: some have longer answers."""
 
-        def progress(name: str, total: int) -> Callable[[int], None]:
-            task = bar.add_task(name, total=total)
-
-            def advance(finished: int) -> None:
-                bar.advance(task, finished)
-                if not bar.console.is_terminal and pace.is_due():
-                    print(f"{name} {bar.tasks[task].completed:.0f}/{total}", flush=True)
-
-            return advance
-
-        return evaluator(engine, processor, verifiers, progress)
-
-
-def _vllm(config: EvalConfig, policy: Policy, processor: Processor) -> RolloutEngine:
-    arguments = serving_arguments(
-        config.model,
-        config.rollout,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_new_tokens=config.evaluation.max_new_tokens or config.rollout.max_new_tokens,
-        images=DataConfig.max_row_images if processor.padding.images else 0,
-    )
-
-    @torch.no_grad()
-    def score(passes: Sequence[Pack | None]) -> list[torch.Tensor]:
-        return [policy(pack.to(policy.suppressed.device)).logprobs for pack in passes if pack]
-
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    return load_vllm(config.model, config.rollout, arguments, accelerator, policy, processor, score=score, say=print)
+_FREE = ("output", "rollout.decode_batch_size", "rollout.vllm", "rollout.openai", "verifier.workers")
+"""Settings that change no answer."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from spark_vl.answers import last_boxed, normalized
@@ -14,19 +14,32 @@ from spark_vl.config import EvaluationConfig, RolloutConfig, blamed_on
 from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
 from spark_vl.evaluation.figures import Estimate, estimate, score
-from spark_vl.evaluation.prompts import draw_problems, judge_and_reflect, judge_own, process_all, wrong_answers
-from spark_vl.evaluation.samples import append_samples
-from spark_vl.families.base import ProcessedPrompt, Processor
+from spark_vl.evaluation.prompts import (
+    draw_problems,
+    in_chunks,
+    judge_own,
+    process_all,
+    prompts_about,
+    wrong_answers,
+)
+from spark_vl.families.base import ProcessedPrompt, Prompts
 from spark_vl.prompts import Templater
 from spark_vl.records import PromptRecord, RecycledRecord, RolloutGroup
-from spark_vl.rollout import RolloutEngine, Sampling
+from spark_vl.rollout import PromptsRefusedError, Sampler, Sampling
 from spark_vl.verifiers import VerifierPool, verify_groups
+
+logger = logging.getLogger(__name__)
 
 Ask = Callable[[Iterable[PromptRecord]], list[RolloutGroup]]
 """Records → a verified group of one greedy completion for each that can be processed."""
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """Starts a progress bar: name and size of a phase → advance(how many more are done)."""
+
+
+def no_progress(name: str, total: int) -> Callable[[int], None]:
+    """Who does not watch."""
+    return lambda finished: None
 
 
 class Evaluator:
@@ -37,7 +50,6 @@ class Evaluator:
         templater: words the prompts.
         rollout: temperature, top-p and the limit on new tokens.
         seed: of the sampled completions; which prompts are drawn does not depend on it.
-        samples_file: JSONL to which every completion is appended; given to one process only.
 
     Raises:
         ConfigError: a recipe cannot be used, or two have the same name; no template has the reflection claim.
@@ -51,28 +63,33 @@ class Evaluator:
         *,
         rollout: RolloutConfig,
         seed: int,
-        samples_file: Path | None = None,
     ) -> None:
-        self.config, self.templater, self.rollout, self.seed = config, templater, rollout, seed
-        self.max_new_tokens = config.max_new_tokens or rollout.max_new_tokens
-        self.samples_file = samples_file
+        self.config, self.templater = config, templater
+        self.sampling = Sampling(
+            rollout.temperature,
+            rollout.top_p,
+            config.max_new_tokens or rollout.max_new_tokens,
+            seed,
+            config.repetition_penalty,
+        )
         with blamed_on("evaluation.recipes"):
-            self._sets = [open_recipe(recipe, config.split, templater) for recipe in load_recipes(config.recipes)]
-        with blamed_on("evaluation.reflection_claim"):
-            shows: Literal["answer", "cot"]
-            for shows in ("answer", "cot"):  # fails now, not after hours of sampling
-                rng = random.Random(0)
-                templater.reflection((), "", correct=False, claim=config.reflection_claim, shows=shows, rng=rng)
-        self._records: list[PromptRecord] | None = None  # until the first evaluation
+            self.sets = [open_recipe(recipe, config.split, templater) for recipe in load_recipes(config.recipes)]
+        if config.reflection_rounds:
+            with blamed_on("evaluation.reflection_claim"):
+                shows: Literal["answer", "cot"]
+                for shows in ("answer", "cot"):  # fails now, not after hours of sampling
+                    rng = random.Random(0)
+                    templater.reflection((), "", correct=False, claim=config.reflection_claim, shows=shows, rng=rng)
+        self._problems: list[PromptRecord] | None = None  # until the first evaluation
+        self._wrong: dict[str, str] = {}  # answers to them
         self._drawn = 0  # rows
-        self._used = 0  # those of them that are among `_records`
 
     def __call__(
         self,
-        engine: RolloutEngine,
-        processor: Processor,
+        engine: Sampler,
+        processor: Prompts,
         verifiers: VerifierPool,
-        progress: Progress = lambda name, total: lambda finished: None,
+        progress: Progress = no_progress,
     ) -> dict[str, Estimate]:
         """The figures of `score`, and `unusable`, the share of the rows drawn that could not be used.
 
@@ -82,59 +99,90 @@ class Evaluator:
         Raises:
             ValueError: a recipe has no row that can be used.
         """
-        prompts = self._prompts(processor, verifiers)
+        if self._problems is None:
+            self._problems = self._draw(processor, verifiers)
+        groups: dict[str, list[RolloutGroup]] = defaultdict(list)
+        done = 0
+        for problems in in_chunks(self._problems, processor, self.about):
+            for mode, found in self.ask(engine, processor, verifiers, problems, done, progress).items():
+                groups[mode] += found
+            done += len(problems)
+        return score(groups) | {"unusable": estimate(1 - len(self._problems) / self._drawn, self._drawn)}
+
+    def about(self, problem: PromptRecord) -> list[RecycledRecord]:
+        """What the policy is asked to judge and revise of a processed problem, beside its own answers."""
+        return prompts_about(problem, self._wrong, self.templater)
+
+    def find_wrong_answers(self, problems: Sequence[PromptRecord], verifiers: VerifierPool) -> None:
+        """Find what `about` quotes, from the golds of all processed problems of one recipe."""
+        if self.config.judging:
+            self._wrong |= wrong_answers(problems, verifiers)
+
+    def ask(
+        self,
+        engine: Sampler,
+        processor: Prompts,
+        verifiers: VerifierPool,
+        problems: Sequence[Sequence[ProcessedPrompt]],
+        seed: int = 0,
+        progress: Progress = no_progress,
+    ) -> dict[str, list[RolloutGroup]]:
+        """All that is asked about some problems: verified groups by mode, see `score`, and `test_time_steps`, the
+        judgments and reflections on the way. A prompt that the engine refuses is left out, with a warning.
+
+        The engine is called equally often for any number of problems, none included, so that processes which share one
+        stay together.
+
+        Args:
+            problems: each with the prompts about it (`about`), or a row of a judgment dataset alone.
+            seed: is added to that of the sampled completions.
+        """
 
         def generate(phase: str, prompts: Sequence[ProcessedPrompt], n: int, temperature: float) -> list[RolloutGroup]:
-            sampling = Sampling(temperature, self.rollout.top_p, self.max_new_tokens, self.seed)
+            sampling = replace(self.sampling, temperature=temperature, seed=self.sampling.seed + seed)
             advance = progress(f"evaluating, {phase}", n * len(prompts))
-            groups = engine.generate(prompts, n, sampling, advance)
-            return verify_groups(verifiers, groups, self.max_new_tokens)
+            try:
+                groups = engine.generate(prompts, n, sampling, advance)
+            except PromptsRefusedError as error:
+                for reason in error.reasons.values():
+                    logger.warning("left out of the evaluation: %s", reason)
+                groups = [group for group in error.groups if group is not None]
+            return verify_groups(verifiers, groups, self.sampling.max_new_tokens)
 
         def ask(records: Iterable[PromptRecord], phase: str = "reflection") -> list[RolloutGroup]:
             return generate(phase, process_all(records, processor), 1, 0.0)
 
+        prompts = [prompts[0] for prompts in problems] + [prompt for prompts in problems for prompt in prompts[1:]]
         greedy = generate("greedy", prompts, 1, 0.0)
-        # Of reflections on right answers only the greedy figure is reported.
-        prompts = [prompt for prompt in prompts if not _keeps(prompt.record)]
-        sampled = generate("sampled", prompts, self.config.samples, self.rollout.temperature)
+        groups = {"greedy": greedy}
         answers = [group for group in greedy if group.record.kind == "problem"]
-        revised, steps = self._revise(answers, ask)
-        attempts = [group for group in sampled if group.record.kind == "problem"]
-        judged = ask((record for group in attempts for record in judge_own(group, self.templater)), "own answers")
-        groups = {
-            "greedy": greedy,
-            "sampled": sampled,
-            "own_answers": judged,
-            "test_time_reflection": revised,
-            "test_time_majority": _majority(attempts, answers + steps),
-        }
-        if self.samples_file is not None:
-            append_samples(self.samples_file, groups | {"test_time_steps": steps})
+        attempts: list[RolloutGroup] = []
+        if self.config.samples:
+            # Of reflections on right answers only the greedy figure is reported.
+            prompts = [prompt for prompt in prompts if not _keeps(prompt.record)]
+            groups["sampled"] = generate("sampled", prompts, self.config.samples, self.sampling.temperature)
+            attempts = [group for group in groups["sampled"] if group.record.kind == "problem"]
+        if self.config.reflection_rounds:
+            revised, steps = self._revise(answers, ask)
+            groups |= {"test_time_reflection": revised, "test_time_steps": steps}
+            groups["test_time_majority"] = [
+                majority(group, budget)
+                for group, budget in zip(attempts, tokens_spent(attempts, answers + steps), strict=True)
+            ]
+        if self.config.samples and self.config.judging:
+            about = (record for group in attempts for record in judge_own(group, self.templater))
+            groups["own_answers"] = ask(about, "own answers")
         processor.forget_images()
-        return score(groups) | {"unusable": estimate(1 - self._used / self._drawn, self._drawn)}
+        return groups
 
-    def _prompts(self, processor: Processor, verifiers: VerifierPool) -> list[ProcessedPrompt]:
-        """All prompts; which ones is decided at the first evaluation."""
-        if self._records is not None:
-            return [processor.process(record) for record in self._records]
-        prompts = []
-        for problem_set in self._sets:
-            chosen, drawn = draw_problems(problem_set, self.config.problems, processor, verifiers)
-            self._drawn += drawn
-            self._used += len(chosen)
-            prompts += chosen
-            # The rows of a judgment dataset are asked as they are.
-            problems = [prompt.record for prompt in chosen if prompt.record.kind == "problem"]
-            wrong = wrong_answers(problems, verifiers)
-            for problem in problems:
-                if problem.id not in wrong:
-                    continue
-                records = judge_and_reflect(problem, wrong[problem.id], self.templater)
-                processed = process_all(records, processor)
-                if len(processed) == len(records):  # all or none, which keeps the labels balanced
-                    prompts += processed
-        self._records = [prompt.record for prompt in prompts]
-        return prompts
+    def _draw(self, processor: Prompts, verifiers: VerifierPool) -> list[PromptRecord]:
+        drawn: list[PromptRecord] = []
+        for problem_set in self.sets:
+            records, rows = draw_problems(problem_set, self.config.problems, processor, verifiers)
+            self.find_wrong_answers(records, verifiers)
+            self._drawn += rows
+            drawn += records
+        return drawn
 
     def _revise(self, answers: Sequence[RolloutGroup], ask: Ask) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
         """Test-time reflection: the last answer to each problem, and the judgments and reflections on the way.
@@ -196,25 +244,32 @@ def _quote(answer: RolloutGroup) -> str:
     return last_boxed(text) or text
 
 
-def _majority(sampled: Sequence[RolloutGroup], budget: Iterable[RolloutGroup]) -> list[RolloutGroup]:
-    """The baseline of test-time reflection: for each problem a sample with the answer that most of them give.
-
-    As many samples vote, in order and at least one, as fit into the new tokens that the groups of `budget` took for the
-    same problem, or all if there are fewer. The earlier answer wins a tie; a sample without an answer has no vote.
-    """
+def tokens_spent(attempts: Sequence[RolloutGroup], budget: Iterable[RolloutGroup]) -> list[int]:
+    """For the problem of each of `attempts`, the new tokens of those groups of `budget` that are about it."""
     tokens: Counter[str] = Counter()
     for group in budget:
-        tokens[group.record.parent_id] += sum(len(r.token_ids) for r in group.rollouts)
-    chosen = []
-    for group in sampled:
-        answers: list[str | None] = []
-        spent = 0
-        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
-            spent += len(rollout.token_ids)
-            if answers and spent > tokens[group.record.id]:
-                break
-            answers.append(None if verdict.parsed is None else normalized(verdict.parsed))
-        votes = Counter(answer for answer in answers if answer is not None).most_common(1)
-        winner = answers.index(votes[0][0]) if votes else 0
-        chosen.append(replace(group, rollouts=(group.rollouts[winner],), verdicts=(group.verdicts[winner],)))
-    return chosen
+        tokens[group.record.parent_id] += sum(rollout.tokens for rollout in group.rollouts)
+    return [tokens[group.record.id] for group in attempts]
+
+
+def voters(sampled: RolloutGroup, budget: int) -> int:
+    """How many samples of one problem, in order and at least one, fit into `budget` new tokens."""
+    spent = 0
+    for number, rollout in enumerate(sampled.rollouts):
+        spent += rollout.tokens
+        if number and spent > budget:
+            return number
+    return len(sampled.rollouts)
+
+
+def majority(sampled: RolloutGroup, budget: int) -> RolloutGroup:
+    """The baseline of test-time reflection: the sample of one problem with the answer that most of them give.
+
+    As many samples vote as fit into `budget` (`voters`). The earlier answer wins a tie; a sample without an answer has
+    no vote.
+    """
+    verdicts = sampled.verdicts[: voters(sampled, budget)]
+    answers = [None if verdict.parsed is None else normalized(verdict.parsed) for verdict in verdicts]
+    votes = Counter(answer for answer in answers if answer is not None).most_common(1)
+    winner = answers.index(votes[0][0]) if votes else 0
+    return replace(sampled, rollouts=(sampled.rollouts[winner],), verdicts=(sampled.verdicts[winner],))

@@ -52,6 +52,7 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     |---|---|
     | `reasoning_greedy`, `reasoning_sampled` | accuracy on problems |
     | `reasoning_unparsable` | share of problems in whose completion no answer is found (which is wrong, too) |
+    | `reasoning_truncated` | share of problems whose completion was cut off; left out where none was |
     | `reasoning_failed` | share of problems whose verifier timed out or raised; left out where none did |
     | `pointwise_greedy`, `pointwise_sampled` | balanced accuracy: of each problem's gold and one wrong answer |
     | `pointwise_says_correct` | share of those verdicts that call the answer correct; .5 is right |
@@ -70,18 +71,24 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     """
     recipes = dict.fromkeys(group.record.recipe for mode in groups.values() for group in mode)
     by_recipe = {
-        recipe: _figures({mode: [g for g in of_mode if g.record.recipe == recipe] for mode, of_mode in groups.items()})
+        recipe: figures_of({mode: [g for g in of_mode if g.record.recipe == recipe] for mode, of_mode in groups.items()})
         for recipe in recipes
     }
+    return joined(by_recipe)
+
+
+def joined(by_recipe: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """The figures of several recipes: a plain name is the macro mean over those that have it, `recipe/name` the figure
+    of one. Those of one recipe are what they are."""
     if len(by_recipe) == 1:
-        return next(iter(by_recipe.values()))
+        return dict(next(iter(by_recipe.values())))
     names = dict.fromkeys(name for figures in by_recipe.values() for name in figures)
     macro = {name: macro_mean([f[name] for f in by_recipe.values() if name in f]) for name in names}
     return macro | {f"{recipe}/{name}": figures[name] for recipe, figures in by_recipe.items() for name in figures}
 
 
-def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
-    """The figures of one recipe."""
+def figures_of(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
+    """The figures of one recipe, see `score`."""
     results: dict[str, Estimate] = {}
     groups = {**groups, "greedy, both orders": _both_orders(groups.get("greedy", ()))}
 
@@ -97,9 +104,10 @@ def _figures(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate
     add("reasoning_greedy", _accuracy, "greedy", "problem")
     add("reasoning_sampled", _accuracy, "sampled", "problem")
     add("reasoning_unparsable", _unparsable, "greedy", "problem")
-    add("reasoning_failed", _failed, "greedy", "problem")
-    if "reasoning_failed" in results and results["reasoning_failed"]["value"] == 0:
-        del results["reasoning_failed"]
+    for name, measure in (("reasoning_truncated", _truncated), ("reasoning_failed", _failed)):
+        add(name, measure, "greedy", "problem")
+        if name in results and results[name]["value"] == 0:
+            del results[name]
     add("pointwise_greedy", _accuracy, "greedy", "pointwise")
     add("pointwise_sampled", _accuracy, "sampled", "pointwise")
     add("pointwise_says_correct", _says_correct, "greedy", "pointwise")
@@ -148,6 +156,10 @@ def _accuracy(groups: Sequence[RolloutGroup]) -> float:
 
 def _failed(groups: Sequence[RolloutGroup]) -> float:
     return fmean(verdict.status in ("timeout", "error") for group in groups for verdict in group.verdicts)
+
+
+def _truncated(groups: Sequence[RolloutGroup]) -> float:
+    return fmean(rollout.finish_reason == "length" for group in groups for rollout in group.rollouts)
 
 
 def _unparsable(groups: Sequence[RolloutGroup]) -> float:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from string import ascii_uppercase
 
 from spark_vl.answers import last_boxed
 from spark_vl.config import ConfigError
 from spark_vl.data.problems import ProblemSet
-from spark_vl.families.base import ProcessedPrompt, Processor
+from spark_vl.families.base import ProcessedImage, ProcessedPrompt, Prompts
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RecycledRecord, RolloutGroup, plain_text
 from spark_vl.recycle.evidence import quotable_answer
@@ -29,10 +29,59 @@ from spark_vl.verifiers import VerifierPool, boxed_gold, check_golds
 logger = logging.getLogger(__name__)
 
 
+MOST_PIXELS = 2**30
+"""Bytes of decoded images, and their patches, that a chunk of problems may hold: some 40 images of a megapixel."""
+
+MOST_PROBLEMS = 256
+"""Of a chunk."""
+
+
+def row_order(problems: ProblemSet) -> list[int]:
+    """All rows, in the order in which they are drawn."""
+    order = list(range(len(problems)))
+    random.Random(f"{problems.recipe.name}/{problems.split}").shuffle(order)
+    return order
+
+
+def in_chunks(
+    problems: Iterable[PromptRecord],
+    processor: Prompts,
+    about: Callable[[PromptRecord], Sequence[RecycledRecord]],
+    refuse: Callable[[BadRecordError], None] | None = None,
+) -> Iterator[list[list[ProcessedPrompt]]]:
+    """Processed problems, each with the prompts that are asked about it, as many at a time as may be held in memory.
+
+    Where one of the prompts about a problem cannot be processed, none is asked, which keeps the labels balanced.
+
+    Args:
+        about: processed problem → what is asked about it.
+        refuse: is told of problems that cannot be processed. None: they are raised.
+    """
+    chunk: list[list[ProcessedPrompt]] = []
+    images: set[ProcessedImage] = set()
+    for record in problems:
+        try:
+            problem = processor.process(record)
+        except BadRecordError as error:
+            if refuse is None:
+                raise
+            refuse(error)
+            continue
+        records = about(problem.record)
+        processed = process_all(records, processor)
+        chunk.append([problem, *(processed if len(processed) == len(records) else ())])
+        images.update(problem.images)
+        if len(chunk) == MOST_PROBLEMS or sum(image.nbytes for image in images) >= MOST_PIXELS:
+            yield chunk
+            chunk, images = [], set()
+    if chunk:
+        yield chunk
+
+
 def draw_problems(
-    problems: ProblemSet, n: int, processor: Processor, verifiers: VerifierPool
-) -> tuple[list[ProcessedPrompt], int]:
-    """`n` problems, or all if there are fewer, and how many rows were drawn for them.
+    problems: ProblemSet, n: int | None, processor: Prompts, verifiers: VerifierPool
+) -> tuple[list[PromptRecord], int]:
+    """`n` processed problems, or all if there are fewer or `n` is None, and how many rows were drawn for them.
 
     A row that cannot be used (see `BadRecordError`), or whose verifier does not give its own gold full marks, is
     replaced, with a warning.
@@ -40,34 +89,35 @@ def draw_problems(
     Raises:
         ValueError: no row can be used.
     """
-    name = f"{problems.recipe.name}/{problems.split}"
-    order = list(range(len(problems)))
-    random.Random(name).shuffle(order)
-    usable: list[ProcessedPrompt] = []
+    order = row_order(problems)
+    n = len(order) if n is None else n
+    usable: list[PromptRecord] = []
     drawn = 0
     while len(usable) < n and drawn < len(order):
-        prompts = []
+        records = []
         rows = order[drawn : drawn + n - len(usable)]
         drawn += len(rows)
         for row in rows:
             try:
-                prompts.append(processor.process(problems[row]))
+                records.append(processor.process(problems[row]).record)
             except BadRecordError as error:
                 logger.warning("left out of the evaluation: %s", error)
-        faults = check_golds(verifiers, [prompt.record for prompt in prompts])
-        for prompt, fault in zip(prompts, faults, strict=True):
+            processor.forget_images()
+        faults = check_golds(verifiers, records)
+        for record, fault in zip(records, faults, strict=True):
             if fault is None:
-                usable.append(prompt)
+                usable.append(record)
             else:
                 logger.warning("left out of the evaluation: %s", fault)
     if not usable:
         raise ConfigError(
-            f"evaluation.recipes: {name}: none of its {drawn} rows can be evaluated on; the warnings say why"
+            f"evaluation.recipes: {problems.recipe.name}/{problems.split}: none of its {drawn} rows can be evaluated "
+            "on; the warnings say why"
         )
     return usable, drawn
 
 
-def process_all(records: Iterable[PromptRecord], processor: Processor) -> list[ProcessedPrompt]:
+def process_all(records: Iterable[PromptRecord], processor: Prompts) -> list[ProcessedPrompt]:
     """Those of `records` that can be processed; the others are left out with a warning."""
     prompts = []
     for record in records:
@@ -78,12 +128,13 @@ def process_all(records: Iterable[PromptRecord], processor: Processor) -> list[P
     return prompts
 
 
-def wrong_answers(problems: Sequence[PromptRecord], verifiers: VerifierPool) -> dict[str, str]:
+def wrong_answers(records: Sequence[PromptRecord], verifiers: VerifierPool) -> dict[str, str]:
     """Id of each problem → an answer that its verifier reads and finds wrong. A problem that has none is left out.
 
     It is drawn from the other letters of a choice question; else from the golds of problems with the same question,
     as often as they occur; failing that, of problems with the same verifier.
     """
+    problems = [record for record in records if record.kind == "problem"]
     golds: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for problem in problems:
         golds[problem.verifier,].append(_answer(problem))
@@ -112,6 +163,15 @@ def wrong_answers(problems: Sequence[PromptRecord], verifiers: VerifierPool) -> 
 def _answer(problem: PromptRecord) -> str:
     """The gold as an answer is written: coordinates are those that the model is asked for."""
     return last_boxed(boxed_gold(problem)) or problem.gold
+
+
+def prompts_about(problem: PromptRecord, wrong: Mapping[str, str], templater: Templater) -> list[RecycledRecord]:
+    """`judge_and_reflect`, for a problem that has a wrong answer; a row of a judgment dataset is asked as it is.
+
+    Args:
+        wrong: of `wrong_answers`.
+    """
+    return judge_and_reflect(problem, wrong[problem.id], templater) if problem.id in wrong else []
 
 
 def judge_and_reflect(problem: PromptRecord, wrong: str, templater: Templater) -> list[RecycledRecord]:

@@ -39,6 +39,12 @@ class ProcessedImage:
     resized: Image
     """RGB, as the patches were cut from it: for an engine that makes its own."""
 
+    @property
+    def nbytes(self) -> int:
+        """Of memory, about."""
+        width, height = self.resized.size
+        return self.pixel_values.nbytes + 3 * width * height
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelInputs:
