@@ -7,7 +7,6 @@ Everything heavy is imported inside a command, so that `--help` and a mistake in
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import re
@@ -31,10 +30,9 @@ from spark_vl.config import (
     TrainConfig,
     blamed_on,
     dump_config,
-    save_config,
 )
 from spark_vl.config_check import check_eval_config, check_judge_config, check_train_config, check_vllm_installed
-from spark_vl.config_cli import Parser, add_config_arguments, instantiate, shape_for_model
+from spark_vl.config_cli import Parser, add_config_arguments, instantiate, shape_for_model, short_names
 from spark_vl.data.recipes import load_recipes
 from spark_vl.estimate.shape import load_shape
 from spark_vl.estimate.weights import Setup
@@ -59,7 +57,7 @@ ESTIMATE_HELP = "say whether a run fits into memory, and what would help; exits 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 on a bad setting, before anything heavy is loaded."""
-    arguments = shape_for_model(sys.argv[1:] if arguments is None else arguments)
+    arguments = short_names(shape_for_model(sys.argv[1:] if arguments is None else arguments))
     command_name = arguments[0] if arguments else ""
 
     def add_settings(command_parser: Parser, name: str, config_class: type) -> None:
@@ -91,7 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     eval_parser = Parser(description=EVAL_HELP)
     add_settings(eval_parser, "eval", EvalConfig)
-    eval_parser.add_argument("--overwrite", action="store_true", help="replace the results that lie in `output`")
+    eval_parser.add_argument("--overwrite", action="store_true", help="begin anew, rather than go on with `output`")
+    eval_parser.add_argument(
+        "--rescore", metavar="DIR", help="make the figures of an evaluation again, without a model"
+    )
+    eval_parser.add_argument(
+        "--compare", metavar=("A", "B"), nargs=2, help="compare two evaluations, item by item, without a model"
+    )
+    eval_parser.add_argument("--changed", metavar="FILE", help="with --compare: write all items that changed")
 
     serve_parser = Parser(description=SERVE_HELP)
     add_settings(serve_parser, "serve-rollouts", TrainConfig)
@@ -186,9 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 serve(config, host=command.host, port=command.port)
             case "eval":
                 config = instantiate(eval_parser, command, EvalConfig)
-                _check_evaluation(config)  # before the Hub is asked
-                command = read_within_limits(eval_parser, config.model)
-                evaluate(instantiate(eval_parser, command, EvalConfig), overwrite=command.overwrite)
+                if command.rescore is not None:
+                    rescore(command.rescore, config)
+                elif command.compare is not None:
+                    compare(*command.compare, changed=command.changed)
+                else:
+                    _check_evaluation(config)  # before the Hub is asked
+                    command = read_within_limits(eval_parser, config.model)
+                    evaluate(instantiate(eval_parser, command, EvalConfig), overwrite=command.overwrite)
             case "judge":
                 config = instantiate(judge_parser, command, JudgeConfig)
                 _check_judge(command.rows, config)
@@ -303,11 +313,11 @@ def serve(config: TrainConfig, *, host: str, port: int) -> None:
 
 
 def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
-    """`spark-vl eval`: evaluate a checkpoint; write `results.json`, `samples.jsonl` and the prompts that were used.
+    """`spark-vl eval`: evaluate a checkpoint, and print and write the figures.
 
     Args:
         config: checked (`_check_evaluation`).
-        overwrite: whether earlier results in the folder are replaced.
+        overwrite: whether an evaluation in the folder is deleted first.
     """
     config.model.path = model_folder(config.model.path)
     if config.prompts != PromptConfig():
@@ -317,19 +327,37 @@ def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
 
     from spark_vl.evaluation import evaluate_checkpoint
     from spark_vl.report import print_results
+    from spark_vl.rollout.engine import EngineError
 
     print(f"evaluates {config.model.path}")
-    folder = Path(config.output)
-    files = [folder / name for name in ("results.json", "samples.jsonl")]
-    if (found := [str(file) for file in files if file.exists()]) and not overwrite:
-        raise ConfigError(f"output: {found[0]} is there already; name another folder, or add --overwrite")
-    for file in files:
-        file.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    results = evaluate_checkpoint(config, folder)
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    try:
+        results = evaluate_checkpoint(config, Path(config.output), overwrite=overwrite)
+    except EngineError as error:
+        raise SystemExit(visible(f"spark-vl: stopped: {error}; the same command goes on from here")) from error
+    if os.environ.get("RANK", "0") == "0":
+        print_results(results, Console())
+        print(f"results are in {config.output}")
+
+
+def rescore(folder: str, config: EvalConfig) -> None:
+    """`spark-vl eval --rescore DIR`: print the figures of the answers in a folder, and where they differ from those that
+    it has.
+
+    Args:
+        config: names the recipes whose own verifiers may run, if there are any.
+    """
+    from rich.console import Console
+
+    from spark_vl.evaluation import rescore_folder
+    from spark_vl.report import print_results
+
+    own = {name for recipe in load_recipes(config.evaluation.recipes) for name in recipe.own_verifiers}
+    with blamed_on("--rescore"):
+        results, differences = rescore_folder(Path(folder), config.verifier, own)
     print_results(results, Console())
+    for difference in differences:
+        print(difference)
+    print(f"{len(differences) or 'none'} of {len(results)} figures differ from {folder}/results.json")
 
 
 def judge(rows: str, config: JudgeConfig, *, overwrite: bool = False) -> bool:

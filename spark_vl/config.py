@@ -450,7 +450,8 @@ class EvalConfig:
     """An evaluation of a checkpoint."""
 
     output: str = "runs/eval"
-    """Folder for `results.json` and `samples.jsonl`."""
+    """Folder for `results.json`, `results.md`, `samples.jsonl`, and all that is needed to make the figures again. An
+    evaluation that was killed goes on from there."""
     seed: NonNegativeInt = 0
     max_prompt_tokens: PositiveInt = DataConfig.max_prompt_tokens
     """Problems whose prompt is longer are left out and counted."""
@@ -460,6 +461,11 @@ class EvalConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    ask: list[Literal["pairwise", "pointwise"]] = field(default_factory=lambda: ["pairwise", "pointwise"])
+    """How the answers of a reward benchmark are judged: two side by side, in both orders, and each alone."""
+    votes: PositiveInt = 1
+    """Judgments of each answer, and of each order of a pair, on reward benchmarks. 1: greedy. More: sampled at
+    `rollout.temperature`; the majority counts."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -128,3 +129,16 @@ def shape_for_model(arguments: Sequence[str]) -> list[str]:
     if list(arguments[:1]) != ["estimate"]:
         return list(arguments)
     return [re.sub(r"^--model(?==|$)", "--shape", argument) for argument in arguments]
+
+
+def short_names(arguments: Sequence[str]) -> list[str]:
+    """`eval --recipes a,b --engine vllm` as `eval --evaluation.recipes [a,b] --rollout.engine vllm`."""
+    if list(arguments[:1]) != ["eval"]:
+        return list(arguments)
+    parts = [part for argument in arguments for part in re.split(r"(?<=^--recipes)=", argument, maxsplit=1)]
+    for i, part in enumerate(parts):
+        if part == "--recipes":
+            parts[i] = "--evaluation.recipes"
+            if i + 1 < len(parts) and not parts[i + 1].startswith("["):
+                parts[i + 1] = json.dumps(parts[i + 1].split(","))
+    return [re.sub(r"^--engine(?==|$)", "--rollout.engine", part) for part in parts]

@@ -41,7 +41,7 @@ LABELS = {
     "reflection_keeps": "  keeps right answers",
     "unusable": "rows left out",
 }
-"""How each figure of an evaluation is called, in the order of the table."""
+"""How each figure of an evaluation is called, in the order of the table. `spark-vl eval` has some more."""
 
 
 def check_figure(name: str | None) -> None:
@@ -128,9 +128,32 @@ def print_files(run: Path, console: Console) -> None:
 def print_results(results: Mapping[str, Mapping[str, float]], console: Console) -> None:
     """Print one evaluation: name → `value`, `low`, `high`, `n`."""
     sizes = {name: e["n"] for name, e in results.items()}
-    _print_table(
-        console, sizes, ["result"], lambda name: [_cell(*(results[name][key] for key in ("value", "low", "high")))]
-    )
+    _print_table(console, sizes, ["result"], lambda name: [_result(name, results[name])])
+
+
+def results_page(results: Mapping[str, Mapping[str, float]], title: str) -> str:
+    """The same as a table in Markdown, below `title`."""
+    lines = [f"# {title}", "", "Figures in %, with 95 % intervals; tokens as they are.", ""]
+    lines += ["| | n | result |", "|---|---:|---:|"]
+    for recipe, names in _sections(results):
+        lines += [f"| **{recipe}** | | |"] if recipe else []
+        for name in names:
+            estimate = results[f"{recipe}/{name}" if recipe else name]
+            lines.append(f"| {LABELS.get(name, name).strip()} | {estimate['n']:.0f} | {_result(name, estimate)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_results(results: Mapping[str, Mapping[str, float]], folder: Path, title: str) -> None:
+    """Write `results.json`, and `results.md` for people."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "results.md").write_text(results_page(results, title), encoding="utf-8")
+
+
+def _result(name: str, estimate: Mapping[str, float]) -> str:
+    bounds = [estimate[key] for key in ("value", "low", "high")]
+    if name.rpartition("/")[2].startswith("tokens_"):
+        return "{:.0f} ({:.0f}-{:.0f})".format(*bounds)
+    return _cell(*bounds)
 
 
 def _print_table(

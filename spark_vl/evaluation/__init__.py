@@ -3,6 +3,6 @@
 from spark_vl.evaluation.checkpoint import evaluate_checkpoint
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import score, wilson
-from spark_vl.evaluation.samples import rescore
+from spark_vl.evaluation.rescore import rescore, rescore_folder
 
-__all__ = ["Evaluator", "evaluate_checkpoint", "rescore", "score", "wilson"]
+__all__ = ["Evaluator", "evaluate_checkpoint", "rescore", "rescore_folder", "score", "wilson"]

@@ -3,8 +3,10 @@ from where it was when it was killed."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -18,24 +20,26 @@ from spark_vl.data.preferences import Preference, PreferenceSet, open_preference
 from spark_vl.data.problems import ProblemSet
 from spark_vl.data.recipes import PreferenceColumns, load_recipes
 from spark_vl.distributed.gather import any_process
-from spark_vl.distributed.launch import start_replicas
+from spark_vl.distributed.launch import describe_launch, start_replicas
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
 from spark_vl.evaluation.preferences import judge_preferences
-from spark_vl.evaluation.prompts import in_chunks, row_order
+from spark_vl.evaluation.prompts import BYTES_OF_A_PIXEL, MOST_PIXELS, in_chunks, row_order
 from spark_vl.evaluation.results import Line, key, results, unique
 from spark_vl.evaluation.samples import by_problem, groups_to_json
-from spark_vl.families.base import ProcessedPrompt, Prompts
-from spark_vl.families.registry import check_recipes
+from spark_vl.families.registry import check_recipes, find_family
 from spark_vl.log import Pace
+from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import BadRecordError, PromptRecord, plain_text
+from spark_vl.report import write_results
 from spark_vl.reward import GenerativeReward
-from spark_vl.rollout.engine import Sampling
-from spark_vl.rollout.load import load_sampler
+from spark_vl.rollout.engine import Sampling, nothing
+from spark_vl.rollout.load import Loaded, load_sampler
 from spark_vl.run.jsonl import append_lines, read_lines
-from spark_vl.run.paths import CONFIG
-from spark_vl.run.provenance import write_recipes
+from spark_vl.run.paths import CONFIG, ENVIRONMENT, RECIPES
+from spark_vl.run.provenance import note_environment, write_recipes
+from spark_vl.run.trained import find_templater
 from spark_vl.verifiers import VerifierPool, check_golds
 
 logger = logging.getLogger(__name__)
@@ -51,3 +55,282 @@ _TIMEOUT_S = 24 * 3600.0
 
 _FREE = ("output", "rollout.decode_batch_size", "rollout.vllm", "rollout.openai", "verifier.workers")
 """Settings that change no answer."""
+
+
+def evaluate_checkpoint(config: EvalConfig, folder: Path, *, overwrite: bool = False) -> dict[str, Estimate]:
+    """The figures (see `results.results`) of the checkpoint at `config.model.path`, on a GPU if there is one.
+
+    Under `accelerate launch` each process holds a whole model and asks its share of the rows; all return the figures.
+    What the folder holds of an evaluation under the same settings is not asked again.
+
+    Args:
+        folder: gets `SAMPLES`, `results.json`, `results.md`, and what they were made with: `config.yaml`,
+            `recipes.json`, `environment.jsonl`, and `PROMPTS_FILE`, the prompts that were used.
+        overwrite: whether what the folder holds of an evaluation is deleted first.
+
+    Raises:
+        ConfigError: a recipe or the model cannot be used, or the folder holds an evaluation under other settings.
+        EngineError: the model cannot be asked.
+    """
+    accelerator = start_replicas(_TIMEOUT_S)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in ("samples*.jsonl", "results.*", CONFIG, RECIPES, ENVIRONMENT):
+                for file in folder.glob(name):
+                    file.unlink()
+        _check_same(config, folder)
+        save_config(config, folder / CONFIG)
+        write_recipes(folder, config.evaluation.recipes)
+        note_environment(folder, 0, describe_launch(accelerator), ())
+    with blamed_on("evaluation.recipes"):
+        recipes = load_recipes(config.evaluation.recipes)
+    compared = [recipe for recipe in recipes if isinstance(recipe.columns, PreferenceColumns)]
+    solved = [name for name, recipe in zip(config.evaluation.recipes, recipes, strict=True) if recipe not in compared]
+
+    at_server = config.rollout.engine == "openai"
+    if not at_server:
+        check_recipes("evaluation.recipes", solved, config.model)
+    reserved = None if at_server else find_family(config.model).reserved
+    templater = find_templater(config.prompts, config.model, reserved)
+    problems = replace(config.evaluation, recipes=solved)
+    evaluator = Evaluator(problems, templater, rollout=config.rollout, seed=config.seed)
+    with blamed_on("evaluation.recipes"):
+        preferences = [open_preferences(recipe, problems.split, templater) for recipe in compared]
+    model = load_sampler(
+        config.model,
+        config.rollout,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=evaluator.sampling.max_new_tokens,
+        temperature=config.rollout.temperature,
+        accelerator=accelerator,
+    )
+    with (
+        closing(model.sampler),
+        VerifierPool(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb) as verifiers,
+        _Shares(accelerator, folder, config) as shares,
+    ):
+        if accelerator.is_main_process:
+            templater.save(folder / PROMPTS_FILE)
+        for problem_set in evaluator.sets:
+            _solve(problem_set, evaluator, model, verifiers, shares)
+        if preferences:
+            judge = _judge(config, model, templater, evaluator.sampling)
+            for preference_set in preferences:
+                _compare(preference_set, judge, config, shares)
+        lines = shares.all_lines()
+    found = results(lines, {name for recipe in recipes for name in recipe.own_verifiers})
+    if accelerator.is_main_process:
+        write_results(found, folder, config.model.path)
+    return found
+
+
+class _Shares:
+    """The rows that are this process's, its file, and what it tells the person who waits.
+
+    Args:
+        folder: with the files of earlier processes, if there are any.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, config: EvalConfig) -> None:
+        self.accelerator, self.folder, self.problems = accelerator, folder, config.evaluation.problems
+        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
+        self.file = folder / (SAMPLES if self.processes == 1 else f"samples-{self.rank}.jsonl")
+        accelerator.wait_for_everyone()  # nobody reads what another one writes already
+        self._done = {key(line) for line in self._read()}
+        accelerator.wait_for_everyone()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(), disable=not accelerator.is_main_process)
+        self._pace = Pace()
+
+    def __enter__(self) -> _Shares:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def rows(self, rows: ProblemSet | PreferenceSet, ask: str = "") -> list[int]:
+        """Those of the drawn rows that this process has to ask, in the order in which they were drawn."""
+        drawn = self.drawn(rows)[self.rank :: self.processes]
+        left = [row for row in drawn if (rows.recipe.name, row, ask) not in self._done]
+        self._task = self._bar.add_task(f"{rows.recipe.name} {ask}".rstrip(), total=len(drawn))
+        self._bar.advance(self._task, len(drawn) - len(left))
+        if len(left) < len(drawn):
+            self.say(f"{rows.recipe.name}: {len(drawn) - len(left)} of {len(drawn)} rows have been asked before")
+        return left
+
+    def drawn(self, rows: ProblemSet | PreferenceSet) -> list[int]:
+        """The rows that are evaluated on, of all processes."""
+        return row_order(rows)[: self.problems]
+
+    def together(self, chunks: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        """`chunks`, and empty ones after the last until no process has any: some engines are called by all at once."""
+        while any_process(self.accelerator, (chunk := next(chunks, None)) is not None):
+            yield chunk or []
+
+    def progress(self, phase: str, total: int) -> Callable[[int], None]:
+        """See `evaluator.Progress`: what happens to the chunk at hand."""
+        name = self._bar.tasks[self._task].description.partition(":")[0]
+        done = 0
+
+        def advance(finished: int) -> None:
+            nonlocal done
+            done += finished
+            self._bar.update(self._task, description=f"{name}: {phase.removeprefix('evaluating, ')} {done}/{total}")
+            self._print_line()
+
+        return advance
+
+    def add(self, lines: Sequence[Line]) -> None:
+        """Write the `lines` of rows that are finished."""
+        append_lines(self.file, lines)
+        self._bar.advance(self._task, len(lines))
+        self._print_line()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self.accelerator.is_main_process:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def all_lines(self) -> list[Line]:
+        """Those of all processes, together in one file. Collective."""
+        self.accelerator.wait_for_everyone()
+        lines = self._read()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and (parts := [file for file in self._files() if file.name != SAMPLES]):
+            whole = self.folder / f"{SAMPLES}.new"
+            whole.unlink(missing_ok=True)
+            append_lines(whole, lines)
+            whole.replace(self.folder / SAMPLES)  # before the parts go: a kill here leaves lines twice, and none lost
+            for part in parts:
+                part.unlink()
+        return lines
+
+    def _read(self) -> list[Line]:
+        return unique(line for file in self._files() for line in read_lines(file))
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("samples*.jsonl"))
+
+    def _print_line(self) -> None:
+        if not self._bar.console.is_terminal and self._pace.is_due():
+            task = self._bar.tasks[self._task]
+            self.say(f"{task.description}, {task.completed:.0f}/{task.total} rows")
+
+
+def _solve(
+    problem_set: ProblemSet, evaluator: Evaluator, model: Loaded, verifiers: VerifierPool, shares: _Shares
+) -> None:
+    """Ask the problems of one recipe, and write down what was answered."""
+    name = problem_set.recipe.name
+    rows_by_id: dict[str, int] = {}
+
+    def unusable(row: int, error: BadRecordError) -> None:
+        logger.warning("left out of the evaluation: %s", error)
+        shares.add([{"recipe": name, "row": row, "id": error.record_id, "unusable": error.reason}])
+
+    def usable(rows: Sequence[int], refuse: Callable[[int, BadRecordError], None]) -> Iterator[PromptRecord]:
+        """Records whose verifiers give their golds full marks."""
+        left = iter(rows)
+        while some := list(islice(left, _ROWS_AT_ONCE)):
+            records: dict[int, PromptRecord] = {}
+            for row in some:
+                try:
+                    records[row] = problem_set[row]
+                except BadRecordError as error:
+                    refuse(row, error)
+            faults = check_golds(verifiers, list(records.values()))
+            for (row, record), fault in zip(records.items(), faults, strict=True):
+                if fault is not None:
+                    refuse(row, fault)
+                    continue
+                rows_by_id[record.id] = row
+                yield record
+
+    rows = shares.rows(problem_set)
+    if evaluator.config.judging and rows:
+        # Wrong answers are the right ones of other problems, also of those that are asked elsewhere or were before.
+        light = []
+        for record in usable(shares.drawn(problem_set), nothing):
+            try:
+                record = model.prompts.process(record).record
+            except BadRecordError:
+                continue
+            light.append(replace(record, messages=(), question=(plain_text(record.question),)))
+            model.prompts.forget_images()
+        evaluator.find_wrong_answers(light, verifiers)
+    position = {row: number for number, row in enumerate(shares.drawn(problem_set))}
+    chunks = in_chunks(
+        usable(rows, unusable),
+        model.prompts,
+        evaluator.about,
+        lambda error: unusable(rows_by_id[error.record_id], error),
+    )
+    for problems in shares.together(chunks):
+        records = [prompts[0].record for prompts in problems]
+        seed = position[rows_by_id[records[0].id]] if records else 0
+        groups = evaluator.ask(model.sampler, model.prompts, verifiers, problems, seed, shares.progress)
+        lines = []
+        for id, of_problem in by_problem(groups, [record.id for record in records]).items():
+            line: Line = {"recipe": name, "row": rows_by_id[id], "id": id}
+            if any(group.record.id == id for group in of_problem["greedy"]):
+                lines.append(line | {"groups": groups_to_json(of_problem)})
+            else:
+                lines.append(line | {"unusable": "the engine refuses its prompt; a warning says why"})
+        shares.add(lines)
+
+
+def _judge(config: EvalConfig, model: Loaded, templater: Templater, sampling: Sampling) -> GenerativeReward:
+    return GenerativeReward(
+        model.sampler,
+        model.prompts,
+        templater,
+        sampling=replace(sampling, temperature=sampling.temperature if config.votes > 1 else 0.0),
+        samples=config.votes,
+        policy=model.policy,
+    )
+
+
+def _compare(preferences: PreferenceSet, judge: GenerativeReward, config: EvalConfig, shares: _Shares) -> None:
+    """Ask which answer is the best, row by row of one recipe, and write down what was answered."""
+    name = preferences.recipe.name
+    images_at_once = max(1, MOST_PIXELS // (config.model.max_pixels * BYTES_OF_A_PIXEL))
+    for ask in config.ask:
+
+        def chunks(rows: Sequence[int], ask: str = ask) -> Iterator[list[tuple[int, Preference]]]:
+            chunk: list[tuple[int, Preference]] = []
+            for row in rows:
+                try:
+                    chunk.append((row, preferences[row]))
+                except BadRecordError as error:
+                    logger.warning("left out of the evaluation: %s", error)
+                    line = {"recipe": name, "row": row, "id": error.record_id, "ask": ask, "unusable": error.reason}
+                    shares.add([line])
+                held = sum(len(preference.images) for _, preference in chunk)
+                if len(chunk) == _ROWS_AT_ONCE or held >= images_at_once:
+                    yield chunk
+                    chunk = []
+            if chunk:
+                yield chunk
+
+        for chunk in shares.together(chunks(shares.rows(preferences, ask))):
+            judged = judge_preferences(judge, [preference for _, preference in chunk], [ask])
+            shares.add([line | {"row": row} for (row, _), line in zip(chunk, judged, strict=True)])
+
+
+def _check_same(config: EvalConfig, folder: Path) -> None:
+    """Check that what the folder holds was evaluated as `config` says. Raises `ConfigError`."""
+    if not any(folder.glob("samples*.jsonl")) or not (folder / CONFIG).exists():
+        return
+    was, now = flat(read_config(folder / CONFIG)), flat(json.loads(json.dumps(asdict(config))))
+    different = [
+        f"{name}: {was.get(name)!r} → {now.get(name)!r}"
+        for name in dict.fromkeys([*was, *now])
+        if was.get(name) != now.get(name) and not f"{name}.".startswith(tuple(f"{free}." for free in _FREE))
+    ]
+    if different:
+        raise ConfigError(
+            f"output: {folder} holds an evaluation under other settings ({'; '.join(different)}); name another folder, "
+            "or add --overwrite"
+        )

@@ -252,7 +252,7 @@ def tokens_spent(attempts: Sequence[RolloutGroup], budget: Iterable[RolloutGroup
     return [tokens[group.record.id] for group in attempts]
 
 
-def voters(sampled: RolloutGroup, budget: int) -> int:
+def voters(sampled: RolloutGroup, budget: float) -> int:
     """How many samples of one problem, in order and at least one, fit into `budget` new tokens."""
     spent = 0
     for number, rollout in enumerate(sampled.rollouts):
@@ -262,7 +262,7 @@ def voters(sampled: RolloutGroup, budget: int) -> int:
     return len(sampled.rollouts)
 
 
-def majority(sampled: RolloutGroup, budget: int) -> RolloutGroup:
+def majority(sampled: RolloutGroup, budget: float) -> RolloutGroup:
     """The baseline of test-time reflection: the sample of one problem with the answer that most of them give.
 
     As many samples vote as fit into `budget` (`voters`). The earlier answer wins a tie; a sample without an answer has

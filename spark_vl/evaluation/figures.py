@@ -71,7 +71,9 @@ def score(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
     """
     recipes = dict.fromkeys(group.record.recipe for mode in groups.values() for group in mode)
     by_recipe = {
-        recipe: figures_of({mode: [g for g in of_mode if g.record.recipe == recipe] for mode, of_mode in groups.items()})
+        recipe: figures_of(
+            {mode: [g for g in of_mode if g.record.recipe == recipe] for mode, of_mode in groups.items()}
+        )
         for recipe in recipes
     }
     return joined(by_recipe)

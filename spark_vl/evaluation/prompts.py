@@ -19,6 +19,7 @@ from string import ascii_uppercase
 
 from spark_vl.answers import last_boxed
 from spark_vl.config import ConfigError
+from spark_vl.data.preferences import PreferenceSet
 from spark_vl.data.problems import ProblemSet
 from spark_vl.families.base import ProcessedImage, ProcessedPrompt, Prompts
 from spark_vl.prompts import Templater
@@ -32,11 +33,14 @@ logger = logging.getLogger(__name__)
 MOST_PIXELS = 2**30
 """Bytes of decoded images, and their patches, that a chunk of problems may hold: some 40 images of a megapixel."""
 
+BYTES_OF_A_PIXEL = 27
+"""RGB as bytes, and twice as 32-bit floats: the patches repeat an image as two frames of a video."""
+
 MOST_PROBLEMS = 256
 """Of a chunk."""
 
 
-def row_order(problems: ProblemSet) -> list[int]:
+def row_order(problems: ProblemSet | PreferenceSet) -> list[int]:
     """All rows, in the order in which they are drawn."""
     order = list(range(len(problems)))
     random.Random(f"{problems.recipe.name}/{problems.split}").shuffle(order)

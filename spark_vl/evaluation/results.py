@@ -51,18 +51,14 @@ def results(lines: Sequence[Line], own: Collection[str] = ()) -> dict[str, Estim
     for recipe, of_recipe in by_recipe.items():
         used = [line for line in of_recipe if "unusable" not in line]
         asked = [line for line in used if "ask" in line]
-        groups = merged(
-            groups_from_json(line["groups"], {*VERIFIERS, *own}) for line in used if "groups" in line
-        )
+        groups = merged(groups_from_json(line["groups"], {*VERIFIERS, *own}) for line in used if "groups" in line)
         found = figures_of(groups) | (preferences.figures(recipe, asked) if asked else {})
         found["unusable"] = estimate(1 - len(used) / len(of_recipe), len(of_recipe))
         shared[recipe] = {name: figure for name, figure in found.items() if not _is_single(name)}
         single[recipe] = {name: figure for name, figure in found.items() if _is_single(name)}
         single[recipe] |= official(recipe, groups) | sample_figures(groups)
     one = len(by_recipe) == 1
-    rest = {
-        name if one else f"{recipe}/{name}": figure for recipe, of in single.items() for name, figure in of.items()
-    }
+    rest = {name if one else f"{recipe}/{name}": figure for recipe, of in single.items() for name, figure in of.items()}
     return joined(shared) | rest if shared else {}
 
 
