@@ -340,8 +340,8 @@ def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
 
 
 def rescore(folder: str, config: EvalConfig) -> None:
-    """`spark-vl eval --rescore DIR`: print the figures of the answers in a folder, and where they differ from those that
-    it has.
+    """`spark-vl eval --rescore DIR`: print the figures of the answers in a folder, and where they differ from those
+    that it has.
 
     Args:
         config: names the recipes whose own verifiers may run, if there are any.

@@ -16,16 +16,14 @@ from scipy.stats import binomtest
 import spark_vl.demo
 from spark_vl.config import (
     ConfigError,
-    EvalConfig,
     EvaluationConfig,
     ModelConfig,
     PromptConfig,
     RolloutConfig,
-    VerifierConfig,
 )
-from spark_vl.demo.tiny import random_tiny
-from spark_vl.evaluation import Evaluator, evaluate_checkpoint, rescore, score, wilson
-from spark_vl.evaluation.prompts import judge_own
+from spark_vl.evaluation import Evaluator, score, wilson
+from spark_vl.evaluation.prompts import in_chunks, judge_own
+from spark_vl.evaluation.samples import groups_from_json, groups_to_json, merged, verified_again
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import Rollout, RolloutGroup, Verdict, plain_text
@@ -57,7 +55,7 @@ def verifiers():
 def make_evaluator(tmp_path):
     """An `Evaluator` on recipes that hold the given rows: `make_evaluator({"sums": rows}, samples=3)`."""
 
-    def make(recipes, *, templater=TEMPLATER, seed=0, samples_file=None, columns=(), verifier="number", **config):
+    def make(recipes, *, templater=TEMPLATER, seed=0, columns=(), verifier="number", **config):
         paths = []
         for name, rows in recipes.items():
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -70,7 +68,7 @@ def make_evaluator(tmp_path):
             paths[-1].write_text(yaml.safe_dump(recipe))
         config = EvaluationConfig(recipes=[str(path) for path in paths], **config)
         rollout = RolloutConfig(temperature=0.7, top_p=0.9, max_new_tokens=8)
-        return Evaluator(config, templater, rollout=rollout, seed=seed, samples_file=samples_file)
+        return Evaluator(config, templater, rollout=rollout, seed=seed)
 
     return make
 
@@ -99,6 +97,15 @@ class Scripted:
 
 def oracle(record, i):
     return boxed_gold(record)
+
+
+def all_groups(evaluator, engine, processor, verifiers):
+    """What `evaluator` asks, by mode, written down and read again."""
+    problems = evaluator._draw(processor, verifiers)
+    groups = merged(
+        evaluator.ask(engine, processor, verifiers, chunk) for chunk in in_chunks(problems, processor, evaluator.about)
+    )
+    return groups_from_json(json.loads(json.dumps(groups_to_json(groups))))
 
 
 def values(results):
@@ -577,13 +584,13 @@ def test_published_rollouts_are_problems(make_published, processor, verifiers):
     assert results["pairwise_consistency"]["n"] == 2
 
 
-def test_published_judgments_can_be_scored_again(make_published, processor, verifiers, tmp_path):
+def test_published_judgments_can_be_scored_again(make_published, processor, verifiers):
     path = make_published("pairwise", {}, {"label": "B", "parent_id": "p0"})
-    config = EvaluationConfig(recipes=[str(path)])
-    file = tmp_path / "samples.jsonl"
-    evaluator = Evaluator(config, TEMPLATER, rollout=RolloutConfig(max_new_tokens=8), seed=0, samples_file=file)
+    evaluator = Evaluator(
+        EvaluationConfig(recipes=[str(path)]), TEMPLATER, rollout=RolloutConfig(max_new_tokens=8), seed=0
+    )
     results = evaluator(Scripted(oracle), processor, verifiers)
-    [again] = rescore(file, verifiers)
+    again = score(verified_again(all_groups(evaluator, Scripted(oracle), processor, verifiers), verifiers))
     assert again == {name: figure for name, figure in results.items() if name != "unusable"}
     assert again.keys() == {"pairwise_greedy", "pairwise_sampled"}
 
@@ -712,43 +719,37 @@ def test_the_majority_vote_spends_the_tokens_of_test_time_reflection(
 # ── the samples file ──
 
 
-def test_samples_can_be_scored_again_without_the_model(make_evaluator, processor, verifiers, tmp_path):
-    file = tmp_path / "samples.jsonl"
-    evaluator = make_evaluator({"sums": SUMS, "more": SUMS[:3]}, samples_file=file, samples=2)
-    engine = Scripted(reflecting(solved={0, 1}))
-    first = evaluator(engine, processor, verifiers)
-    with file.open("a") as lines:
-        lines.write('{"evaluation": 2, "mo')  # killed while writing
-    second = evaluator(Scripted(oracle), processor, verifiers)
-    again = rescore(file, verifiers)
-    assert "sums/pointwise_own" in first
-    for result, scored in zip((first, second), again, strict=True):
-        assert scored == {name: figure for name, figure in result.items() if name != "unusable"}
-    line = next(line for line in map(json.loads, file.read_text().splitlines()) if line["kind"] == "pointwise")
-    assert line["mode"] == "greedy"
-    assert line["choices"]
-    assert line["origin"]["quoted_correct"] is True
-    assert line["completions"][0].keys() == {"text", "finish_reason", "score", "parsed", "status", "detail", "shaping"}
+def test_samples_can_be_scored_again_without_the_model(make_evaluator, processor, verifiers):
+    evaluator = make_evaluator({"sums": SUMS, "more": SUMS[:3]}, samples=2)
+    for reply in (reflecting(solved={0, 1}), oracle):
+        result = evaluator(Scripted(reply), processor, verifiers)
+        groups = all_groups(evaluator, Scripted(reply), processor, verifiers)
+        again = score(verified_again(groups, verifiers))
+        assert again == {name: figure for name, figure in result.items() if name != "unusable"}
+    assert all(group.record.messages == () for of_mode in groups.values() for group in of_mode)
+    greedy = groups["greedy"][0]
+    assert greedy.rollouts[0].token_ids == ()
+    assert greedy.rollouts[0].tokens == len(oracle(greedy.record, None))  # as `Scripted` counts
 
     # A gold that was corrected since counts.
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    for line in lines:
-        if line["verifier"] == "number":
-            line["gold"] = "12345"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert rescore(file, verifiers)[1]["reasoning_greedy"]["value"] == 0
-    assert rescore(file, verifiers)[1]["pointwise_greedy"]["value"] == 1
+    corrected = {
+        mode: [
+            replace(group, record=replace(group.record, gold="12345")) if group.record.verifier == "number" else group
+            for group in of_mode
+        ]
+        for mode, of_mode in groups.items()
+    }
+    again = score(verified_again(corrected, verifiers))
+    assert (again["reasoning_greedy"]["value"], again["pointwise_greedy"]["value"]) == (0, 1)
 
 
 # ── a real model ──
 
 
-def test_a_real_model_end_to_end(make_policy, processor, verifiers, tmp_path):
+def test_a_real_model_end_to_end(make_policy, processor, verifiers):
     engine = TransformersEngine(make_policy(), processor, decode_batch_size=64)
     config = EvaluationConfig(recipes=["digits"], problems=6, samples=2)
-    file = tmp_path / "samples.jsonl"
-    rollout = RolloutConfig(max_new_tokens=6)
-    evaluator = Evaluator(config, TEMPLATER, rollout=rollout, seed=0, samples_file=file)
+    evaluator = Evaluator(config, TEMPLATER, rollout=RolloutConfig(max_new_tokens=6), seed=0)
     heard = Counter()
 
     def counting(name, total):
@@ -761,35 +762,16 @@ def test_a_real_model_end_to_end(make_policy, processor, verifiers, tmp_path):
     assert results == evaluator(engine, processor, verifiers)
     assert all(result["low"] <= result["value"] <= result["high"] for result in results.values())
     assert {result["n"] for result in results.values()} == {6}
-    first, second = rescore(file, verifiers)
-    assert first == second == {name: figure for name, figure in results.items() if name != "unusable"}
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert Counter((line["mode"], len(line["completions"])) for line in lines if line["evaluation"] == 1) >= Counter(
+    groups = all_groups(evaluator, engine, processor, verifiers)
+    sizes = Counter((mode, len(group.rollouts)) for mode, of_mode in groups.items() for group in of_mode)
+    assert sizes >= Counter(
         {("greedy", 1): 42, ("sampled", 2): 36, ("test_time_reflection", 1): 6, ("test_time_majority", 1): 6}
     )
     # the greedy completion of a problem is what the engine says to it alone
-    problem = next(record for record in evaluator._records if record.kind == "problem")
+    problem = evaluator._problems[0]
     alone = engine.generate([processor.process(problem)], 1, Sampling(temperature=0, max_new_tokens=6))[0]
-    assert next(line for line in lines if line["id"] == problem.id)["completions"][0]["text"] == alone.rollouts[0].text
-
-
-def test_a_checkpoint_by_itself(make_policy, processor, verifiers, tmp_path):
-    model, hf_processor = random_tiny(seed=0)
-    model.save_pretrained(tmp_path)
-    hf_processor.save_pretrained(tmp_path)
-    config = EvalConfig(
-        model=ModelConfig(path=str(tmp_path), dtype="float32", min_pixels=28 * 28, max_pixels=224 * 224),
-        evaluation=EvaluationConfig(recipes=["digits"], problems=3, samples=2),
-        rollout=RolloutConfig(max_new_tokens=6),
-        verifier=VerifierConfig(workers=1),
-    )
-    TEMPLATER.save(tmp_path / PROMPTS_FILE)
-    (out := tmp_path / "out").mkdir()
-    results = evaluate_checkpoint(config, out)
-    assert (out / PROMPTS_FILE).read_text() == (tmp_path / PROMPTS_FILE).read_text()
-    same = Evaluator(config.evaluation, TEMPLATER, rollout=config.rollout, seed=0, samples_file=tmp_path / "same.jsonl")
-    assert results == same(TransformersEngine(make_policy(), processor, decode_batch_size=64), processor, verifiers)
-    assert (out / "samples.jsonl").read_text() == (tmp_path / "same.jsonl").read_text()
+    found = next(group for group in groups["greedy"] if group.record.id == problem.id)
+    assert found.rollouts[0].text == alone.rollouts[0].text
 
 
 def test_a_model_is_asked_in_the_words_it_was_trained_on_unless_others_are_asked_for(tmp_path, capsys):
