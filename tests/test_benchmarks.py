@@ -22,7 +22,7 @@ from spark_vl.data.preferences import Preference, PreferenceSet, check_preferenc
 from spark_vl.data.problems import ProblemSet, check, open_recipe
 from spark_vl.data.recipes import Recipe, load_recipe
 from spark_vl.evaluation import benchmarks, reward_benchmarks
-from spark_vl.evaluation.reward_benchmarks import Judgment
+from spark_vl.evaluation.reward_benchmarks import Pick
 from spark_vl.preview import preview
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
@@ -686,8 +686,8 @@ def test_the_rows_of_a_reward_benchmark_are_shown(copy, tmp_path: Path, capsys) 
     ]
 
 
-def judged(item: str, category: str, preferred: int, *votes: tuple[tuple[int, ...], int | None]) -> list[Judgment]:
-    return [Judgment(item, category, preferred, order, place) for order, place in votes]
+def judged(item: str, category: str, preferred: int, *votes: tuple[tuple[int, ...], int | None]) -> list[Pick]:
+    return [Pick(item, category, preferred, order, place) for order, place in votes]
 
 
 FORWARD, BACK = (0, 1), (1, 0)
@@ -715,7 +715,7 @@ def test_our_figures_by_hand() -> None:
         }
     )
     assert {figure["n"] for figure in reward_benchmarks.figures(VERDICTS).values()} == {5, 2, 3}
-    with pytest.raises(ValueError, match="there are no judgments"):
+    with pytest.raises(ValueError, match="there are no picks"):
         reward_benchmarks.figures([])
 
 
@@ -766,6 +766,6 @@ def test_official_figures_by_hand() -> None:
 
 @pytest.mark.parametrize("name", sorted(reward_benchmarks.OFFICIAL))
 def test_official_figures_need_something_to_count(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no item|no verdict|no judgments"):
+    with pytest.raises(ValueError, match=r"no item|no verdict|no picks"):
         reward_benchmarks.OFFICIAL[name]([])
     assert set(reward_benchmarks.OFFICIAL) == set(PREFERENCES)
