@@ -8,6 +8,7 @@ settings of the released 7B run. Docstrings become the help of the command line.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -141,11 +142,33 @@ class VLLMConfig:
 
 
 @dataclass
+class OpenAIConfig:
+    """The server that `rollout.engine: openai` asks, which speaks OpenAI's chat completions: a provider's, vLLM's,
+    SGLang's, llama.cpp's. For evaluations and judges; docs/evaluation.md says what a figure through it means."""
+
+    base_url: str | None = None
+    """Where it is, up to and with the version, e.g. http://localhost:8000/v1."""
+    model: str | None = None
+    """Name of the model at the server; null: `model.path`."""
+    token_from: str | None = None
+    """Where the key is: env:NAME or file:PATH; null: the server asks for none. It is never written down."""
+    concurrency: PositiveInt = 32
+    """Requests under way together, one for each completion. 32 keeps a server busy that batches, and stays below what
+    most providers allow; one that does not answers 429, and is asked again later."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds without a byte after which a request has failed. No byte comes before the completion is done."""
+    retries: NonNegativeInt = 5
+    """How often a request is repeated where that may help: no connection, timeout, rate limit, server error. The waits
+    between double from 1 s, or are what the server says; with 5 they add up to half a minute."""
+
+
+@dataclass
 class RolloutConfig:
     """How completions are sampled."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """`transformers`: in the training process, on any platform. `vllm`: see `vllm`."""
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
+    """`transformers`: in the training process, on any platform. `vllm`: see `vllm`. `openai`: by a server that has the
+    model, see `openai`; not for training."""
     n: PositiveInt = 8
     """Completions for each prompt: the group size G."""
     temperature: PositiveFloat = 1.0
@@ -154,6 +177,7 @@ class RolloutConfig:
     from the whole distribution, the one that log-probabilities are computed under."""
     max_new_tokens: PositiveInt = 768
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    openai: OpenAIConfig = field(default_factory=OpenAIConfig)
     decode_batch_size: PositiveInt = 256
     """Completions decoded together on one process: bounds the memory of the key-value cache."""
     gather: Literal["phase", "layer"] = "phase"
@@ -487,6 +511,36 @@ def blamed_on(setting: str) -> Iterator[None]:
         raise ConfigError(f"{setting}: {error}") from error
 
 
+def read_token(token_from: str, option: str) -> str:
+    """The token in what `token_from` names: `env:NAME` or `file:PATH`.
+
+    The token itself is never given on a command line, where the shell's history and other users would see it.
+
+    Args:
+        option: which names `token_from`, for messages.
+
+    Raises:
+        ConfigError: no token is found there.
+    """
+    kind, _, name = token_from.partition(":")
+    if kind == "env":
+        value = os.environ.get(name)
+        if not value:
+            raise ConfigError(f"{option}: the environment variable {name!r} is not set")
+    elif kind == "file":
+        try:
+            value = Path(name).expanduser().read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{option}: cannot read the token: {error}") from error
+    else:
+        is_token = token_from.startswith(("hf_", "sk-")) or len(token_from) > 24  # some have no prefix
+        shown = "a token itself" if is_token else repr(token_from)
+        raise ConfigError(f"{option}: found {shown}; allowed: env:NAME, file:PATH")
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ConfigError(f"{option}: {token_from} holds {len(value)} characters that are not one token")
+    return value
+
+
 def save_config(config: TrainConfig | EvalConfig, path: Path) -> None:
     """Write `config`, all defaults resolved, as YAML that `--config` reads back."""
     path.write_text(dump_config(asdict(config)))
@@ -587,6 +641,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OfflineConfig",
+    "OpenAIConfig",
     "OptimizerConfig",
     "PromptConfig",
     "PublishConfig",
@@ -600,5 +655,6 @@ __all__ = [
     "config_differences",
     "dump_config",
     "flat",
+    "read_token",
     "save_config",
 ]

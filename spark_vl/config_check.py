@@ -6,8 +6,20 @@ import re
 from importlib.util import find_spec
 from math import inf
 from typing import Any
+from urllib.parse import urlsplit
 
-from spark_vl.config import ConfigError, EvalConfig, JudgeConfig, ModelConfig, RecycleConfig, RolloutConfig, TrainConfig
+from spark_vl.config import (
+    ConfigError,
+    EvalConfig,
+    JudgeConfig,
+    ModelConfig,
+    OpenAIConfig,
+    RecycleConfig,
+    RolloutConfig,
+    TrainConfig,
+    VLLMConfig,
+    read_token,
+)
 from spark_vl.records import KINDS
 
 _TRACKERS = {
@@ -44,7 +56,12 @@ def check_train_config(config: TrainConfig) -> None:
         raise ConfigError(f"publish.repo: is {config.publish.repo!r}; allowed is ORG/NAME or USER/NAME")
     if config.rollout.n < 2:
         raise ConfigError("rollout.n: is 1; a group needs at least 2 completions to compare")
-    _check_vllm(config.rollout)
+    if config.rollout.engine == "openai":
+        raise ConfigError(
+            "rollout.engine: is openai, but training needs transformers or vllm: a server of others has neither the "
+            "policy's weights nor its tokens; it can be asked by `spark-vl eval` and `spark-vl judge`"
+        )
+    _check_engine(config.rollout)
     if config.rollout.top_p < 1:
         raise ConfigError(
             f"rollout.top_p: is {config.rollout.top_p}, but training needs 1: log-probabilities and ratios are of "
@@ -77,10 +94,32 @@ def check_train_config(config: TrainConfig) -> None:
         )
 
 
-def _check_vllm(rollout: RolloutConfig) -> None:
-    settings = rollout.vllm
-    if rollout.engine != "vllm":
-        return
+def _check_engine(rollout: RolloutConfig) -> None:
+    if rollout.engine == "vllm":
+        _check_vllm(rollout.vllm)
+    elif rollout.engine == "openai":
+        _check_openai(rollout.openai)
+
+
+def _check_openai(settings: OpenAIConfig) -> None:
+    if settings.base_url is None:
+        raise ConfigError(
+            "rollout.openai.base_url: is null; name the server, up to and with its version, e.g. "
+            "http://localhost:8000/v1"
+        )
+    url = urlsplit(settings.base_url)
+    if "@" in url.netloc or url.query:  # not repeated: it may be a secret
+        raise ConfigError(
+            "rollout.openai.base_url: holds a user, password or query, which would be written down; put a key where "
+            "rollout.openai.token_from names it"
+        )
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError(f"rollout.openai.base_url: found {settings.base_url!r}; allowed: http://HOST:PORT/v1")
+    if settings.token_from:
+        read_token(settings.token_from, "rollout.openai.token_from")
+
+
+def _check_vllm(settings: VLLMConfig) -> None:
     if settings.mode == "server" and not settings.servers:
         raise ConfigError(
             "rollout.vllm.servers: is empty; name the servers, e.g. [http://localhost:8000], which spark-vl "
@@ -114,7 +153,7 @@ def check_eval_config(config: EvalConfig) -> None:
     if not config.evaluation.recipes:
         raise ConfigError("evaluation.recipes: is empty; name at least one recipe (`spark-vl recipes` lists them)")
     check_pixels(config.model)
-    _check_vllm(config.rollout)
+    _check_engine(config.rollout)
 
 
 def check_judge_config(config: JudgeConfig) -> None:

@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from huggingface_hub import DatasetInfo, HfApi, ModelInfo, SpaceInfo, get_token
@@ -20,6 +19,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import get_session, parse_ratelimit_headers, validate_repo_id
+
+from spark_vl.config import ConfigError, read_token
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,6 @@ class Token:
 def find_token(token_from: str | None, option: str = "--token-from") -> Token:
     """The token in what `token_from` names: `env:NAME` or `file:PATH`. None: that of `HF_TOKEN` or `hf auth login`.
 
-    The token itself is never given on a command line, where the shell's history and other users would see it.
-
     Args:
         option: which names `token_from`, for messages.
 
@@ -66,22 +65,10 @@ def find_token(token_from: str | None, option: str = "--token-from") -> Token:
         if value is None:
             raise HubError(f"no token was found: log in with `hf auth login`, set HF_TOKEN, or give {option}")
         return Token(value, source)
-    kind, _, name = token_from.partition(":")
-    if kind == "env":
-        value = os.environ.get(name)
-        if not value:
-            raise HubError(f"{option}: the environment variable {name!r} is not set")
-    elif kind == "file":
-        try:
-            value = Path(name).expanduser().read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise HubError(f"{option}: cannot read the token: {error}") from error
-    else:
-        shown = "a token itself" if token_from.startswith("hf_") else repr(token_from)
-        raise HubError(f"{option}: found {shown}; allowed: env:NAME, file:PATH")
-    if not re.fullmatch(r"[!-~]+", value):
-        raise HubError(f"{option}: {token_from} holds {len(value)} characters that are not one token")
-    return Token(value, token_from)
+    try:
+        return Token(read_token(token_from, option), token_from)
+    except ConfigError as error:
+        raise HubError(str(error)) from error
 
 
 def check_repo_name(repo: str, option: str = "--repo") -> None:

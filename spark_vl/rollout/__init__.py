@@ -2,16 +2,18 @@
 
 from spark_vl.rollout.collect import Collector
 from spark_vl.rollout.engine import EngineError, PromptsRefusedError, RolloutEngine, Sampler, Sampling
-from spark_vl.rollout.load import load_engine
+from spark_vl.rollout.load import Loaded, load_engine, load_sampler
 from spark_vl.rollout.transformers_engine import TransformersEngine
 
 __all__ = [
     "Collector",
     "EngineError",
+    "Loaded",
     "PromptsRefusedError",
     "RolloutEngine",
     "Sampler",
     "Sampling",
     "TransformersEngine",
     "load_engine",
+    "load_sampler",
 ]
