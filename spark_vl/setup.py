@@ -171,6 +171,7 @@ def load_trainer(
             GenerativeReward(engine, processor, templater, sampling=sampling, samples=config.self_judge.votes),
             _held_out(config.self_judge, processor, templater, limits),
             measured,
+            engine=engine,
             verifiers=verifiers,
             accelerator=accelerator,
             sampling=sampling,

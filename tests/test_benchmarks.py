@@ -22,7 +22,7 @@ from spark_vl.data.preferences import Preference, PreferenceSet, check_preferenc
 from spark_vl.data.problems import ProblemSet, check, open_recipe
 from spark_vl.data.recipes import Recipe, load_recipe
 from spark_vl.evaluation import benchmarks, reward_benchmarks
-from spark_vl.evaluation.reward_benchmarks import Judgment
+from spark_vl.evaluation.reward_benchmarks import Pick
 from spark_vl.preview import preview
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, ImageRef, PromptRecord, plain_text
@@ -686,8 +686,16 @@ def test_the_rows_of_a_reward_benchmark_are_shown(copy, tmp_path: Path, capsys) 
     ]
 
 
-def judged(item: str, category: str, preferred: int, *votes: tuple[tuple[int, ...], int | None]) -> list[Judgment]:
-    return [Judgment(item, category, preferred, order, place) for order, place in votes]
+def judged(item: str, category: str, preferred: int, *votes: tuple[tuple[int, ...], int | None]) -> list[Pick]:
+    return [Pick(item, category, preferred, order, place) for order, place in votes]
+
+
+def official(name: str, picks: list[Pick]) -> dict[str, float]:
+    """The official figures, of picks in any order."""
+    items: dict[str, list[Pick]] = {}
+    for pick in picks:
+        items.setdefault(pick.item, []).append(pick)
+    return reward_benchmarks.OFFICIAL[name](list(items.values()))
 
 
 FORWARD, BACK = (0, 1), (1, 0)
@@ -715,7 +723,7 @@ def test_our_figures_by_hand() -> None:
         }
     )
     assert {figure["n"] for figure in reward_benchmarks.figures(VERDICTS).values()} == {5, 2, 3}
-    with pytest.raises(ValueError, match="there are no judgments"):
+    with pytest.raises(ValueError, match="there are no picks"):
         reward_benchmarks.figures([])
 
 
@@ -743,16 +751,16 @@ def test_a_judge_that_looks_at_the_place_alone_is_right_as_often_as_a_coin() -> 
 
 def test_official_figures_by_hand() -> None:
     # VL-RewardBench: a agrees in both of two votes, d rejects in both; b has one each, c one of two, e none: dropped.
-    assert reward_benchmarks.vl_rewardbench(VERDICTS) == pytest.approx({"overall": 0.5, "macro": 0.5, "dropped": 0.6})
+    assert official("vl_rewardbench", VERDICTS) == pytest.approx({"overall": 0.5, "macro": 0.5, "dropped": 0.6})
     votes = judged("f", "x", 0, (FORWARD, 0), (BACK, 1), (FORWARD, None))  # two of three agree
-    found = reward_benchmarks.vl_rewardbench([*VERDICTS, *votes])
+    found = official("vl_rewardbench", [*VERDICTS, *votes])
     assert found == pytest.approx({"overall": 2 / 3, "macro": (1 + 0) / 2, "dropped": 0.5})
     # Multimodal RewardBench: forward alone: a right, b wrong, c a coin, d wrong, e a coin.
-    assert reward_benchmarks.multimodal_rewardbench(VERDICTS) == {"overall": (1 + 0 + 0.5 + 0 + 0.5) / 5}
+    assert official("multimodal_rewardbench", VERDICTS) == {"overall": (1 + 0 + 0.5 + 0 + 0.5) / 5}
     # MMRB2: of seven that can be read, both of a, one of b, one of c. A second verdict in one order does not count.
     expected = {"overall": 4 / 7, "dropped": 3 / 10}
-    assert reward_benchmarks.mmrb2(VERDICTS) == pytest.approx(expected)
-    assert reward_benchmarks.mmrb2([*VERDICTS, *VERDICTS, *judged("a", "x", 0, (BACK, 0))]) == pytest.approx(expected)
+    assert official("mmrb2", VERDICTS) == pytest.approx(expected)
+    assert official("mmrb2", [*VERDICTS, *VERDICTS, *judged("a", "x", 0, (BACK, 0))]) == pytest.approx(expected)
     # RewardBench 2: what cannot be read counts a quarter; subsets have the same weight.
     four = reward_benchmarks.orders(4)
     verdicts = [
@@ -761,11 +769,11 @@ def test_official_figures_by_hand() -> None:
         *judged("c", "Focus", 0, (four[2], 1)),
         *judged("d", "Focus", 0, (four[3], 1)),
     ]
-    assert reward_benchmarks.rewardbench2(verdicts) == {"overall": pytest.approx(((1 + 0.25) / 2 + 2 / 3) / 2)}
+    assert official("rewardbench2", verdicts) == {"overall": pytest.approx(((1 + 0.25) / 2 + 2 / 3) / 2)}
 
 
 @pytest.mark.parametrize("name", sorted(reward_benchmarks.OFFICIAL))
 def test_official_figures_need_something_to_count(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no item|no verdict|no judgments"):
+    with pytest.raises(ValueError, match=r"no item|no verdict|no picks"):
         reward_benchmarks.OFFICIAL[name]([])
     assert set(reward_benchmarks.OFFICIAL) == set(PREFERENCES)

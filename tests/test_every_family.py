@@ -88,12 +88,13 @@ WITH_IMAGES = pytest.mark.parametrize("case", [each for each in TINY if each.mer
 # ── sampling ──
 
 
-def test_greedy_tokens_and_logprobs_equal_generate(case):
+@pytest.mark.parametrize("penalty", [1.0, 1.05, 1.3])
+def test_greedy_tokens_and_logprobs_equal_generate(case, penalty):
     """Also where a batch has no image, and where several prompts are padded and decoded together."""
     policy, plain, prompts = case.policy(suppress=True), case.model(), case.prompts
     sampled = [
         TransformersEngine(policy, case.processor, decode_batch_size=size).generate(
-            prompts, 2, Sampling(temperature=0, max_new_tokens=16)
+            prompts, 2, Sampling(temperature=0, max_new_tokens=16, repetition_penalty=penalty)
         )
         for size in (256, 1)
     ]
@@ -104,7 +105,7 @@ def test_greedy_tokens_and_logprobs_equal_generate(case):
             suppress_tokens=list(case.processor.suppressed_token_ids) or None,
             output_scores=True,
             return_dict_in_generate=True,
-            **GREEDY,
+            **{**GREEDY, "repetition_penalty": penalty},
         )
         ids = output.sequences[0, len(prompt.input_ids) :]
         logprobs = torch.stack(output.scores)[:, 0].log_softmax(-1).gather(-1, ids[:, None])[:, 0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from spark_vl.rollout import Sampling, TransformersEngine
 from spark_vl.rollout.transformers_engine import nucleus
 from tests.conftest import make_image, make_record
+from tests.padded_reference import plain_inputs
 from tests.test_packing import make_prompts
 
 NEW_TOKENS = 24
@@ -117,6 +119,39 @@ def test_finished_rows_are_dropped(engine, policy, processor, prompts):
     lengths = [len(r.token_ids) for r in rows(groups)]
     expected = [sum(length > step for length in lengths) for step in range(1, 6)]
     assert decoded[1:] == [n for n in expected if n]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logprobs_with_a_repetition_penalty_are_of_the_distribution_sampled_from(
+    make_policy, processor, prompts, temperature
+):
+    """transformers' penalty before the temperature, also once other rows have ended."""
+    policy = make_policy(suppress=True)
+    with torch.no_grad():
+        policy.model.lm_head.weight[processor.stop_token_ids[0]] *= 3
+    sampling = Sampling(temperature, max_new_tokens=10, seed=2, repetition_penalty=1.3)
+    groups = TransformersEngine(policy, processor, decode_batch_size=256).generate(prompts, 8, sampling)
+    if temperature:
+        assert len({len(rollout.token_ids) for rollout in rows(groups)}) > 2, "rows end together"
+    penalty = RepetitionPenaltyLogitsProcessor(1.3)
+    for prompt, group in zip(prompts, groups, strict=True):
+        for rollout in group.rollouts[:3]:
+            with torch.no_grad():
+                inputs = plain_inputs(policy.model, prompt, rollout.token_ids)
+                logits = policy.model(**inputs).logits[0].float()
+            expected = []
+            for k, token in enumerate(rollout.token_ids):
+                end = len(prompt.input_ids) + k
+                [scores] = penalty(inputs["input_ids"][:, :end], logits[None, end - 1])
+                scores[list(processor.suppressed_token_ids)] = -torch.inf
+                expected.append(float((scores / (temperature or 1.0)).log_softmax(-1)[token]))
+            assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_repetition_penalty_of_1_computes_nothing(engine, prompts, monkeypatch):
+    plain = engine.generate(prompts, 2, Sampling(max_new_tokens=6, seed=5))
+    monkeypatch.setattr("spark_vl.rollout.transformers_engine.penalized", None)
+    assert engine.generate(prompts, 2, Sampling(max_new_tokens=6, seed=5, repetition_penalty=1.0)) == plain
 
 
 def test_nucleus_keeps_the_smallest_set():

@@ -58,6 +58,7 @@ def self_judge(processor, pool, reply, held_out=(), **settings):
         judge,
         held_out,
         Measurement(),
+        engine=judge.engine,
         verifiers=pool,
         accelerator=Accelerator(),
         sampling=Sampling(max_new_tokens=8),

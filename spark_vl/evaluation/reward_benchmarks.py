@@ -15,7 +15,7 @@ from spark_vl.evaluation.figures import Estimate, estimate, macro_mean
 
 
 @dataclass(frozen=True)
-class Judgment:
+class Pick:
     """One verdict on one item."""
 
     item: str
@@ -44,24 +44,22 @@ def orders(answers: int) -> list[tuple[int, ...]]:
     return [tuple((start + place) % answers for place in range(answers)) for start in range(answers)]
 
 
-def vote(judgments: Sequence[Judgment]) -> Judgment:
+def vote(picks: Sequence[Pick]) -> Pick:
     """One verdict from several on one item in one order: the place that most of them pick. Those that pick none have no
     vote; where places have equally many, none is picked.
 
     Raises:
         ValueError: there is none, or they are of different items or orders.
     """
-    if len({(each.item, each.order) for each in judgments}) != 1:
-        raise ValueError("votes are judgments of one item in one order")
-    votes = Counter(each.place for each in judgments if each.place is not None).most_common(2)
+    if len({(each.item, each.order) for each in picks}) != 1:
+        raise ValueError("votes are picks of one item in one order")
+    votes = Counter(each.place for each in picks if each.place is not None).most_common(2)
     tied = len(votes) == 2 and votes[0][1] == votes[1][1]
-    first = judgments[0]
-    return Judgment(
-        first.item, first.category, first.preferred, first.order, None if not votes or tied else votes[0][0]
-    )
+    first = picks[0]
+    return Pick(first.item, first.category, first.preferred, first.order, None if not votes or tied else votes[0][0])
 
 
-def figures(judgments: Iterable[Judgment]) -> dict[str, Estimate]:
+def figures(picks: Iterable[Pick]) -> dict[str, Estimate]:
     """Our figures, in all of which `n` counts items.
 
     | name | |
@@ -72,17 +70,17 @@ def figures(judgments: Iterable[Judgment]) -> dict[str, Estimate]:
     | `consistency` | share of items with the same answer picked in every order, right or wrong, of those in several |
     | `all_orders` | share of items that are right in every order, of those in several |
     | `first_place` | share of picks that are of the first place; of two answers, .5 is unbiased, and of four .25 |
-    | `unparsable` | share of judgments, before they vote, that pick none |
+    | `unparsable` | share of picks, before they vote, of no place |
 
     Args:
-        judgments: any number of each item in each order: they vote.
+        picks: any number of each item in each order: they vote.
 
     Raises:
         ValueError: there are none.
     """
-    judged = list(judgments)
+    judged = list(picks)
     if not judged:
-        raise ValueError("there are no judgments")
+        raise ValueError("there are no picks")
     items = _by_item(judged)
     right = {item: fmean(verdict.is_right for verdict in verdicts) for item, verdicts in items.items()}
     categories: dict[str, list[float]] = defaultdict(list)
@@ -103,22 +101,19 @@ def figures(judgments: Iterable[Judgment]) -> dict[str, Estimate]:
     return found
 
 
-# ── the official rules ──
+# ── the official rules, of the picks of each item ──
 
 
-def vl_rewardbench(judgments: Iterable[Judgment]) -> dict[str, float]:
+def vl_rewardbench(items: Sequence[Sequence[Pick]]) -> dict[str, float]:
     """`overall` and `macro` as `cal.py` of VL-RewardBench: the votes on an item, which are in one order each, drawn for
     each vote, agree or reject, where one has more than half of all votes, also of those that pick none. Accuracy is
     agree / (agree + reject): items on which neither has are not counted (`dropped`, a share)."""
-    votes: dict[str, list[Judgment]] = defaultdict(list)
-    for judgment in judgments:
-        votes[judgment.item].append(judgment)
     agree: Counter[str] = Counter()
     reject: Counter[str] = Counter()
-    for of_item in votes.values():
-        half, category = len(of_item) / 2, of_item[0].category
-        agree[category] += sum(each.is_right for each in of_item) > half
-        reject[category] += sum(each.place is not None and not each.is_right for each in of_item) > half
+    for votes in items:
+        half, category = len(votes) / 2, votes[0].category
+        agree[category] += sum(each.is_right for each in votes) > half
+        reject[category] += sum(each.place is not None and not each.is_right for each in votes) > half
     counted = agree.total() + reject.total()
     if not counted:
         raise ValueError("no item has a majority")
@@ -126,60 +121,60 @@ def vl_rewardbench(judgments: Iterable[Judgment]) -> dict[str, float]:
     return {
         "overall": agree.total() / counted,
         "macro": fmean(shares.values()),
-        "dropped": 1 - counted / len(votes),
+        "dropped": 1 - counted / len(items),
     }
 
 
-def multimodal_rewardbench(judgments: Iterable[Judgment]) -> dict[str, float]:
+def multimodal_rewardbench(items: Sequence[Sequence[Pick]]) -> dict[str, float]:
     """`overall` as the script of Multimodal RewardBench: the order of the dataset alone, one verdict an item, and a
     coin where none can be read. Here such an item counts one half, which is the coin's mean."""
-    scores = [_score(each, 1 / 2) for each in judgments if each.order == (0, 1)]
+    scores = [_score(each, 1 / 2) for picks in items for each in picks if each.order == (0, 1)]
     if not scores:
         raise ValueError("no item was judged in the order of the dataset")
     return {"overall": fmean(scores)}
 
 
-def mmrb2(judgments: Iterable[Judgment]) -> dict[str, float]:
+def mmrb2(items: Sequence[Sequence[Pick]]) -> dict[str, float]:
     """`overall` as `compute_accuracy.py` of Multimodal RewardBench 2: of all verdicts that can be read, in both orders,
     the share that is right; the first one on an item in each order. The share that cannot be read is `dropped`."""
-    first = {(each.item, each.order): each for each in reversed(list(judgments))}
-    read = [each.is_right for each in first.values() if each.place is not None]
+    first = [each for picks in items for each in {each.order: each for each in reversed(picks)}.values()]
+    read = [each.is_right for each in first if each.place is not None]
     if not read:
         raise ValueError("no verdict can be read")
     return {"overall": fmean(read), "dropped": 1 - len(read) / len(first)}
 
 
-def rewardbench2(judgments: Iterable[Judgment]) -> dict[str, float]:
+def rewardbench2(items: Sequence[Sequence[Pick]]) -> dict[str, float]:
     """`overall` as the script of RewardBench 2: the mean over subsets of the accuracies; a verdict that cannot be read
     counts a quarter. There, the right answer changes places with one that is drawn for each item; here, the figure is
-    over all orders that were asked. The subset Ties is not there, so it is not the leaderboard's mean over six."""
+    over all picks. The subset Ties is not there, so it is not the leaderboard's mean over six."""
     subsets: dict[str, list[float]] = defaultdict(list)
-    for each in judgments:
-        subsets[each.category].append(_score(each, 1 / len(each.order)))
+    for picks in items:
+        subsets[picks[0].category] += [_score(each, 1 / len(each.order)) for each in picks]
     if not subsets:
-        raise ValueError("there are no judgments")
+        raise ValueError("there are no picks")
     return {"overall": fmean(map(fmean, subsets.values()))}
 
 
-OFFICIAL: Mapping[str, Callable[[Iterable[Judgment]], dict[str, float]]] = {
+OFFICIAL: Mapping[str, Callable[[Sequence[Sequence[Pick]]], dict[str, float]]] = {
     "vl_rewardbench": vl_rewardbench,
     "multimodal_rewardbench": multimodal_rewardbench,
     "mmrb2": mmrb2,
     "rewardbench2": rewardbench2,
 }
-"""Recipe → its official figures."""
+"""Recipe → its official figures, of the picks of each item. They raise a ValueError where nothing can be counted."""
 
 
-def _score(judgment: Judgment, unread: float) -> float:
-    return unread if judgment.place is None else float(judgment.is_right)
+def _score(pick: Pick, unread: float) -> float:
+    return unread if pick.place is None else float(pick.is_right)
 
 
-def _by_item(judgments: Iterable[Judgment]) -> dict[str, list[Judgment]]:
+def _by_item(picks: Iterable[Pick]) -> dict[str, list[Pick]]:
     """Item → its verdicts, one for each order, after the vote."""
-    votes: dict[tuple[str, tuple[int, ...]], list[Judgment]] = defaultdict(list)
-    for judgment in judgments:
-        votes[judgment.item, judgment.order].append(judgment)
-    items: dict[str, list[Judgment]] = defaultdict(list)
+    votes: dict[tuple[str, tuple[int, ...]], list[Pick]] = defaultdict(list)
+    for pick in picks:
+        votes[pick.item, pick.order].append(pick)
+    items: dict[str, list[Pick]] = defaultdict(list)
     for (item, _), of_order in votes.items():
         items[item].append(vote(of_order))
     return items

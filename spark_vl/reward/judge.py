@@ -21,12 +21,12 @@ from spark_vl.families.registry import find_family
 from spark_vl.policy.policy import Policy, load_policy
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import Rendered
-from spark_vl.records import Content, PromptRecord, RecycledKind, Rollout
+from spark_vl.records import BadRecordError, Content, PromptRecord, RecycledKind, Rollout, RolloutGroup
 from spark_vl.reward.asked import Answer, Image, Question, as_content
 from spark_vl.reward.judgment import Judgment, Ranking, Reply, pairs, ranked, ranked_by_pairs
 from spark_vl.reward.labels import alternatives, label_probabilities
 from spark_vl.reward.trl import JudgeReward
-from spark_vl.rollout.engine import RolloutEngine, Sampling
+from spark_vl.rollout.engine import PromptsRefusedError, Sampler, Sampling
 from spark_vl.rollout.transformers_engine import TransformersEngine
 from spark_vl.run.paths import model_folder
 from spark_vl.run.trained import find_templater, saved_limits
@@ -69,7 +69,7 @@ class GenerativeReward:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: Sampler,
         processor: Processor,
         templater: Templater,
         *,
@@ -92,7 +92,7 @@ class GenerativeReward:
         path: str,
         *,
         revision: str | None = None,
-        engine: Literal["transformers"] | RolloutEngine = "transformers",
+        engine: Literal["transformers"] | Sampler = "transformers",
         dtype: Literal["float32", "bfloat16"] | None = None,
         probability: Literal["labels", "votes"] = "labels",
         samples: int = 1,
@@ -132,7 +132,7 @@ class GenerativeReward:
 
     @classmethod
     def from_config(
-        cls, config: JudgeConfig, engine: Literal["transformers"] | RolloutEngine = "transformers"
+        cls, config: JudgeConfig, engine: Literal["transformers"] | Sampler = "transformers"
     ) -> GenerativeReward:
         """The judge that `config` describes.
 
@@ -158,7 +158,7 @@ class GenerativeReward:
             policy.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         if isinstance(engine, str):
             if engine != "transformers":
-                raise ConfigError(f"engine: found {engine!r}; allowed: transformers, or a RolloutEngine")
+                raise ConfigError(f"engine: found {engine!r}; allowed: transformers, or a Sampler")
             assert policy is not None
             engine = TransformersEngine(policy, processor, decode_batch_size=config.rollout.decode_batch_size)
         rollout, samples = config.rollout, config.samples
@@ -332,23 +332,44 @@ class GenerativeReward:
         ]
         return self._process("pairwise", content, rendered)
 
-    def judge(self, asked: Sequence[Asked], *, seed: int | None = None) -> list[Judgment]:
-        """The judgment of each of `asked`, which are sampled together.
+    def judge(self, asked: Sequence[Asked], *, seed: int | None = None) -> list[Judgment | BadRecordError]:
+        """The judgment of each of `asked`, which are sampled together, or why the engine refuses a prompt of it.
 
         Args:
             seed: in place of that of `sampling`.
+
+        Raises:
+            EngineError: the engine cannot go on.
         """
         prompts = [prompt for each in asked for prompt in each]
         sampling = self.sampling if seed is None else replace(self.sampling, seed=seed)
-        both = zip(prompts, self.engine.generate(prompts, self.samples, sampling), strict=True)
-        replies = iter(self._read([(prompt, rollout) for prompt, group in both for rollout in group.rollouts]))
-        return [Judgment(tuple(tuple(next(replies) for _ in range(self.samples)) for _ in each)) for each in asked]
+        sampled = self._sample(prompts, sampling)
+        read = self._read(
+            [
+                (prompt, rollout)
+                for prompt, group in zip(prompts, sampled, strict=True)
+                if isinstance(group, RolloutGroup)
+                for rollout in group.rollouts
+            ]
+        )
+        replies = iter(read)
+        orders = iter([tuple(next(replies) for _ in g.rollouts) if isinstance(g, RolloutGroup) else g for g in sampled])
+        return [_judgment([next(orders) for _ in each]) for each in asked]
+
+    def _sample(self, prompts: Sequence[ProcessedPrompt], sampling: Sampling) -> list[RolloutGroup | BadRecordError]:
+        try:
+            return [*self.engine.generate(prompts, self.samples, sampling)]
+        except PromptsRefusedError as error:
+            return [group or error.reasons[i] for i, group in enumerate(error.groups)]
 
     def _judge(self, asked: Sequence[Asked]) -> list[Judgment]:
-        """As `judge`; the images are not needed any more."""
+        """As `judge`, for a caller who asks nothing that the engine refuses; the images are not needed any more."""
         judged = self.judge(asked)
         self.processor.forget_images()
-        return judged
+        for each in judged:
+            if isinstance(each, BadRecordError):
+                raise each
+        return [each for each in judged if isinstance(each, Judgment)]
 
     def _read(self, sampled: Sequence[tuple[ProcessedPrompt, Rollout]]) -> list[Reply]:
         """Each reply with its label, and the probability of it."""
@@ -372,6 +393,8 @@ class GenerativeReward:
                 None if labels[i] is None else labels[i] == prompt.record.gold,
                 probabilities.get(i),
                 rollout.finish_reason,
+                rollout.tokens,
+                rollout.answer_start,
             )
             for i, (prompt, rollout) in enumerate(sampled)
         ]
@@ -379,6 +402,16 @@ class GenerativeReward:
     def _process(self, kind: RecycledKind, question: Content, rendered: Sequence[Rendered]) -> Asked:
         problem = PromptRecord("judge", "problem", (), question, gold="", verifier="judgment", recipe="judge")
         return tuple(self.processor.process(each.record(problem, kind, id="judge")) for each in rendered)
+
+
+def _judgment(orders: Sequence[tuple[Reply, ...] | BadRecordError]) -> Judgment | BadRecordError:
+    """The judgment, or the first reason why there is none."""
+    said = []
+    for order in orders:
+        if isinstance(order, BadRecordError):
+            return order
+        said.append(order)
+    return Judgment(tuple(said))
 
 
 def _rows(question: Any, images: Any, *answers: Any) -> list[tuple[Any, ...]]:

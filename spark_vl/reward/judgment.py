@@ -27,6 +27,10 @@ class Reply:
     0, its vote. None: there is no label."""
     finish_reason: Literal["stop", "length"]
     """`length`: cut off by the limit on new tokens."""
+    tokens: int
+    """How many it has."""
+    answer_start: int = 0
+    """Characters of `text` before its answer, which alone is read: see `Rollout.answer_start`."""
 
 
 @dataclass(frozen=True)

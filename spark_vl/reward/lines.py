@@ -76,13 +76,14 @@ def judge_file(
                 asked.append(prompts)
                 head |= {"kind": kind}
             except (ValueError, RecursionError) as error:  # a `BadRecordError`, too
-                head |= {"status": "error", "error": f"{error}"[:500]}
+                head |= _error(error)
             written.append(head)
         judged = iter(judge.judge(asked))
         judge.processor.forget_images()
         for head in written:
             if "kind" in head:
-                head |= _facts(next(judged))
+                found = next(judged)
+                head |= _facts(found) if isinstance(found, Judgment) else _error(found)
             counts[_outcome(head)] += 1
             counts["truncated"] += head.get("truncated", False)
         append_lines(output, written)
@@ -154,6 +155,10 @@ def _facts(judgment: Judgment) -> dict[str, Any]:
         "truncated": judgment.status == "unparsable" and cut_off,
         "orders": [[asdict(reply) for reply in order] for order in judgment.orders],
     }
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    return {"status": "error", "error": f"{error}"[:500]}
 
 
 def _outcome(line: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from spark_vl.records import BadRecordError, PromptRecord, Rollout, RolloutGroup
 from spark_vl.reward.judge import Asked, GenerativeReward
 from spark_vl.reward.judgment import Judgment, pairs, ranked_by_pairs
 from spark_vl.rollout.distributed import DistributedEngine, DistributedVerifiers
-from spark_vl.rollout.engine import Sampling
+from spark_vl.rollout.engine import RolloutEngine, Sampling
 from spark_vl.run.sinks import Sink
 from spark_vl.verifiers.groups import shaped
 from spark_vl.verifiers.pool import VerifierPool
@@ -61,6 +61,7 @@ class SelfJudge(Sink):
         judge: the policy as a judge, which counts votes.
         last: the last measurement, which a checkpoint keeps.
         held_out: verified problems that are not trained on, the same on all processes.
+        engine: samples from the policy, for the judge, too.
         verifiers: verify the answers to them.
         accelerator: knows the other processes.
         sampling: how completions of problems are drawn.
@@ -75,6 +76,7 @@ class SelfJudge(Sink):
         held_out: Sequence[PromptRecord],
         last: Measurement,
         *,
+        engine: RolloutEngine,
         verifiers: VerifierPool,
         accelerator: Accelerator,
         sampling: Sampling,
@@ -87,7 +89,7 @@ class SelfJudge(Sink):
         # Measures: all processes ask the same.
         self._accelerator = accelerator
         self._together = copy(judge)
-        self._together.engine = DistributedEngine(judge.engine, accelerator)
+        self._together.engine = DistributedEngine(engine, accelerator)
         self._verifiers = DistributedVerifiers(verifiers, accelerator)
 
     # ── the guard ──
@@ -131,7 +133,7 @@ class SelfJudge(Sink):
                     asked.append(found)
                     truths.append(truth)
         with self._accelerator.autocast():
-            judged = self._together.judge(asked, seed=sampling.seed)
+            judged = [_read(each) for each in self._together.judge(asked, seed=sampling.seed)]
         credit: dict[bool, list[float]] = {truth: [] for truth in truths}
         for truth, judgment in zip(truths, judged, strict=True):
             credit[truth].append(_credit(judgment.probability, truth))
@@ -153,7 +155,7 @@ class SelfJudge(Sink):
         judged = iter(self.judge.judge(found, seed=_crc(f"{seed}/self_judge")))
         verified = []
         for group, of_group, prompts in zip(groups, answers, asked, strict=True):
-            judgments = [next(judged) if each else _NOT_ASKED for each in prompts]
+            judgments = [_read(next(judged)) if each else _NOT_ASKED for each in prompts]
             self._count(judgments)
             scores = dict(zip(of_group, self._scores(len(of_group), judgments), strict=True))
             verdicts = [_verdict(rollout, scores) for rollout in group.rollouts]
@@ -194,6 +196,11 @@ class SelfJudge(Sink):
 
 _NOT_ASKED = Judgment(((),))
 """Of a prompt that is too long: without a reply, as without a verdict."""
+
+
+def _read(judged: Judgment | BadRecordError) -> Judgment:
+    """What the engine refuses has no verdict."""
+    return judged if isinstance(judged, Judgment) else _NOT_ASKED
 
 
 def _answers(group: RolloutGroup) -> dict[str, str]:

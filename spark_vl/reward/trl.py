@@ -10,6 +10,7 @@ from spark_vl.answers import last_boxed
 from spark_vl.families.base import ProcessedPrompt
 from spark_vl.records import BadRecordError, Content, ImageRef
 from spark_vl.reward.asked import as_content, as_image
+from spark_vl.reward.judgment import Judgment
 from spark_vl.verifiers.reward_function import Completion, completion_text
 
 if TYPE_CHECKING:
@@ -55,7 +56,12 @@ class JudgeReward:
                 asked[i] = self.judge.ask_pointwise(_question(prompt, images[i]), None, last_boxed(text) or text)
             except BadRecordError as error:
                 logger.warning("judge reward: a completion is not judged: %s", error)
-        judged = dict(zip(asked, self.judge.judge(list(asked.values())), strict=True))
+        judged: dict[int, Judgment] = {}
+        for i, judgment in zip(asked, self.judge.judge(list(asked.values())), strict=True):
+            if isinstance(judgment, Judgment):
+                judged[i] = judgment
+            else:
+                logger.warning("judge reward: a completion is not judged: %s", judgment)
         self.judge.processor.forget_images()
         if unread := sum(judgment.status == "unparsable" for judgment in judged.values()):
             logger.warning("judge reward: %d of %d judgments give no verdict", unread, len(judged))

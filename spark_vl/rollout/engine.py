@@ -22,8 +22,9 @@ class Sampling:
     seed: int = 0
     """Fixes the completions on a given device and engine."""
     repetition_penalty: float = 1.0
-    """Divides the logits above 0 of tokens that the prompt or the completion has, and multiplies those below 0 (arXiv
-    1909.05858, as in transformers); 1: nothing. For evaluations: it is not the distribution that is trained."""
+    """Divides the logits above 0 of tokens that the prompt or the completion has, and multiplies those below 0, before
+    the temperature (arXiv 1909.05858, as transformers and vLLM do: the prompt's image tokens count, too); 1: nothing.
+    `Rollout.logprobs` are of the distribution with it. For evaluations: it is not the distribution that is trained."""
 
 
 class EngineError(RuntimeError):

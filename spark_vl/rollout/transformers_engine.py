@@ -114,12 +114,22 @@ class TransformersEngine:
         each = n if prompts else 1
         logits_BV, cache, mask_BS = self.policy(partial(self._prefill, batch))
         logits_RV = logits_BV.repeat_interleave(each, dim=0)
+        seen_RV: torch.Tensor | None = None  # the words of each row, which a penalty makes less likely
+        if sampling.repetition_penalty != 1:
+            seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+            for b, prompt in enumerate(batch):
+                seen_BV[b, prompt.input_ids.to(device)] = True
+            seen_RV = seen_BV.repeat_interleave(each, dim=0)
         mask_RS = mask_BS.repeat_interleave(each, dim=0)
         cache.batch_repeat_interleave(each)
         position_R = torch.tensor([p.next_position for p in batch], device=device).repeat_interleave(each)
         for step in range(sampling.max_new_tokens):
             if real:
+                if seen_RV is not None:
+                    logits_RV = penalized(logits_RV, seen_RV, sampling.repetition_penalty)
                 token_R, logprob_R = self._sample(logits_RV, sampling, generator)
+                if seen_RV is not None:
+                    seen_RV.scatter_(1, token_R[:, None], True)
                 tokens[alive_R, step] = token_R
                 logprobs[alive_R, step] = logprob_R.to(logprobs.dtype)
                 ends_R = torch.isin(token_R, stop)
@@ -133,6 +143,8 @@ class TransformersEngine:
                         alive_R = torch.full_like(alive_R, rows)
                     alive_R, token_R = alive_R[keep], token_R[keep]
                     mask_RS, position_R = mask_RS[keep], position_R[keep]
+                    if seen_RV is not None:
+                        seen_RV = seen_RV[keep]
                     cache.batch_select_indices(keep)
             else:
                 token_R = stop[:1]
@@ -209,6 +221,13 @@ class TransformersEngine:
                 probs_RV = nucleus(probs_RV, sampling.top_p)
             token_R = torch.multinomial(probs_RV, 1, generator=generator)[:, 0]
         return token_R, logp_RV.gather(-1, token_R[:, None])[:, 0]
+
+
+def penalized(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """[R, V] `logits`, at least float32, of which those that are `seen` [R, V] are lowered: divided by `penalty` above
+    0, multiplied below (arXiv 1909.05858; transformers' `RepetitionPenaltyLogitsProcessor`)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class VLLMEngine:
                 on_group(i - own, group)
 
         [seed] = broadcast_object_list([sampling.seed])
-        same = Sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens, seed)
+        same = replace(sampling, seed=seed)
         refused = self.backend.generate(self._asked(shared, n, same), self._reader(shared, n), mine)
         return {i - own: error for i, error in refused.items() if own <= i < own + len(prompts)}
 

@@ -131,7 +131,7 @@ def sampling_settings(sampling: Sampling, n: int, index: int, processor: Process
         "top_p": sampling.top_p,
         "top_k": 0,
         "min_p": 0.0,
-        "repetition_penalty": 1.0,
+        "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "seed": zlib.crc32(f"{sampling.seed}/{index}".encode()),

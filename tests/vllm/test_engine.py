@@ -97,6 +97,15 @@ def test_greedy_tokens_are_those_of_the_transformers_engine_before_and_after_an_
     assert_equal(engine.generate(prompts, 1, GREEDY), second)
 
 
+def test_a_repetition_penalty_is_that_of_the_transformers_engine(engine, policy, prompts, run_processor):
+    penalized = replace(GREEDY, repetition_penalty=1.3)
+    plain = TransformersEngine(policy, run_processor, decode_batch_size=8)
+    expected = plain.generate(prompts, 1, penalized)
+    assert_equal(engine.generate(prompts, 1, penalized), expected)
+    without = plain.generate(prompts, 1, GREEDY)
+    assert [group.rollouts[0].token_ids for group in without] != [group.rollouts[0].token_ids for group in expected]
+
+
 def test_log_probabilities_of_drawn_tokens_are_the_policys_own(engine, prompts, updater, run_processor):
     """Also in the server, whose checkpoint asks for a repetition penalty, top_k 1 and a temperature of 1e-6."""
     groups = engine.generate(prompts, 8, DRAWN)
