@@ -133,9 +133,16 @@ class Run(subprocess.Popen):
             pytest.fail(f"the run was killed at its deadline:\n{self.output()[-3000:]}")
 
 
-def start(n: int, strategy: str, *arguments: str, module: str = "spark_vl", deadline_s: float = DEADLINE_S) -> Run:
-    """Start `python -m MODULE train arguments` on `n` processes, under `accelerate launch` unless `single`."""
-    run = ["-m", module, "train", *arguments]
+def start(
+    n: int,
+    strategy: str,
+    *arguments: str,
+    command: str = "train",
+    module: str = "spark_vl",
+    deadline_s: float = DEADLINE_S,
+) -> Run:
+    """Start `python -m MODULE COMMAND arguments` on `n` processes, under `accelerate launch` unless `single`."""
+    run = ["-m", module, command, *arguments]
     if strategy == "single":
         assert n == 1
         return Run([sys.executable, *run], deadline_s)
