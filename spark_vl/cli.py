@@ -462,7 +462,8 @@ def publish(what: str, options: Namespace) -> None:
             match what:
                 case "model":
                     checkpoint = options.checkpoint
-                    release = prepare_model(generated, checkpoint=checkpoint, dry_run=options.dry_run, **place)
+                    shown = {"evaluation": options.evaluation, "dry_run": options.dry_run}
+                    release = prepare_model(generated, checkpoint=checkpoint, **shown, **place)
                 case "judgments":
                     release = prepare_judgments(generated, run=options.run, **place)
                 case "space":
@@ -493,6 +494,9 @@ def _publish_parsers() -> dict[str, Parser]:
     }
     parsers["model"].add_argument(
         "checkpoint", help="a run's folder, its model/, one of its checkpoints/step-*/, or its checkpoints/best"
+    )
+    parsers["model"].add_argument(
+        "--evaluation", metavar="DIR", help="an evaluation of it by `spark-vl eval`, whose figures the card shows"
     )
     parsers["judgments"].add_argument("run", help="a run's folder, or one that `spark-vl recycle` wrote")
     parsers["space"].add_argument("--model", metavar="ORG/NAME", required=True, help="the model that it shows")

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from spark_vl.config import (
     ConfigError,
     EvalConfig,
+    EvaluationConfig,
     JudgeConfig,
     ModelConfig,
     OpenAIConfig,
@@ -49,6 +50,7 @@ def check_train_config(config: TrainConfig) -> None:
     if missing := [k for k in KINDS if k not in config.objective.weights]:
         raise ConfigError(f"objective.weights: lacks {', '.join(missing)}; all of {', '.join(KINDS)} are needed")
     check_pixels(config.model)
+    _check_baseline(config.evaluation)
     _check_trackers(config.logging.trackers)
     if config.checkpoint.keep_best and not config.evaluation.recipes:
         raise ConfigError("checkpoint.keep_best: there is no evaluation to find the best in; set evaluation.recipes")
@@ -154,6 +156,15 @@ def check_eval_config(config: EvalConfig) -> None:
         raise ConfigError("evaluation.recipes: is empty; name at least one recipe (`spark-vl recipes` lists them)")
     check_pixels(config.model)
     _check_engine(config.rollout)
+    _check_baseline(config.evaluation)
+
+
+def _check_baseline(evaluation: EvaluationConfig) -> None:
+    if evaluation.reflection_rounds and not evaluation.samples:
+        raise ConfigError(
+            "evaluation.samples: is 0, but test-time reflection is only reported beside a majority of samples that take "
+            "as many tokens; set it, or evaluation.reflection_rounds: 0"
+        )
 
 
 def check_judge_config(config: JudgeConfig) -> None:

@@ -23,6 +23,7 @@ from huggingface_hub import (
 
 from spark_vl import __version__
 from spark_vl.config import dump_config
+from spark_vl.hub.benchmarks import Benchmark
 from spark_vl.hub.release import ReleaseError, below
 from spark_vl.hub.run import TrainedModel
 from spark_vl.prompts import Templater
@@ -94,6 +95,7 @@ def write_model_card(
         says_right=Verbatim(repr(says_right)),
         reflect_parts=_parts(_reflection(model.templater), model.has_vision),
         evaluation=evaluation,
+        benchmarks=model.benchmarks,
         evaluation_recipes=[recipe["name"] for recipe in model.evaluated_on],
         percent=_percent,
         consistency=None if consistency is None else f"{100 * consistency:.0f}",
@@ -144,15 +146,19 @@ def _longest_ticks(text: str) -> int:
 def write_eval_results(model: TrainedModel, folder: Path) -> None:
     """Write `.eval_results/NAME.yaml` for each dataset of the Hub that these weights were evaluated on: accuracy in
     percent, as leaderboards read it."""
-    for recipe, figure, result in _benchmarks(model):
-        if recipe["dataset"] is None or figure != "reasoning_greedy":
+    outside = {each.recipe["name"] for each in model.benchmarks}
+    within = [each for each in _within_run(model) if each.recipe["name"] not in outside]
+    for each in (*model.benchmarks, *within):
+        recipe, result = each.recipe, each.result
+        if recipe["dataset"] is None or each.figure in ("pointwise_greedy", "pairwise_greedy"):
             continue
+        figure = "" if each.figure == "reasoning_greedy" else f"{each.figure}: "
         entry = EvalResultEntry(
             dataset_id=recipe["dataset"]["id"],
             task_id=recipe["dataset"]["config"] or "default",
             value=round(100 * result["value"], 2),
             dataset_revision=recipe["dataset"]["revision"],
-            notes=f"greedy, {result['n']} problems of split {recipe['splits'][model.config['evaluation']['split']]}, "
+            notes=f"{figure}{each.how}, {result['n']:.0f} problems of split {each.split}, "
             f"95 % interval {100 * result['low']:.1f} to {100 * result['high']:.1f}",
         )
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,21 +168,22 @@ def write_eval_results(model: TrainedModel, folder: Path) -> None:
 
 def _eval_results(model: TrainedModel) -> Iterator[EvalResult]:
     """For the metadata of the card (`model-index`)."""
-    for recipe, figure, result in _benchmarks(model):
+    for each in (*model.benchmarks, *_within_run(model)):
+        recipe = each.recipe
         yield EvalResult(
             task_type=_task(model),
             task_name=f"{'Visual question' if model.has_vision else 'Question'} answering with verifiable answers",
             dataset_type=recipe["dataset"]["id"] if recipe["dataset"] else recipe["name"],
             dataset_name=recipe["name"],
-            dataset_split=recipe["splits"][model.config["evaluation"]["split"]],
+            dataset_split=each.split,
             metric_type="accuracy",
-            metric_name=figure,
-            metric_value=round(100 * result["value"], 2),
+            metric_name=each.figure,
+            metric_value=round(100 * each.result["value"], 2),
         )
 
 
-def _benchmarks(model: TrainedModel) -> Iterator[tuple[dict[str, Any], str, dict[str, float]]]:
-    """Recipe, figure and result, for the accuracies of each recipe that these weights were evaluated on."""
+def _within_run(model: TrainedModel) -> Iterator[Benchmark]:
+    """The accuracies of each recipe that these weights were evaluated on in their run."""
     if model.evaluation is None:
         return
     [results] = [line["results"] for line in model.evaluations if line["step"] == model.step]
@@ -184,7 +191,8 @@ def _benchmarks(model: TrainedModel) -> Iterator[tuple[dict[str, Any], str, dict
         for figure in ("reasoning_greedy", "pointwise_greedy", "pairwise_greedy"):
             key = figure if len(model.evaluated_on) == 1 else f"{recipe['name']}/{figure}"
             if key in results:
-                yield recipe, figure, results[key]
+                split = recipe["splits"][model.config["evaluation"]["split"]]
+                yield Benchmark(recipe, figure, split, results[key], "greedy")
 
 
 def _task(model: TrainedModel) -> str:

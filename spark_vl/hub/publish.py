@@ -7,11 +7,13 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from spark_vl.data.judgments import CONFIGS
+from spark_vl.hub.benchmarks import read_benchmarks
 from spark_vl.hub.cards import BASE_LICENSE, write_eval_results, write_model_card
 from spark_vl.hub.client import Hub, HubError, check_repo_name, find_token
 from spark_vl.hub.judgments import write_judgments_card
@@ -42,6 +44,7 @@ def publish_model(
     *,
     checkpoint: Path | str,
     repo: str,
+    evaluation: Path | str | None = None,
     revision: str | None = None,
     public: bool = False,
     token_from: str | None = None,
@@ -51,21 +54,30 @@ def publish_model(
     Args:
         checkpoint: the run's folder, its `model/`, one of its checkpoints, or its `checkpoints/best`.
         repo: `ORG/NAME`, made if it is not there.
+        evaluation: folder of an evaluation of these weights by `spark-vl eval`, whose figures the card shows.
         revision: branch, made if it is not there. None: main.
         public: who can see a repository that is made.
         token_from: `env:NAME` or `file:PATH`. None: HF_TOKEN, or that of `hf auth login`.
 
     Raises:
-        ReleaseError: there is no model of a run, or a file may not be uploaded.
+        ReleaseError: there is no model of a run, the evaluation is of another one, or a file may not be uploaded.
         HubError: what the Hub refused. Calling again continues from there.
     """
     with TemporaryDirectory() as folder:
-        release = prepare_model(Path(folder), checkpoint=checkpoint, repo=repo, token_from=token_from)
+        release = prepare_model(
+            Path(folder), checkpoint=checkpoint, repo=repo, evaluation=evaluation, token_from=token_from
+        )
         return upload(release, repo=repo, revision=revision, public=public, token_from=token_from)
 
 
 def prepare_model(
-    folder: Path, *, checkpoint: Path | str, repo: str, token_from: str | None = None, dry_run: bool = False
+    folder: Path,
+    *,
+    checkpoint: Path | str,
+    repo: str,
+    evaluation: Path | str | None = None,
+    token_from: str | None = None,
+    dry_run: bool = False,
 ) -> Release:
     """What `publish_model` would upload.
 
@@ -79,6 +91,8 @@ def prepare_model(
     check_repo_name(repo)
     with read_from(Path(checkpoint)):
         model = find_model(Path(checkpoint))
+        if evaluation is not None:
+            model = replace(model, benchmarks=read_benchmarks(Path(evaluation), model.folder))
         plot_diagnostics(model.run, folder / "curves.png", model.step)
         for name, lines in (("metrics", model.metrics), ("evaluations", model.evaluations)):
             if lines:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from spark_vl.config import read_config
+from spark_vl.hub.benchmarks import Benchmark
 from spark_vl.hub.client import HubError, check_repo_name
 from spark_vl.hub.release import ReleaseError
 from spark_vl.prompts.templater import PROMPTS_FILE, Templater
@@ -39,6 +40,8 @@ class TrainedModel:
     """What training started from: an id on the Hub, or the last part of a folder's path."""
     base_commit: str | None
     """The commit on the Hub; None if training started from a folder."""
+    benchmarks: tuple[Benchmark, ...] = ()
+    """Of an evaluation outside of the run."""
 
     @cached_property
     def _config(self) -> dict[str, Any]:

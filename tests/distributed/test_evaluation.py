@@ -13,6 +13,7 @@ ARGUMENTS = (
     "--config=scripts/configs/digits/spark.yaml",
     "--evaluation.problems=12",
     "--evaluation.samples=0",
+    "--evaluation.reflection_rounds=0",
 )
 
 
