@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from scipy.stats import binomtest
 
 import spark_vl.demo
@@ -25,6 +26,7 @@ from spark_vl.config import (
 )
 from spark_vl.demo.tiny import random_tiny
 from spark_vl.evaluation import Evaluator, evaluate_checkpoint, rescore, score, wilson
+from spark_vl.evaluation.figures import estimate
 from spark_vl.evaluation.prompts import judge_own
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
@@ -353,6 +355,28 @@ def test_recipes_of_the_same_name_are_refused(make_evaluator):
     config = EvaluationConfig(recipes=evaluator.config.recipes * 2)
     with pytest.raises(ConfigError, match=r"evaluation\.recipes: more than one is named sums"):
         Evaluator(config, TEMPLATER, rollout=RolloutConfig(), seed=0)
+
+
+def test_a_weight_is_refused(make_evaluator):
+    path = make_evaluator({"sums": SUMS}).config.recipes[0]
+    config = EvaluationConfig(recipes=[f"{path}?weight=2"])
+    with pytest.raises(ConfigError, match=r"evaluation\.recipes: recipe sums: weight: .*in data\.recipes only"):
+        Evaluator(config, TEMPLATER, rollout=RolloutConfig(), seed=0)
+
+
+def test_rows_that_the_recipe_leaves_out_are_neither_drawn_nor_unusable(tmp_path, processor, verifiers, caplog):
+    rows = [{"q": f"What is {n} + 1?", "a": n + 1, "image": f"{n}.png"} for n in range(4)]
+    for n in range(4):
+        Image.new("RGB", (28 * (1 + n % 2), 28)).save(tmp_path / f"{n}.png")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {"name": "mine", "description": "x", "license": "MIT", "source": {"jsonl": str(tmp_path)}}
+    recipe |= {"splits": {"test": "t.jsonl"}, "columns": {"question": "q", "answer": "a", "images": "image"}}
+    recipe |= {"verifier": "number", "pixels": {"max": 784}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    results = evaluate([tmp_path / "mine.yaml"], Scripted(oracle), processor, verifiers)
+    assert results["unusable"] == estimate(0, 2)
+    assert results["reasoning_greedy"]["n"] == 2
+    assert caplog.text == ""
 
 
 # ── the policy's own answers ──

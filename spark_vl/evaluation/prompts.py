@@ -19,7 +19,7 @@ from string import ascii_uppercase
 
 from spark_vl.answers import last_boxed
 from spark_vl.config import ConfigError
-from spark_vl.data.problems import ProblemSet
+from spark_vl.data.problems import FilteredRowError, ProblemSet
 from spark_vl.families.base import ProcessedPrompt, Processor
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RecycledRecord, RolloutGroup, plain_text
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 def draw_problems(
     problems: ProblemSet, n: int, processor: Processor, verifiers: VerifierPool
 ) -> tuple[list[ProcessedPrompt], int]:
-    """`n` problems, or all if there are fewer, and how many rows were drawn for them.
+    """`n` problems, or all if there are fewer, and how many rows were drawn for them, without those that the recipe's
+    `pixels` leave out.
 
     A row that cannot be used (see `BadRecordError`), or whose verifier does not give its own gold full marks, is
     replaced, with a warning.
@@ -44,7 +45,7 @@ def draw_problems(
     order = list(range(len(problems)))
     random.Random(name).shuffle(order)
     usable: list[ProcessedPrompt] = []
-    drawn = 0
+    drawn = filtered = 0
     while len(usable) < n and drawn < len(order):
         prompts = []
         rows = order[drawn : drawn + n - len(usable)]
@@ -52,6 +53,8 @@ def draw_problems(
         for row in rows:
             try:
                 prompts.append(processor.process(problems[row]))
+            except FilteredRowError:
+                filtered += 1
             except BadRecordError as error:
                 logger.warning("left out of the evaluation: %s", error)
         faults = check_golds(verifiers, [prompt.record for prompt in prompts])
@@ -64,7 +67,7 @@ def draw_problems(
         raise ConfigError(
             f"evaluation.recipes: {name}: none of its {drawn} rows can be evaluated on; the warnings say why"
         )
-    return usable, drawn
+    return usable, drawn - filtered
 
 
 def process_all(records: Iterable[PromptRecord], processor: Processor) -> list[ProcessedPrompt]:
