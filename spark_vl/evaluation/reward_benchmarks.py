@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from statistics import fmean
 
+from spark_vl.evaluation.bootstrap import bootstrap_figures
 from spark_vl.evaluation.figures import Estimate, estimate, macro_mean
 
 
@@ -168,6 +170,37 @@ OFFICIAL: Mapping[str, Callable[[Iterable[Judgment]], dict[str, float]]] = {
     "rewardbench2": rewardbench2,
 }
 """Recipe → its official figures."""
+
+
+def official(recipe: str, judgments: Iterable[Judgment]) -> dict[str, Estimate]:
+    """The official figures of a reward benchmark, with intervals over resampled items (`bootstrap`).
+
+    Raises:
+        ValueError: the judgments do not define them.
+    """
+    items: dict[str, list[Judgment]] = defaultdict(list)
+    for judgment in judgments:
+        items[judgment.item].append(judgment)
+    rule = OFFICIAL[recipe]
+
+    @cache
+    def copy(item: str, number: int) -> list[Judgment]:
+        """An item that is drawn several times is as many items."""
+        return [replace(judgment, item=f"{number}#{item}") for judgment in items[item]]
+
+    def figures_of(drawn: Sequence[str]) -> Mapping[str, float]:
+        times: Counter[str] = Counter()
+        chosen: list[Judgment] = []
+        for item in drawn:
+            chosen += copy(item, times[item])
+            times[item] += 1
+        try:
+            return rule(chosen)
+        except ValueError:  # none of these can be counted; that of all items is raised below
+            return {}
+
+    rule([judgment for of_item in items.values() for judgment in of_item])
+    return bootstrap_figures({item: item for item in items}, figures_of)
 
 
 def _score(judgment: Judgment, unread: float) -> float:

@@ -1,0 +1,191 @@
+"""Two evaluations on the same items: how far apart they are, whether that may be chance, and which items changed.
+
+Items are paired, since most of the variance is between items: an interval of the difference is much narrower than the
+difference of two intervals suggests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
+from typing import Literal
+
+import numpy as np
+
+from spark_vl.evaluation.bootstrap import interval
+
+RESAMPLES = 10_000
+_AT_ONCE = 2**22
+"""Draws that are held in memory at a time."""
+
+Values = Mapping[str, Mapping[str, float]]
+"""Recipe → item → its value in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better B is than A on the items that both have."""
+
+    n: int
+    """Items in both."""
+    only_a: int
+    only_b: int
+    """Items that the other evaluation lacks; nothing here counts them."""
+    a: float
+    b: float
+    """The means over the items in both."""
+    difference: float
+    """b - a."""
+    low: float
+    high: float
+    """Bounds of its 95 % percentile interval over resampled items, pairs kept together."""
+    p: float
+    """Of `test`, two-sided: how often a difference at least as large comes about if A and B are equally good."""
+    test: Literal["mcnemar", "sign_flip"]
+    """`mcnemar`: exact (Q. McNemar, Psychometrika 12, 1947), for values of 0 and 1 of independent items. `sign_flip`: a
+    permutation test, in which A and B change places at random in each item or cluster."""
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+    """Items with a higher, and with a lower value in B."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two evaluations."""
+
+    recipes: Mapping[str, Difference]
+    """Of each recipe that has items in both."""
+    macro: Difference
+    """Of the means over these recipes, each with the same weight; items and counts are those of all."""
+    apart: Mapping[str, tuple[int, int]]
+    """Recipes without a common item → their items in A, and in B."""
+
+
+def compare(
+    a: Values, b: Values, clusters: Mapping[str, str] | None = None, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Comparison:
+    """Compare evaluation B with A. The same arguments give the same numbers.
+
+    Args:
+        clusters: item → its cluster: items of a recipe that are not independent, such as the variants of one problem,
+            and are resampled and exchanged as a whole. Items that it does not name stand alone.
+        resamples: of the interval and of the permutation test.
+        seed: of both.
+
+    Raises:
+        ValueError: a value is not in [0, 1], or no recipe has an item in both.
+    """
+    clusters = clusters or {}
+    recipes: dict[str, Difference] = {}
+    apart: dict[str, tuple[int, int]] = {}
+    drawn: list[np.ndarray] = []
+    gains: list[np.ndarray] = []
+    for recipe in dict.fromkeys([*a, *b]):
+        of_a, of_b = a.get(recipe, {}), b.get(recipe, {})
+        for item, value in chain(of_a.items(), of_b.items()):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{item}: the value is {value}; 0 to 1 is allowed")
+        both = [item for item in of_a if item in of_b]
+        if not both:
+            apart[recipe] = (len(of_a), len(of_b))
+            continue
+        rng = np.random.default_rng([seed, *recipe.encode()])  # a recipe's numbers do not depend on the others
+        sums, sizes = _by_cluster([of_b[item] - of_a[item] for item in both], [clusters.get(i, i) for i in both])
+        drawn.append(_resampled(sums, sizes, resamples, rng))
+        gains.append(sums / len(both))
+        gained = tuple(item for item in both if of_b[item] > of_a[item])
+        lost = tuple(item for item in both if of_b[item] < of_a[item])
+        is_binary = {*map(of_a.__getitem__, both), *map(of_b.__getitem__, both)} <= {0, 1}
+        alone = len(sizes) == len(both)
+        low, high = interval(drawn[-1])
+        recipes[recipe] = Difference(
+            n=len(both),
+            only_a=len(of_a) - len(both),
+            only_b=len(of_b) - len(both),
+            a=fmean(of_a[item] for item in both),
+            b=fmean(of_b[item] for item in both),
+            difference=float(sums.sum() / len(both)),
+            low=low,
+            high=high,
+            p=mcnemar(len(gained), len(lost)) if is_binary and alone else _sign_flip(gains[-1], resamples, rng),
+            test="mcnemar" if is_binary and alone else "sign_flip",
+            gained=gained,
+            lost=lost,
+        )
+    if not recipes:
+        raise ValueError(f"the evaluations have no item in common: {', '.join(apart) or 'both are empty'}")
+    macro = _macro(list(recipes.values()), drawn, gains, resamples, np.random.default_rng(seed))
+    return Comparison(recipes, macro, apart)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The exact two-sided p-value of McNemar's test: of so many items that changed, each direction is a fair coin."""
+    changed, term, tail = gained + lost, 1, 0
+    for k in range(min(gained, lost) + 1):  # term is the binomial coefficient of `changed` and k
+        tail += term
+        term = term * (changed - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def _macro(
+    parts: Sequence[Difference],
+    drawn: Sequence[np.ndarray],
+    gains: Sequence[np.ndarray],
+    resamples: int,
+    rng: np.random.Generator,
+) -> Difference:
+    low, high = interval(np.mean(drawn, axis=0))
+    return Difference(
+        n=sum(part.n for part in parts),
+        only_a=sum(part.only_a for part in parts),
+        only_b=sum(part.only_b for part in parts),
+        a=fmean(part.a for part in parts),
+        b=fmean(part.b for part in parts),
+        difference=fmean(part.difference for part in parts),
+        low=low,
+        high=high,
+        p=_sign_flip(np.concatenate(gains) / len(parts), resamples, rng),
+        test="sign_flip",
+        gained=tuple(chain.from_iterable(part.gained for part in parts)),
+        lost=tuple(chain.from_iterable(part.lost for part in parts)),
+    )
+
+
+def _by_cluster(differences: Sequence[float], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each cluster the sum of its items' differences, and how many they are: [C] each."""
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    which = [places[name] for name in names]
+    return np.bincount(which, differences), np.bincount(which)
+
+
+def _resampled(sums: np.ndarray, sizes: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """The mean difference of items in clusters that are drawn with replacement, [R]."""
+    parts = []
+    for rows in _portions(resamples, len(sums)):
+        chosen = rng.integers(len(sums), size=(rows, len(sums)))
+        parts.append(sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1))
+    return np.concatenate(parts)
+
+
+def _sign_flip(gains: np.ndarray, resamples: int, rng: np.random.Generator) -> float:
+    """The share of random signs of `gains`, [C], with which their sum is at least as far from 0; the signs that they
+    have are one of them, so that it is never 0."""
+    gains = gains[gains != 0]
+    least = abs(gains.sum()) - 1e-12  # sums of the same numbers differ by rounding
+    if not len(gains):
+        return 1.0
+    as_far = 0
+    for rows in _portions(resamples, len(gains)):
+        signs = 2 * rng.integers(2, size=(rows, len(gains)), dtype=np.int8) - 1
+        as_far += int((np.abs(signs @ gains) >= least).sum())
+    return (1 + as_far) / (1 + resamples)
+
+
+def _portions(resamples: int, width: int) -> Iterator[int]:
+    """How many resamples, of `width` draws each, are held at a time."""
+    while resamples > 0:
+        rows = min(resamples, max(1, _AT_ONCE // width))
+        yield rows
+        resamples -= rows
