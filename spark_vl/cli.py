@@ -360,6 +360,46 @@ def rescore(folder: str, config: EvalConfig) -> None:
     print(f"{len(differences) or 'none'} of {len(results)} figures differ from {folder}/results.json")
 
 
+def compare(a: str, b: str, *, changed: str | None = None) -> None:
+    """`spark-vl eval --compare A B`: print how much better the evaluation in folder B is than that in A, and some items
+    that changed.
+
+    Args:
+        changed: file that gets all of them as JSON lines.
+    """
+    from rich.console import Console
+
+    from spark_vl.evaluation.compare import changes, compare_evaluations, different_settings
+    from spark_vl.report import print_comparison
+    from spark_vl.run.jsonl import append_lines
+
+    with blamed_on("--compare"):
+        comparison, lines = compare_evaluations(Path(a), Path(b))
+        settings = different_settings(Path(a), Path(b))
+    print_comparison(comparison, (a, b), Console())
+    for setting in settings:
+        print(f"asked otherwise: {setting}")
+    items = changes(comparison, *lines)
+    for item in items[:_CHANGES_SHOWN]:
+        print(
+            visible("{change}  {id}".format(**item))
+            + (
+                ""
+                if "gold" not in item
+                else visible(f": {item['a']!r:.80} → {item['b']!r:.80}, gold {item['gold']!r:.80}")
+            )
+        )
+    if len(items) > _CHANGES_SHOWN and changed is None:
+        print(f"and {len(items) - _CHANGES_SHOWN} more; --changed FILE writes all")
+    if changed is not None:
+        Path(changed).unlink(missing_ok=True)
+        append_lines(Path(changed), items)
+
+
+_CHANGES_SHOWN = 10
+"""Items that a comparison prints."""
+
+
 def judge(rows: str, config: JudgeConfig, *, overwrite: bool = False) -> bool:
     """`spark-vl judge ROWS`: write the judgment of each row, print how many there are of each kind, and say whether any
     row could be judged.

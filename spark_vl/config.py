@@ -88,7 +88,8 @@ class DataConfig:
     """Which problems."""
 
     recipes: list[str] = field(default_factory=list)
-    """Names of shipped recipes (`spark-vl recipes`) or paths of recipe files."""
+    """Names of shipped recipes (`spark-vl recipes`) or paths of recipe files. `NAME?weight=1.5`: in an epoch each of
+    its rows is asked once, and half of them, drawn anew for each epoch, once more."""
     prompts_per_step: PositiveInt = 64
     """Problems in a step, over all processes."""
     max_prompt_tokens: PositiveInt = 8192

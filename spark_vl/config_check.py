@@ -162,8 +162,8 @@ def check_eval_config(config: EvalConfig) -> None:
 def _check_baseline(evaluation: EvaluationConfig) -> None:
     if evaluation.reflection_rounds and not evaluation.samples:
         raise ConfigError(
-            "evaluation.samples: is 0, but test-time reflection is only reported beside a majority of samples that take "
-            "as many tokens; set it, or evaluation.reflection_rounds: 0"
+            "evaluation.samples: is 0, but test-time reflection is reported beside a majority of samples that take as "
+            "many tokens; set it, or evaluation.reflection_rounds: 0"
         )
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from spark_vl.config import DataConfig, RecycleConfig
 from spark_vl.data.cells import count
-from spark_vl.data.problems import data_changes
+from spark_vl.data.problems import FilteredRowError, data_changes
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.distributed.gather import each_process
 from spark_vl.distributed.spread import send
@@ -95,6 +95,8 @@ class PromptFeed:
         self._recycled = 0
         """So many have been recycled by all processes; numbers what waits."""
         self._difficulty = DifficultyAuc()
+        self._filtered = 0
+        """So many rows of this process were left out when they were drawn; they are not bad (`Recipe.pixels`)."""
         self._start = self._here()
 
     # ── out: what is sampled next ──
@@ -132,7 +134,7 @@ class PromptFeed:
 
     def rewind(self) -> None:
         """Go back to the start of this step, which is abandoned: its prompts will be dealt out again."""
-        sampler, quarantine, self._waiting, self._surplus = self._start
+        sampler, quarantine, self._waiting, self._surplus, self._filtered = self._start
         self.sampler.load_state_dict(sampler)
         self.quarantine.load_state_dict(quarantine)
 
@@ -199,8 +201,10 @@ class PromptFeed:
     # ── state ──
 
     def counts(self) -> dict[str, int]:
-        """For the metrics: rows and prompts of this process that could not be used, since the run began."""
-        return {"quarantined": self.quarantine.rows_bad, "quarantined_prompts": self.quarantine.prompts_bad}
+        """For the metrics: rows and prompts of this process that could not be used, since the run began; and, where a
+        recipe has `pixels`, the rows that these left out."""
+        counts = {"quarantined": self.quarantine.rows_bad, "quarantined_prompts": self.quarantine.prompts_bad}
+        return counts | ({"filtered": self._filtered} if self.sampler.filters else {})
 
     def first_fault(self) -> str:
         """The first row that could not be used on any process, and why; empty if all could. Collective."""
@@ -222,6 +226,7 @@ class PromptFeed:
             "surplus": [waiting.to_json() for waiting in self._surplus],
             "recycled": self._recycled,
             "difficulty": self._difficulty.state_dict(),
+            "filtered": self._filtered,
         }
 
     def changes_since(self, state: Mapping[str, Any]) -> list[str]:
@@ -254,12 +259,13 @@ class PromptFeed:
 
         self._waiting, self._surplus = restored("waiting"), restored("surplus")
         self._recycled = count(state, "recycled")
+        self._filtered = count(state, "filtered") if "filtered" in state else 0  # a checkpoint of an earlier version
         self._difficulty.load_state_dict(state["difficulty"])
 
     @staticmethod
     def deal_out(states: Sequence[Mapping[str, Any]], rank: int, processes: int) -> dict[str, Any]:
         """The state of process `rank` of `processes`, from those of another number of processes: what waits is dealt
-        out anew, and rank 0 takes over the counts of the quarantine."""
+        out anew, and rank 0 takes over the counts of the quarantine and of the filter."""
         dealt: dict[str, list[Any]] = {"waiting": [], "surplus": []}
         for name, mine in dealt.items():
             loads = [0] * processes
@@ -269,12 +275,13 @@ class PromptFeed:
                 if to == rank:
                     mine.append(waiting)
         counts = Quarantine.merge([state["quarantine"] for state in states] if rank == 0 else [])
-        return {**states[0], "quarantine": counts, **dealt}
+        filtered = 0 if rank else sum(state.get("filtered", 0) for state in states)
+        return {**states[0], "quarantine": counts, "filtered": filtered, **dealt}
 
     # ── parts ──
 
-    def _here(self) -> tuple[dict[str, Any], dict[str, int], list[_Waiting], list[_Waiting]]:
-        return self.sampler.state_dict(), self.quarantine.state_dict(), self._waiting, self._surplus
+    def _here(self) -> tuple[dict[str, Any], dict[str, int], list[_Waiting], list[_Waiting], int]:
+        return self.sampler.state_dict(), self.quarantine.state_dict(), self._waiting, self._surplus, self._filtered
 
     def _mine(self, total: int) -> int:
         """This process's share of `total` prompts."""
@@ -282,20 +289,27 @@ class PromptFeed:
         return total // processes + (rank < total % processes)
 
     def _draw(self, n: int) -> list[ProcessedPrompt]:
-        """The next `n` problems that can be used; the others are quarantined. Collective: `n` may differ."""
+        """The next `n` problems that can be used; the others are quarantined, or left out by the recipe. Collective:
+        `n` may differ."""
         prompts: list[ProcessedPrompt] = []
-        bad_in_a_row = 0
+        unused_in_a_row = 0
         while any(wanted := each_process(self.accelerator, n - len(prompts))):
             for row in self.sampler.draw(wanted, self.accelerator.process_index):
-                self.quarantine.seen(1)
                 try:
-                    prompts.append(self.processor.process(self.sampler[row]))
-                    bad_in_a_row = 0
+                    prompt = self.processor.process(self.sampler[row])
                 except BadRecordError as error:
-                    self.quarantine.add(error)
-                    bad_in_a_row += 1
-                    if bad_in_a_row > len(self.sampler):  # any share of bad rows may be allowed
-                        raise TooManyBadRowsError(f"none of {bad_in_a_row} rows can be used: {error}") from error
+                    if isinstance(error, FilteredRowError):
+                        self._filtered += 1
+                    else:
+                        self.quarantine.seen(1)
+                        self.quarantine.add(error)
+                    unused_in_a_row += 1
+                    if unused_in_a_row > len(self.sampler):  # any share of bad rows may be allowed
+                        raise TooManyBadRowsError(f"none of {unused_in_a_row} rows can be used: {error}") from error
+                else:
+                    self.quarantine.seen(1)
+                    prompts.append(prompt)
+                    unused_in_a_row = 0
         return prompts
 
     def _take(self) -> list[_Waiting]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from spark_vl.config import ConfigError, TrainConfig
 from spark_vl.data.duplicates import find_duplicates
 from spark_vl.data.preferences import PreferenceSet, check_preferences, open_preferences
-from spark_vl.data.problems import ProblemSet, check, open_images, open_recipe
+from spark_vl.data.problems import FilteredRowError, ProblemSet, check, open_images, open_recipe
 from spark_vl.data.recipes import SPLITS, PreferenceColumns, load_recipe, load_recipes, recipes, usage
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, PromptRecord, plain_text, visible
@@ -45,10 +45,13 @@ def preview(name: str | None, split: str | None, show: int, settings: TrainConfi
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     bad: list[BadRecordError] = []
-    rows = 0
+    rows = filtered = 0
     limits = settings.verifier
     with VerifierPool(limits.workers, limits.timeout_s, limits.memory_mb) as verifiers:
         for found in check(problems, verifiers):
+            if isinstance(found, FilteredRowError):
+                filtered += 1
+                continue
             rows += 1
             if isinstance(found, BadRecordError):
                 bad.append(found)
@@ -60,6 +63,8 @@ def preview(name: str | None, split: str | None, show: int, settings: TrainConfi
         print(visible(f"the recipe uses no column {', '.join(problems.unused):.300}"))
     if problems.renamed:
         print(f"{len(problems.renamed)} rows have the id of an earlier row; the number of the row is added to it")
+    if filtered:
+        print(f"{filtered} more rows have an image with another number of pixels than the recipe wants")
     others = [each for each in recipe.splits if each != split]
     rest = f"; not checked: {', '.join(others)} (--split {others[0]})" if others else ""
     print(f"{rows - len(bad)} of {rows} rows can be used (license of the data: {recipe.license}){rest}")
@@ -105,6 +110,8 @@ def _usable(problems: ProblemSet, bad: list[BadRecordError]) -> Iterator[PromptR
         try:
             record = problems[index]
             open_images(record.id, record.images)
+        except FilteredRowError:
+            continue
         except BadRecordError as error:
             bad.append(error)
         else:

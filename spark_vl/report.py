@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spark_vl.config import ConfigError
+from spark_vl.evaluation.compare import Comparison, Difference
 from spark_vl.records import KINDS, did_you_mean
 from spark_vl.run.jsonl import read_lines
 
@@ -149,6 +150,33 @@ def write_results(results: Mapping[str, Mapping[str, float]], folder: Path, titl
     (folder / "results.md").write_text(results_page(results, title), encoding="utf-8")
 
 
+def print_comparison(comparison: Comparison, names: Sequence[str], console: Console) -> None:
+    """Print how much better the second of two evaluations is.
+
+    Args:
+        names: of both.
+    """
+    table = Table(box=box.SIMPLE, title="Accuracy, % (95 % interval of the difference), n items", title_justify="left")
+    for header in ("", "n", *names, "difference", "p", "gained", "lost"):
+        table.add_column(header, justify="right" if header else "left", no_wrap=True)
+
+    def row(name: str, of: Difference) -> None:
+        values = (f"{100 * of.a:.1f}", f"{100 * of.b:.1f}", f"{100 * of.difference:+.1f}")
+        interval = f"({100 * of.low:+.1f} to {100 * of.high:+.1f})"
+        counts = (str(len(of.gained)), str(len(of.lost)))
+        table.add_row(name, str(of.n), *values[:2], f"{values[2]} {interval}", f"{of.p:.3f}", *counts)
+
+    for name, of in comparison.recipes.items():
+        row(name, of)
+    if len(comparison.recipes) > 1:
+        table.add_section()
+        row("macro mean", comparison.macro)
+    console.print(table)
+    alone = {name: (of.only_a, of.only_b) for name, of in comparison.recipes.items() if of.only_a or of.only_b}
+    for name, (only_a, only_b) in (alone | dict(comparison.apart)).items():
+        console.print(f"{name}: {only_a} items are in the first alone, {only_b} in the second", markup=False)
+
+
 def _result(name: str, estimate: Mapping[str, float]) -> str:
     bounds = [estimate[key] for key in ("value", "low", "high")]
     if name.rpartition("/")[2].startswith("tokens_"):
@@ -178,7 +206,7 @@ def _cell(value: float, low: float, high: float) -> str:
     return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def _sections(figures: Mapping[str, float]) -> Iterator[tuple[str, list[str]]]:
+def _sections(figures: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """("", names of the figures over all recipes), then (recipe, names of its own), each in the order of `LABELS`."""
     order = list(LABELS)
     by_recipe: dict[str, list[str]] = {}

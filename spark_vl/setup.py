@@ -105,7 +105,8 @@ def load_trainer(
     templater = Templater.from_config(config.prompts, family.reserved)
     limits = RowLimits(config.data.max_row_bytes, config.data.max_row_chars, config.data.max_row_images)
     with blamed_on("data.recipes"):
-        problems = [open_recipe(recipe, "train", templater, limits) for recipe in load_recipes(config.data.recipes)]
+        recipes = load_recipes(config.data.recipes)
+        problems = [open_recipe(recipe, "train", templater, limits, weighted=True) for recipe in recipes]
         sampler = PromptSampler(problems, seed=config.seed)
     quarantine = Quarantine(
         folder / (f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"), config.data.max_quarantined_fraction

@@ -777,3 +777,19 @@ def test_official_figures_need_something_to_count(name: str) -> None:
     with pytest.raises(ValueError, match=r"no item|no verdict|no picks"):
         reward_benchmarks.OFFICIAL[name]([])
     assert set(reward_benchmarks.OFFICIAL) == set(PREFERENCES)
+
+
+def test_rows_of_another_size_are_counted_and_not_called_bad(copy, tmp_path: Path, capsys) -> None:
+    rows = rows_of("mmstar")
+    for row in rows[:3]:
+        row["image"] = "60x60 red"
+    source = copy("mmstar", rows).source.location
+    file = tmp_path / "mine.yaml"
+    fields = {"base": "mmstar", "name": "mine", "source": {"hub": {"id": source}}, "pixels": {"max": 1200}}
+    file.write_text(yaml.safe_dump(fields))
+    settings = parse_train_config(["--model.path=x", "--output_dir=x", "--data.recipes=[digits]"])
+    assert preview(str(file), None, 0, settings, render=False)
+    said = capsys.readouterr().out.splitlines()
+    assert "3 more rows have an image with another number of pixels than the recipe wants" in said
+    left = len(rows) - 3
+    assert said[-1] == f"{left} of {left} rows can be used (license of the data: other)"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from scipy.stats import binomtest
 
 import spark_vl.demo
@@ -22,6 +23,7 @@ from spark_vl.config import (
     RolloutConfig,
 )
 from spark_vl.evaluation import Evaluator, score, wilson
+from spark_vl.evaluation.figures import estimate
 from spark_vl.evaluation.prompts import in_chunks, judge_own
 from spark_vl.evaluation.samples import groups_from_json, groups_to_json, merged, verified_again
 from spark_vl.prompts import Templater
@@ -360,6 +362,28 @@ def test_recipes_of_the_same_name_are_refused(make_evaluator):
     config = EvaluationConfig(recipes=evaluator.config.recipes * 2)
     with pytest.raises(ConfigError, match=r"evaluation\.recipes: more than one is named sums"):
         Evaluator(config, TEMPLATER, rollout=RolloutConfig(), seed=0)
+
+
+def test_a_weight_is_refused(make_evaluator):
+    path = make_evaluator({"sums": SUMS}).config.recipes[0]
+    config = EvaluationConfig(recipes=[f"{path}?weight=2"])
+    with pytest.raises(ConfigError, match=r"evaluation\.recipes: recipe sums: weight: .*in data\.recipes only"):
+        Evaluator(config, TEMPLATER, rollout=RolloutConfig(), seed=0)
+
+
+def test_rows_that_the_recipe_leaves_out_are_neither_drawn_nor_unusable(tmp_path, processor, verifiers, caplog):
+    rows = [{"q": f"What is {n} + 1?", "a": n + 1, "image": f"{n}.png"} for n in range(4)]
+    for n in range(4):
+        Image.new("RGB", (28 * (1 + n % 2), 28)).save(tmp_path / f"{n}.png")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {"name": "mine", "description": "x", "license": "MIT", "source": {"jsonl": str(tmp_path)}}
+    recipe |= {"splits": {"test": "t.jsonl"}, "columns": {"question": "q", "answer": "a", "images": "image"}}
+    recipe |= {"verifier": "number", "pixels": {"max": 784}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    results = evaluate([tmp_path / "mine.yaml"], Scripted(oracle), processor, verifiers)
+    assert results["unusable"] == estimate(0, 2)
+    assert results["reasoning_greedy"]["n"] == 2
+    assert caplog.text == ""
 
 
 # ── the policy's own answers ──

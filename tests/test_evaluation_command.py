@@ -12,6 +12,7 @@ import datasets
 import pytest
 import yaml
 from datasets import Dataset, Features
+from scipy.stats import binomtest
 
 import spark_vl.demo
 from spark_vl.config import (
@@ -326,3 +327,27 @@ def test_the_command_evaluates_resumes_and_scores_again(tmp_path, run):
     scored = spark_vl("eval", "--rescore", str(tmp_path / "out"))
     assert scored.returncode == 0, scored.stderr
     assert "none of" in scored.stdout
+
+
+def test_two_evaluations_are_compared_item_by_item(tmp_path, run):
+    folders = {}
+    for name, tokens in (("whole", 12), ("cut off", 2)):  # no box fits into two tokens
+        folders[name] = tmp_path / name
+        evaluate_checkpoint(
+            settings(tmp_path, samples=0, judging=False, reflection_rounds=0, max_new_tokens=tokens), folders[name]
+        )
+    right, all_wrong = (json.loads((f / "results.json").read_text())["reasoning_greedy"] for f in folders.values())
+    solved = round(10 * right["value"])
+    assert solved > 1
+    assert all_wrong["value"] == 0
+    ended = run(tmp_path, "eval", "--compare", "whole", "cut off", "--changed=changed.jsonl")
+    assert ended.returncode == 0, ended.stderr
+    row = next(line for line in ended.stdout.splitlines() if line.split()[:1] == ["digits"]).split()
+    assert (row[1], row[2], row[3]) == ("10", f"{100 * right['value']:.1f}", "0.0")
+    assert row[-2:] == ["0", str(solved)]
+    assert float(row[-3]) == pytest.approx(binomtest(0, solved).pvalue, abs=5e-4)
+    assert "asked otherwise: evaluation.max_new_tokens: 12 in the first, 2 in the second" in ended.stdout
+    changed = read_lines(tmp_path / "changed.jsonl")
+    assert len(changed) == solved
+    assert {item["change"] for item in changed} == {"lost"}
+    assert all(item["a"] == item["gold"] and item["b"] is None for item in changed)

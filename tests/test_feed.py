@@ -11,10 +11,13 @@ import pytest
 from accelerate import Accelerator
 
 from spark_vl.config import RecycleConfig
+from spark_vl.data.problems import FilteredRowError
 from spark_vl.log import group_metrics
 from spark_vl.records import BadRecordError, RolloutGroup, Verdict
 from spark_vl.recycle.difficulty import DifficultyAuc
 from spark_vl.rollout import Collector, Sampling
+from spark_vl.run.quarantine import TooManyBadRowsError
+from tests.conftest import make_record
 from tests.distributed.feeding import Records, make_feed, make_groups
 from tests.test_recycle import MIXED, RIGHT, WRONG, group, many
 
@@ -221,3 +224,80 @@ def test_groups_of_a_failing_verifier_are_quarantined_once(feed):
     broken = RolloutGroup(group(WRONG).record, group(WRONG).rollouts, (Verdict(0.0, None, "error", "it broke"),) * 4)
     assert waits.recycle(scored([broken]), 1)["rollouts_unverified"] == 4
     assert waits.counts()["quarantined"] == 1
+
+
+# ── rows that the recipe leaves out ──
+
+
+class Rows:
+    """Stands in for a sampler: two rows are bad, odd ones are left out."""
+
+    roots = frozenset()
+    verifiers = frozenset()
+    recipes = frozenset({"test"})
+    fingerprints = ()
+    epoch = 0.0
+
+    def __init__(self, *, filters=True):
+        self.filters, self.place = filters, 0
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, row):
+        if row in (0, 10):
+            raise BadRecordError("test/0", "bad")
+        if row % 2 and self.filters:
+            raise FilteredRowError(f"test/{row}", "too small")
+        return make_record(f"test/{row}", "?")
+
+    def draw(self, counts, rank=0):
+        first = self.place + sum(counts[:rank])
+        self.place += sum(counts)
+        return list(range(first, first + counts[rank]))
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state, *, anew=False):
+        self.place = state["place"]
+
+
+def test_rows_left_out_are_replaced_and_counted_and_not_bad(feed):
+    waits = feed(PAIRS)
+    waits.sampler = Rows()
+    assert ids(waits.more("problem", 4)) == ["test/2", "test/4", "test/6", "test/8"]
+    assert waits.counts() == {"quarantined": 1, "quarantined_prompts": 0, "filtered": 4}
+    assert waits.quarantine.rows_seen == 5
+    state = waits.state_dict()
+    again = feed(PAIRS)
+    again.sampler = Rows()
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    assert ids(again.more("problem", 4)) == ids(waits.more("problem", 4))
+    assert again.counts() == waits.counts() == {"quarantined": 2, "quarantined_prompts": 0, "filtered": 9}
+    here = again.state_dict()
+    again.next("both")
+    assert again.counts()["filtered"] > 60
+    again.rewind()
+    assert again.state_dict() == here
+    parts = [feed(PAIRS).deal_out([state, state], rank, 3)["filtered"] for rank in range(3)]
+    assert parts == [8, 0, 0]
+    del state["filtered"]  # as a checkpoint of an earlier version has it
+    again.load_state_dict(state)
+    assert again.counts()["filtered"] == 0
+
+
+def test_without_a_filter_there_is_no_count_of_it(feed):
+    assert feed(PAIRS).counts().keys() == {"quarantined", "quarantined_prompts"}
+
+
+def test_a_filter_that_leaves_nothing_stops_the_run(feed):
+    class Nothing(Rows):
+        def __getitem__(self, row):
+            return super().__getitem__(1)
+
+    waits = feed(PAIRS)
+    waits.sampler = Nothing()
+    with pytest.raises(TooManyBadRowsError, match="none of 11 rows can be used: test/1: too small"):
+        waits.more("problem", 1)

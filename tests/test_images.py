@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from spark_vl.data import images
-from spark_vl.data.images import ImageError, check_encoded, encode_image, load_image
+from spark_vl.data.images import ImageError, check_encoded, count_pixels, encode_image, load_image
 from spark_vl.records import ImageRef
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -619,3 +619,21 @@ def test_the_proof_survives_any_damage(clean: bytes, place: int, extra: bytes, l
     place %= len(clean)
     with contextlib.suppress(ImageError):
         check_encoded(clean[:place] + extra + clean[place + length :])
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_pixels_are_counted_without_decoding_any(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.new("RGB", (30, 7)), format)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert count_pixels(ImageRef(data=data)) == 210
+
+
+def test_what_the_header_shows_is_refused_before_pixels_are_counted() -> None:
+    for data in (b"GIF89a", b"x", encode(Image.new("L", (1000, 2)), "PNG")):
+        with pytest.raises(ImageError):
+            count_pixels(ImageRef(data=data))

@@ -20,7 +20,7 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 
 from spark_vl.data.images import load_image
-from spark_vl.data.problems import ProblemSet, check, open_recipe
+from spark_vl.data.problems import FilteredRowError, ProblemSet, check, open_recipe
 from spark_vl.data.recipes import load_recipe, load_recipes, recipes, usage
 from spark_vl.data.sources import Source, open_rows, read_column
 from spark_vl.prompts import Templater
@@ -348,6 +348,38 @@ def test_recipes_that_are_used_together_have_different_names() -> None:
         "judgments-pairwise",
         "other-pairwise",
     ]
+
+
+def test_a_name_may_have_a_weight(recipe_file, tmp_path: Path) -> None:
+    file = recipe_file(**PARAMETERS)
+    for written in (f"{file}?repo=x&weight=2.5", f"{file}?weight=2.5&repo=x"):
+        recipe = load_recipe(written)
+        assert (recipe.per_epoch, recipe.license) == (2.5, "a-x")
+    assert load_recipe("digits?weight=.5").per_epoch == 0.5
+    assert load_recipe("digits").per_epoch == 1
+    assert load_recipe("digits?weight=2").name == "digits"
+    with pytest.raises(ValueError, match="more than one is named digits"):
+        load_recipes(["digits", "digits?weight=2"])
+    (tmp_path / "b.yaml").write_text("{base: 'digits?weight=2', name: b}")
+    with pytest.raises(ValueError, match="'weight' is not a parameter; allowed: none"):
+        load_recipe(tmp_path / "b.yaml")
+    with pytest.raises(ValueError, match="parameters: weight has a meaning in every recipe"):
+        load_recipe(recipe_file(parameters={"weight": "1"}))
+    with pytest.raises(ValueError, match=r"mine\.yaml: per_epoch: is not a field"):
+        load_recipe(recipe_file(per_epoch=2))
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "", "two", "1&weight=2"])
+def test_a_weight_is_a_number_above_0(weight: str) -> None:
+    with pytest.raises(ValueError, match=r"^digits\?weight=.*: weight: found .*; allowed: one number above 0"):
+        load_recipe(f"digits?weight={weight}")
+
+
+def test_a_weight_is_refused_where_rows_are_not_drawn_over_epochs() -> None:
+    recipe = load_recipe("digits?weight=2")
+    assert len(open_recipe(recipe, "validation", TEMPLATER, weighted=True))
+    with pytest.raises(ValueError, match=r"recipe digits: weight: .* is allowed in data\.recipes only"):
+        open_recipe(recipe, "validation", TEMPLATER)
 
 
 def test_how_recipes_are_written() -> None:
@@ -914,6 +946,39 @@ def test_a_filter_that_leaves_nothing_says_what_there_is(problems) -> None:
         problems(KINDS[0], KINDS[1], filter={"n": {"min": 3}})
     with pytest.raises(ValueError, match=r"source: no row has a column kind; the columns are q, a"):
         problems(KINDS[0], filter={"kind": "graph"})
+
+
+def test_pixels_leave_out_rows_that_are_not_bad(problems, tmp_path: Path, pool) -> None:
+    """They are looked up when a row is asked for; bad rows, and rows without images, stay."""
+    (tmp_path / "data").mkdir()
+    for name, size in (("small", (10, 10)), ("wide", (40, 5)), ("large", (50, 50))):
+        Image.new("RGB", size).save(tmp_path / "data" / f"{name}.png")
+    (tmp_path / "data" / "broken.png").write_bytes(b"GIF89a")
+    rows = [{"images": each} for each in ([], ["small.png"], ["wide.png"], ["wide.png", "large.png"], ["broken.png"])]
+    opened = problems(*rows, pixels={"min": 101, "max": 2499})
+    assert len(opened) == 5
+    found = list(check(opened, pool))
+    kinds = [FilteredRowError if isinstance(each, FilteredRowError) else type(each) for each in found]
+    assert kinds == [PromptRecord, FilteredRowError, PromptRecord, FilteredRowError, BadRecordError]
+    assert "an image has 100 pixels, not in Range(min=101, max=2499)" in str(found[1])
+    assert "an image has 2500 pixels" in str(found[3])
+    assert problems(*rows, pixels={"min": 100}).fingerprint["pixels"] != opened.fingerprint["pixels"]
+    assert [type(each) for each in check(problems(*rows[:4], pixels={"max": 2500}), pool)] == [PromptRecord] * 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pixels": 5}, r"mine\.yaml: pixels: found 5; allowed: a range \{min: 784, max: 1048576\}"),
+        ({"pixels": {"least": 5}}, "pixels: found {'least': 5}; allowed: a range"),
+        ({"pixels": {"min": True}}, "pixels: found {'min': True}; allowed: a range"),
+        ({"pixels": {"min": 5}, "columns": {"question": "q", "answer": "a"}}, "pixels: does not apply, since columns"),
+        ({"pixels": {"min": 5}, "columns": {"judgments": "pairwise"}}, "pixels: does not apply"),
+    ],
+)
+def test_pixels_are_a_range(recipe_file, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file(**fields))
 
 
 def test_json_lines_are_not_held_in_memory(tmp_path: Path, recipe_file) -> None:

@@ -7,11 +7,12 @@ from collections import Counter
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_vl.data.problems import ProblemSet
+from spark_vl.data.problems import ProblemSet, data_changes
 from spark_vl.data.recipes import Columns, Recipe
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.data.sources import Source
@@ -21,9 +22,10 @@ from spark_vl.records import BadRecordError
 TEMPLATER = Templater.load()
 
 
-def problem_set(name: str, size: int, bad: tuple[int, ...] = ()) -> ProblemSet:
+def problem_set(name: str, size: int, bad: tuple[int, ...] = (), weight: float = 1.0) -> ProblemSet:
     rows = [{"q": f"{name} {n}", "a": "" if n in bad else "1"} for n in range(size)]
-    recipe = Recipe(name, "", "", Source("factory", "m:f"), {"train": "train"}, Columns("q", "a"), "math")
+    source = Source("factory", "m:f")
+    recipe = Recipe(name, "", "", source, {"train": "train"}, Columns("q", "a"), "math", per_epoch=weight)
     return ProblemSet(recipe, "train", TEMPLATER, rows, None)
 
 
@@ -132,3 +134,73 @@ def test_an_epoch_that_begins_anew_misses_no_row() -> None:
     changed.load_state_dict(sampler.state_dict(), anew=True)
     assert changed.epoch == 2.0
     assert sorted(draw(changed, 9)) == ids(("a", 9))
+
+
+# ── weights ──
+
+MIXTURE = {"a": (7, 1.0), "b": (4, 2.5), "c": (12, 0.25)}
+"""Recipe → rows, weight: 7 + 4 · 2 + 2 + 3 draws an epoch."""
+
+
+def mixture(seed: int = 3, **changed: tuple[int, float]) -> PromptSampler:
+    return PromptSampler(
+        [problem_set(name, rows, weight=weight) for name, (rows, weight) in (MIXTURE | changed).items()], seed=seed
+    )
+
+
+def test_without_weights_the_order_is_what_it_was_before_there_were_any() -> None:
+    sampler = PromptSampler([problem_set("a", 7), problem_set("b", 12)], seed=5)
+    before = [int(row) for epoch in range(3) for row in np.random.default_rng([5, epoch]).permutation(19)]
+    assert sampler.draw([57]) == before
+
+
+def test_rows_are_drawn_as_often_as_their_weight_says() -> None:
+    sampler = mixture()
+    assert len(sampler) == 20
+    epochs = [Counter(draw(sampler, 20)) for _ in range(400)]
+    assert sampler.epoch == 400
+    for drawn in epochs:
+        assert Counter(drawn[row] for row in ids(("a", 7))) == {1: 7}
+        assert Counter(drawn[row] for row in ids(("b", 4))) == {2: 2, 3: 2}
+        assert Counter(drawn[row] for row in ids(("c", 12))) == {0: 9, 1: 3}
+    for name, (rows, weight) in MIXTURE.items():
+        # Of 400 draws with p ≤ 1/2, 5 standard deviations are 50.
+        assert all(abs(sum(epoch[row] for epoch in epochs) - 400 * weight) < 50 for row in ids((name, rows)))
+    chosen = {frozenset(row for row in ids(("c", 12)) if epoch[row]) for epoch in epochs}
+    assert len(chosen) > 150  # of 220
+
+
+def test_draws_of_one_row_are_spread_over_the_epoch() -> None:
+    twice = PromptSampler([problem_set("a", 50, weight=2)], seed=0)
+    order = draw(twice, 100)
+    assert Counter(order) == dict.fromkeys(ids(("a", 50)), 2)
+    assert len(set(order[:50])) < 50
+
+
+@settings(max_examples=50, deadline=None)
+@given(before=st.integers(0, 70), counts=st.lists(st.integers(0, 9), min_size=3, max_size=3))
+def test_a_weighted_stream_goes_on_exactly_and_is_shared(before: int, counts: list[int]) -> None:
+    sampler = mixture()
+    sampler.draw([before])
+    state = json.loads(json.dumps(sampler.state_dict()))
+    assert (state["rows"], state["epoch"], state["position"]) == (20, before // 20, before % 20)
+    together = sampler.draw([sum(counts)])
+    resumed = [mixture() for _ in counts]
+    for each in resumed:
+        each.load_state_dict(state)
+    assert [row for rank, each in enumerate(resumed) for row in each.draw(counts, rank)] == together
+
+
+def test_a_state_of_other_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="rows 20, but rows is 23 now"):
+        mixture(c=(12, 0.5)).load_state_dict(mixture().state_dict())
+    old, new = mixture().fingerprints, mixture(a=(7, 2.0), b=(4, 0.75)).fingerprints
+    assert data_changes(old, new) == ["a: weight: 1.0 → 2.0", "b: weight: 2.5 → 0.75"]
+    del old[0]["weight"]  # as a checkpoint of an earlier version has it
+    assert data_changes(old, mixture().fingerprints) == []
+
+
+def test_a_weight_that_asks_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"recipe c: weight: 0\.04 of 12 rows asks none in an epoch"):
+        mixture(c=(12, 0.04))
+    assert len(mixture(c=(12, 0.05))) == 18

@@ -278,6 +278,12 @@ def test_half_of_the_digits_hide_their_answers(pool):
 # ── a run ──
 
 
+def test_a_weight_has_no_meaning_for_what_is_held_out(tmp_path):
+    settings = (f"--data.recipes=[{HALF}]", "--self_judge.recipes=[digits?weight=2]")
+    with pytest.raises(ConfigError, match=r"self_judge\.recipes: recipe digits: weight: .*in data\.recipes only"):
+        load_trainer(make_config(tmp_path, *settings))
+
+
 def test_a_run_judges_itself_and_resumes_as_if_it_had_not_stopped(tmp_path):
     settings = [f"--data.recipes=[{HALF}]", "--self_judge.recipes=[digits]", "--self_judge.problems=8"]
     settings += ["--self_judge.min_accuracy=0.1", "--self_judge.every=1", "--self_judge.votes=1", "--steps=2"]

@@ -82,7 +82,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("--recycle.schedule=merged",),
+        ("--recycle.schedule=merged", "--data.recipes=[digits?weight=0.002]"),  # 12 rows an epoch
         ("--recycle.schedule=sequential", "--recycle.judge_reflections=true", "--optimizer.updates_per_batch=2"),
     ],
 )
@@ -110,6 +110,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides, capsys):
     assert whole.keys() == cut.keys() == start.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert any(not torch.equal(whole[name], start[name]) for name in whole), "nothing was trained"
+
+
+def test_epochs_count_rows_as_often_as_they_are_drawn(tmp_path):
+    settings = ("--steps=null", "--epochs=1.5", "--data.recipes=[digits?weight=0.002]")  # 1.5 · 12 / 4 prompts a step
+    assert load_trainer(make_config(tmp_path / "run", *settings)).steps == 5
 
 
 def test_the_prompts_that_wait_are_in_the_checkpoint(tmp_path):

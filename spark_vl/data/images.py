@@ -15,7 +15,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -164,6 +164,16 @@ def load_image(ref: ImageRef) -> Image.Image:
     return _load(ref)[0]
 
 
+def count_pixels(ref: ImageRef) -> int:
+    """Width × height of `ref`, from its header; nothing is decoded.
+
+    Raises:
+        ImageError: see `load_image`, as far as the header shows it.
+    """
+    with _opened(ref) as image:
+        return image.width * image.height
+
+
 def encode_image(ref: ImageRef) -> bytes:
     """The pixels of `load_image` as a new file: JPEG (quality 95, color at full resolution) of a JPEG, else PNG.
 
@@ -200,14 +210,21 @@ def check_encoded(data: bytes) -> None:
 
 def _load(ref: ImageRef) -> tuple[Image.Image, str]:
     """The pixels, and the format of the file that they are from."""
+    with _opened(ref) as image:
+        # A JPEG with other images behind it is an MPO to Pillow. An image from a file always has a format.
+        return _to_rgb(image), "JPEG" if image.format == "MPO" else str(image.format)
+
+
+@contextmanager
+def _opened(ref: ImageRef) -> Iterator[Image.Image]:
+    """The image, of which the header alone has been read and checked. Whatever the block raises is an ImageError."""
     data = _read(ref) if ref.data is None else ref.data
     _check_bytes(len(data))
     _check_cost(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
-            # A JPEG with other images behind it is an MPO to Pillow. An image from a file always has a format.
-            return _to_rgb(image), "JPEG" if image.format == "MPO" else str(image.format)
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:

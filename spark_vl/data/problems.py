@@ -24,7 +24,7 @@ from PIL.Image import Image
 from spark_vl.answers import last_boxed, match_choices, plain
 from spark_vl.data.benchmarks import ADAPTERS, AdaptedRows
 from spark_vl.data.cells import answer, identifier, items, optional, options, text, type_name, unicode
-from spark_vl.data.images import ImageError, encode_pixels, image_in_text, image_path, load_image
+from spark_vl.data.images import ImageError, count_pixels, encode_pixels, image_in_text, image_path, load_image
 from spark_vl.data.judgments import record_of
 from spark_vl.data.recipes import Columns, JudgmentColumns, PreferenceColumns, Range, Recipe, check_verifiers
 from spark_vl.data.sources import (
@@ -48,16 +48,28 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 64
 
 
-def open_recipe(recipe: Recipe, split: str, templater: Templater, limits: RowLimits = DEFAULT_LIMITS) -> ProblemSet:
+class FilteredRowError(BadRecordError):
+    """Nothing is wrong with the row, but the recipe's `pixels` leave it out."""
+
+
+def open_recipe(
+    recipe: Recipe, split: str, templater: Templater, limits: RowLimits = DEFAULT_LIMITS, *, weighted: bool = False
+) -> ProblemSet:
     """The problems of one split (`train`, `validation`, `test`).
 
     Args:
         limits: larger rows cannot be used.
+        weighted: they will be drawn as often as the recipe's `weight` says; elsewhere it is refused.
 
     Raises:
-        ValueError: the recipe has no such split, its source has no such file, split or column, or a verifier of the
-            user's own cannot be used (`check_verifiers`).
+        ValueError: the recipe has no such split, its source has no such file, split or column, a verifier of the user's
+            own cannot be used (`check_verifiers`), or it has a weight and is not `weighted`.
     """
+    if recipe.per_epoch != 1 and not weighted:
+        raise ValueError(
+            f"recipe {recipe.name}: weight: says how often rows are drawn in an epoch of training, and is allowed in "
+            "data.recipes only; here each row counts once"
+        )
     if isinstance(recipe.columns, PreferenceColumns):
         raise ValueError(
             f"recipe {recipe.name}: is a reward benchmark: its rows are answers to compare, not problems to solve"
@@ -173,7 +185,9 @@ class ProblemSet:
         """The problem in row `index`, of those that the recipe's filter leaves.
 
         Raises:
-            BadRecordError: the row cannot be used. Its images are looked for, but not opened.
+            BadRecordError: the row cannot be used. Its images are looked for, but not opened, unless the recipe filters
+                by `pixels`.
+            FilteredRowError: the recipe's `pixels` leave the row out.
             IndexError: there is no such row.
         """
         if not 0 <= index < len(self):
@@ -186,9 +200,20 @@ class ProblemSet:
                 column = self.recipe.columns.id
                 name = self.renamed.get(number) or _name(row.get(column), column, number, self._longest_id)
                 record_id = f"{self.recipe.name}/{self.split}/{name}"
-            return self._record(row, record_id)
+            record = self._record(row, record_id)
+            unwanted = self._unwanted_pixels(record)
         except ValueError as error:
             raise self.placed(BadRecordError(record_id, str(error)), index) from error
+        if unwanted is not None:
+            raise FilteredRowError(record_id, f"an image has {unwanted} pixels, not in {self.recipe.pixels}")
+        return record
+
+    def _unwanted_pixels(self, record: PromptRecord) -> int | None:
+        """Those of the first image that has more or fewer than the recipe wants."""
+        wanted = self.recipe.pixels
+        if wanted is None:
+            return None
+        return next((pixels for pixels in map(count_pixels, record.images) if pixels not in wanted), None)
 
     @property
     def unused(self) -> list[str]:
@@ -224,6 +249,8 @@ class ProblemSet:
             "exclude": None if recipe.exclude is None else hashlib.sha256(bytes(array("q", self._chosen))).hexdigest(),
             "adapter": recipe.adapter,
             "tags": dict(recipe.tags),
+            "pixels": recipe.pixels,
+            "weight": recipe.per_epoch,
         }
         return json.loads(json.dumps(facts, default=str))
 
@@ -416,8 +443,8 @@ def data_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, An
 
 
 def check(problems: ProblemSet, verifiers: VerifierPool) -> Iterator[PromptRecord | BadRecordError]:
-    """Each row in order, as its record or as the error in it. Images are decoded, and golds given to their
-    verifiers."""
+    """Each row in order, as its record or as the error in it (`FilteredRowError`: none). Images are decoded, and golds
+    given to their verifiers."""
     for start in range(0, len(problems), _ROWS_AT_ONCE):
         rows: list[PromptRecord | BadRecordError] = []
         sized: list[PromptRecord] = []

@@ -15,7 +15,7 @@ of ViRL39K were unpacked: `{base: virl39k, media_root: /data/ViRL39K}`. Paths ar
 
 A file may have `parameters`, with their defaults, or null where one has to be given: `{repo: null, revision: main}`.
 `${repo}` in its texts stands for what the name of the recipe says: `judgments?repo=org/name&revision=v1` (written as
-the query of a URL is).
+the query of a URL is). In `data.recipes` any name may have a `weight`, alone or beside parameters: `digits?weight=0.5`.
 """
 
 from __future__ import annotations
@@ -169,6 +169,13 @@ class Recipe:
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of the score and of shaping terms (`verifiers.shaping`) in the reward. In a file they replace the
     verifier's name: `verifier: {math: 1.0, format: 0.1}`."""
+    pixels: Range | None = None
+    """Width × height that every image of a row must have, as it is stored; rows with another one are no part of the
+    dataset, and rows without images are. It is looked up when a row is drawn. In a file, a range:
+    `{min: 784, max: 1048576}`."""
+    per_epoch: float = 1.0
+    """How often each row is asked in an epoch of training: the `weight` of the name, and no field of a file
+    (`PromptSampler`)."""
 
     @property
     def shaping(self) -> dict[str, float]:
@@ -220,7 +227,7 @@ def load_recipe(name_or_path: str | Path, **overrides: Any) -> Recipe:
     """The shipped recipe of that name, or the one in that YAML file.
 
     Args:
-        name_or_path: with its parameters, if it has any: `judgments?repo=org/name&kind=pairwise`.
+        name_or_path: with its parameters, if it has any: `judgments?repo=org/name&kind=pairwise`, and its weight.
         overrides: fields that replace those of the file, in the form that they have in YAML, for instance to read a
             local copy: `load_recipe("geometry3k", source={"parquet": "data"}, splits={"train": "train-*.parquet"})`.
             Paths are relative to the working directory.
@@ -228,8 +235,9 @@ def load_recipe(name_or_path: str | Path, **overrides: Any) -> Recipe:
     Raises:
         ValueError: naming the file, the field, what was found and what is allowed.
     """
-    raw, where = _read(str(name_or_path), ())
-    return _recipe(raw | _absolute(overrides, Path.cwd()), where)
+    name, weight = _weight(str(name_or_path))
+    raw, where = _read(name, ())
+    return _recipe(raw | _absolute(overrides, Path.cwd()), where, weight)
 
 
 def load_recipes(names: Iterable[str]) -> list[Recipe]:
@@ -259,6 +267,26 @@ def check_verifiers(recipe: Recipe) -> None:
             check_settings(name, recipe.settings.get(name, {}))
         except ValueError as error:
             raise ValueError(f"recipe {recipe.name}: {error}") from error
+
+
+def _weight(name_or_path: str) -> tuple[str, float]:
+    """A recipe's name without its weight, and the weight."""
+    name, _, query = name_or_path.partition("?")
+    pairs = query.split("&")
+    weights = [value for key, _, value in (pair.partition("=") for pair in pairs) if key == _WEIGHT]
+    if not weights:
+        return name_or_path, 1.0
+    try:
+        [weight] = map(float, weights)
+    except ValueError:  # several, or no number
+        weight = 0.0
+    if not 0 < weight < inf:
+        raise ValueError(f"{name_or_path}: weight: found {', '.join(map(repr, weights))}; allowed: one number above 0")
+    rest = "&".join(pair for pair in pairs if pair.partition("=")[0] != _WEIGHT)
+    return f"{name}?{rest}" if rest else name, weight
+
+
+_WEIGHT = "weight"
 
 
 def _shipped(name: str) -> str:
@@ -306,6 +334,8 @@ def _filled(raw: dict[str, Any], query: str, where: str) -> dict[str, Any]:
         isinstance(key, str) and isinstance(value, str | None) for key, value in defaults.items()
     ):
         raise ValueError(f"{where}: parameters: found {_shown(defaults)}; allowed: a mapping of names to texts or null")
+    if _WEIGHT in defaults:
+        raise ValueError(f"{where}: parameters: {_WEIGHT} has a meaning in every recipe; take another name")
     try:
         given = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
     except ValueError as error:
@@ -359,7 +389,7 @@ def _absolute(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _recipe(raw: dict[str, Any], where: str) -> Recipe:
+def _recipe(raw: dict[str, Any], where: str, per_epoch: float) -> Recipe:
     _check_fields(where, "", raw, Recipe)
     name = _text(where, "name", raw["name"])
     if not re.fullmatch(RECIPE_NAME, name, re.ASCII):
@@ -376,6 +406,7 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
     }
     if isinstance(columns, JudgmentColumns) and optional:
         raise ValueError(f"{where}: {next(iter(optional))}: does not apply to a judgment dataset; leave it out")
+    pixels = _pixels(where, raw.get("pixels"), columns)
     if isinstance(columns, PreferenceColumns):
         for key in ("verifier", "settings", "adapter", "tags", *optional):
             if raw.get(key):
@@ -404,6 +435,8 @@ def _recipe(raw: dict[str, Any], where: str) -> Recipe:
         adapter=adapter,
         tags=_mapping(where, "tags", raw.get("tags", {})),
         weights=weights,
+        pixels=pixels,
+        per_epoch=per_epoch,
         **optional,
     )
 
@@ -535,6 +568,16 @@ def _filter(where: str, raw: Any, columns: AnyColumns) -> dict[str, tuple[Any, .
     return wanted
 
 
+def _pixels(where: str, raw: Any, columns: AnyColumns) -> Range | None:
+    if raw is None:
+        return None
+    if not _is_range(raw):
+        raise ValueError(f"{where}: pixels: found {_shown(raw)}; allowed: a range {{min: 784, max: 1048576}}")
+    if columns.images is None:
+        raise ValueError(f"{where}: pixels: does not apply, since columns.images names no column; leave it out")
+    return Range(**raw)
+
+
 def _is_range(value: Any) -> bool:
     bounds = value.values() if isinstance(value, dict) and value and set(value) <= {"min", "max"} else (None,)
     return all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in bounds)
@@ -564,9 +607,13 @@ def _source(where: str, raw: Any) -> Source:
     return Source(kind, location)
 
 
+_NO_FIELDS = ("weights", "per_epoch")
+"""Of `Recipe`, what comes with the verifier and with the name."""
+
+
 def _check_fields(where: str, prefix: str, raw: dict[str, Any], cls: type) -> None:
     """Neither unknown nor missing keys."""
-    known = [each.name for each in fields(cls) if each.name != "weights"]  # they come with the verifier
+    known = [each.name for each in fields(cls) if each.name not in _NO_FIELDS]
     if unknown := [key for key in raw if key not in known]:
         raise ValueError(f"{where}: {prefix}{unknown[0]}: is not a field; allowed: {', '.join(known)}")
     for each in fields(cls):

@@ -17,6 +17,9 @@ from spark_vl.records import PromptRecord
 class PromptSampler:
     """Draws from all problem sets together: each row once per epoch, in an order that the seed and the epoch determine.
 
+    A recipe may have a weight W (`Recipe.per_epoch`): each of its rows is drawn ⌊W⌋ times per epoch, and a part of
+    them, W - ⌊W⌋, once more; which ones is drawn anew for each epoch. So all epochs have the same length.
+
     The epochs' permutations, one after the other, form one endless sequence of rows. All processes are at the same
     position in it: they draw together, each its share of the next rows, however large. So no row is repeated or missed,
     even if the number of processes changes on resume.
@@ -35,8 +38,11 @@ class PromptSampler:
         self._ends = list(accumulate(len(problems) for problems in self._sets))
         if not self._ends or self._ends[-1] == 0:
             raise ValueError("there are no problems to draw from")
+        self._shares = [_share(problems) for problems in self._sets]
+        """Of each set: so often is each row drawn in an epoch, and so many of them once more."""
         self._position = 0  # rows drawn by all processes together
         self._shuffled: tuple[int, np.ndarray] = 0, self._permutation(0)
+        self._length = len(self._shuffled[1])
 
     @property
     def fingerprints(self) -> list[dict[str, Any]]:
@@ -44,19 +50,24 @@ class PromptSampler:
         return [problems.fingerprint for problems in self._sets]
 
     @property
+    def filters(self) -> bool:
+        """Whether a recipe leaves out rows when they are drawn (`FilteredRowError`)."""
+        return any(problems.recipe.pixels is not None for problems in self._sets)
+
+    @property
     def recipes(self) -> set[str]:
         """The names of the recipes."""
         return {problems.recipe.name for problems in self._sets}
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
-        return self._ends[-1]
+        """Rows in an epoch; one that is drawn twice in it counts twice."""
+        return self._length
 
     def __getitem__(self, row: int) -> PromptRecord:
         """The problem in `row`, counted through all sets.
 
         Raises:
-            BadRecordError: the row cannot be used.
+            BadRecordError: the row cannot be used (FilteredRowError: nobody wants it).
         """
         chosen = bisect_right(self._ends, row)
         return self._sets[chosen][row - self._ends[chosen] + len(self._sets[chosen])]
@@ -106,4 +117,20 @@ class PromptSampler:
         return int(self._shuffled[1][offset])
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self))
+        rng = np.random.default_rng([self._seed, epoch])
+        drawn = []
+        for problems, end, (times, more) in zip(self._sets, self._ends, self._shares, strict=True):
+            rows = np.arange(end - len(problems), end)
+            drawn += [rows] * times
+            if more:
+                drawn.append(rng.choice(rows, more, replace=False))
+        return rng.permutation(np.concatenate(drawn))
+
+
+def _share(problems: ProblemSet) -> tuple[int, int]:
+    weight, rows = problems.recipe.per_epoch, len(problems)
+    times = int(weight)
+    more = round((weight - times) * rows)
+    if rows and not times and not more:
+        raise ValueError(f"recipe {problems.recipe.name}: weight: {weight:g} of {rows} rows asks none in an epoch")
+    return times, more

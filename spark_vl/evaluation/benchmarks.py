@@ -16,6 +16,9 @@ from spark_vl.records import PromptRecord
 Scored = tuple[PromptRecord, float]
 """A record, and the score of the completion to it."""
 
+CLUSTERS = ("problem", "seed")
+"""Tags of problems that are asked several times: in parts, in versions, as variants."""
+
 MOST_VALUES = 50
 """A tag with more values names single problems; its accuracies are not listed."""
 
@@ -150,7 +153,7 @@ OFFICIAL: Mapping[str, Callable[[Sequence[Scored]], dict[str, Estimate]]] = {
 
 def figures(recipe: str, scored: Sequence[Scored]) -> dict[str, Estimate]:
     """The official figures of a recipe, if it has any of its own, and the accuracy for each value of each tag, as
-    `version=Vision Only`; tags with more than `MOST_VALUES` values are left out.
+    `version=Vision Only`; tags with more than `MOST_VALUES` values are left out, and so are `CLUSTERS`.
 
     Args:
         recipe: its name.
@@ -162,7 +165,7 @@ def figures(recipe: str, scored: Sequence[Scored]) -> dict[str, Estimate]:
     found = OFFICIAL[recipe](scored) if recipe in OFFICIAL else {}
     for tag in dict.fromkeys(name for record, _ in scored for name, _ in record.tags):
         values = by_tag(scored, tag)
-        if len(values) <= MOST_VALUES:
+        if tag not in CLUSTERS and len(values) <= MOST_VALUES:
             found |= {f"{tag}={value}": accuracy for value, accuracy in values.items()}
     return found
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from spark_vl.config import ConfigError, EvalConfig, blamed_on, flat, read_config, save_config
 from spark_vl.data.preferences import Preference, PreferenceSet, open_preferences
-from spark_vl.data.problems import ProblemSet
+from spark_vl.data.problems import FilteredRowError, ProblemSet
 from spark_vl.data.recipes import PreferenceColumns, load_recipes
 from spark_vl.distributed.gather import any_process
 from spark_vl.distributed.launch import describe_launch, start_replicas
@@ -238,6 +238,8 @@ def _solve(
             for row in some:
                 try:
                     records[row] = problem_set[row]
+                except FilteredRowError:
+                    continue
                 except BadRecordError as error:
                     refuse(row, error)
             faults = check_golds(verifiers, list(records.values()))

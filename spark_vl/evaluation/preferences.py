@@ -135,6 +135,11 @@ def figures(recipe: str, lines: Sequence[Line]) -> dict[str, Estimate]:
     return {f"reward_{name}": figure for name, figure in found.items()}
 
 
+def value(line: Line) -> float:
+    """Of a pairwise line, the share of its orders in which the preferred answer is picked, after the votes."""
+    return reward_benchmarks.figures(_picks(line))["accuracy"]["value"]
+
+
 # ── calibration ──
 
 

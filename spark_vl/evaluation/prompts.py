@@ -20,7 +20,7 @@ from string import ascii_uppercase
 from spark_vl.answers import last_boxed
 from spark_vl.config import ConfigError
 from spark_vl.data.preferences import PreferenceSet
-from spark_vl.data.problems import ProblemSet
+from spark_vl.data.problems import FilteredRowError, ProblemSet
 from spark_vl.families.base import ProcessedImage, ProcessedPrompt, Prompts
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, Kind, PromptRecord, RecycledRecord, RolloutGroup, plain_text
@@ -85,7 +85,8 @@ def in_chunks(
 def draw_problems(
     problems: ProblemSet, n: int | None, processor: Prompts, verifiers: VerifierPool
 ) -> tuple[list[PromptRecord], int]:
-    """`n` processed problems, or all if there are fewer or `n` is None, and how many rows were drawn for them.
+    """`n` processed problems, or all if there are fewer or `n` is None, and how many rows were drawn for them,
+    without those that the recipe's `pixels` leave out.
 
     A row that cannot be used (see `BadRecordError`), or whose verifier does not give its own gold full marks, is
     replaced, with a warning.
@@ -96,7 +97,7 @@ def draw_problems(
     order = row_order(problems)
     n = len(order) if n is None else n
     usable: list[PromptRecord] = []
-    drawn = 0
+    drawn = filtered = 0
     while len(usable) < n and drawn < len(order):
         records = []
         rows = order[drawn : drawn + n - len(usable)]
@@ -104,6 +105,8 @@ def draw_problems(
         for row in rows:
             try:
                 records.append(processor.process(problems[row]).record)
+            except FilteredRowError:
+                filtered += 1
             except BadRecordError as error:
                 logger.warning("left out of the evaluation: %s", error)
             processor.forget_images()
@@ -118,7 +121,7 @@ def draw_problems(
             f"evaluation.recipes: {problems.recipe.name}/{problems.split}: none of its {drawn} rows can be evaluated "
             "on; the warnings say why"
         )
-    return usable, drawn
+    return usable, drawn - filtered
 
 
 def process_all(records: Iterable[PromptRecord], processor: Prompts) -> list[ProcessedPrompt]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from spark_vl.evaluation.bootstrap import bootstrap_figures
 from spark_vl.evaluation.figures import Estimate, estimate, macro_mean
 
 
@@ -163,6 +164,27 @@ OFFICIAL: Mapping[str, Callable[[Sequence[Sequence[Pick]]], dict[str, float]]] =
     "rewardbench2": rewardbench2,
 }
 """Recipe → its official figures, of the picks of each item. They raise a ValueError where nothing can be counted."""
+
+
+def official(recipe: str, items: Sequence[Sequence[Pick]]) -> dict[str, Estimate]:
+    """The official figures of a reward benchmark, with intervals over resampled items (`bootstrap`).
+
+    Args:
+        items: the picks of each.
+
+    Raises:
+        ValueError: the picks do not define them.
+    """
+    rule = OFFICIAL[recipe]
+
+    def figures_of(drawn: Sequence[Sequence[Pick]]) -> Mapping[str, float]:
+        try:
+            return rule(drawn)
+        except ValueError:  # none of these can be counted; that of all items is raised below
+            return {}
+
+    rule(items)
+    return bootstrap_figures({str(number): picks for number, picks in enumerate(items)}, figures_of)
 
 
 def _score(pick: Pick, unread: float) -> float:
