@@ -376,7 +376,8 @@ def compare(a: str, b: str, *, changed: str | None = None) -> None:
     with blamed_on("--compare"):
         comparison, lines = compare_evaluations(Path(a), Path(b))
         settings = different_settings(Path(a), Path(b))
-    print_comparison(comparison, (a, b), Console())
+    print(f"A: {a}\nB: {b}")
+    print_comparison(comparison, Console())
     for setting in settings:
         print(f"asked otherwise: {setting}")
     items = changes(comparison, *lines)

@@ -150,14 +150,10 @@ def write_results(results: Mapping[str, Mapping[str, float]], folder: Path, titl
     (folder / "results.md").write_text(results_page(results, title), encoding="utf-8")
 
 
-def print_comparison(comparison: Comparison, names: Sequence[str], console: Console) -> None:
-    """Print how much better the second of two evaluations is.
-
-    Args:
-        names: of both.
-    """
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print how much better the second of two evaluations, B, is than the first, A."""
     table = Table(box=box.SIMPLE, title="Accuracy, % (95 % interval of the difference), n items", title_justify="left")
-    for header in ("", "n", *names, "difference", "p", "gained", "lost"):
+    for header in ("", "n", "A", "B", "B - A", "p", "gained", "lost"):
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
 
     def row(name: str, of: Difference) -> None:
@@ -174,7 +170,7 @@ def print_comparison(comparison: Comparison, names: Sequence[str], console: Cons
     console.print(table)
     alone = {name: (of.only_a, of.only_b) for name, of in comparison.recipes.items() if of.only_a or of.only_b}
     for name, (only_a, only_b) in (alone | dict(comparison.apart)).items():
-        console.print(f"{name}: {only_a} items are in the first alone, {only_b} in the second", markup=False)
+        console.print(f"{name}: {only_a} items are in A alone, {only_b} in B", markup=False)
 
 
 def _result(name: str, estimate: Mapping[str, float]) -> str:

@@ -346,7 +346,7 @@ def test_two_evaluations_are_compared_item_by_item(tmp_path, run):
     assert (row[1], row[2], row[3]) == ("10", f"{100 * right['value']:.1f}", "0.0")
     assert row[-2:] == ["0", str(solved)]
     assert float(row[-3]) == pytest.approx(binomtest(0, solved).pvalue, abs=5e-4)
-    assert "asked otherwise: evaluation.max_new_tokens: 12 in the first, 2 in the second" in ended.stdout
+    assert "asked otherwise: evaluation.max_new_tokens: 12 in A, 2 in B" in ended.stdout
     changed = read_lines(tmp_path / "changed.jsonl")
     assert len(changed) == solved
     assert {item["change"] for item in changed} == {"lost"}

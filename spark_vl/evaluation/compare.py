@@ -255,7 +255,7 @@ def different_settings(a: Path, b: Path) -> list[str]:
     """
     of_a, of_b = (flat(read_config(folder / CONFIG)) for folder in (a, b))
     return [
-        f"{name}: {of_a.get(name)!r} in the first, {of_b.get(name)!r} in the second"
+        f"{name}: {of_a.get(name)!r} in A, {of_b.get(name)!r} in B"
         for name in dict.fromkeys([*of_a, *of_b])
         if of_a.get(name) != of_b.get(name) and not name.startswith(_OF_MODEL)
     ]
