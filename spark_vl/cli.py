@@ -326,7 +326,7 @@ def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
     from rich.console import Console
 
     from spark_vl.evaluation import evaluate_checkpoint
-    from spark_vl.report import print_results
+    from spark_vl.evaluation.tables import print_results
     from spark_vl.rollout.engine import EngineError
 
     print(f"evaluates {config.model.path}")
@@ -349,7 +349,7 @@ def rescore(folder: str, config: EvalConfig) -> None:
     from rich.console import Console
 
     from spark_vl.evaluation import rescore_folder
-    from spark_vl.report import print_results
+    from spark_vl.evaluation.tables import print_results
 
     own = {name for recipe in load_recipes(config.evaluation.recipes) for name in recipe.own_verifiers}
     with blamed_on("--rescore"):
@@ -370,7 +370,7 @@ def compare(a: str, b: str, *, changed: str | None = None) -> None:
     from rich.console import Console
 
     from spark_vl.evaluation.compare import changes, compare_evaluations, different_settings
-    from spark_vl.report import print_comparison
+    from spark_vl.evaluation.tables import print_comparison
     from spark_vl.run.jsonl import append_lines
 
     with blamed_on("--compare"):

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from spark_vl.config import ConfigError
-from spark_vl.evaluation.compare import Comparison, Difference
 from spark_vl.records import KINDS, did_you_mean
 from spark_vl.run.jsonl import read_lines
 
@@ -115,7 +114,7 @@ def print_summary(run: Path, console: Console) -> None:
     """
     summary = summarize(run)
     steps = [f"step {step}" for step in summary["steps"]]
-    _print_table(console, summary["n"], [*steps, "change"], lambda name: _cells(summary, name))
+    print_table(console, summary["n"], [*steps, "change"], lambda name: _cells(summary, name))
 
 
 def print_files(run: Path, console: Console) -> None:
@@ -126,61 +125,7 @@ def print_files(run: Path, console: Console) -> None:
             console.print(f"{name.rstrip('/'):<16}{run / name}", soft_wrap=True, markup=False, highlight=False)
 
 
-def print_results(results: Mapping[str, Mapping[str, float]], console: Console) -> None:
-    """Print one evaluation: name → `value`, `low`, `high`, `n`."""
-    sizes = {name: e["n"] for name, e in results.items()}
-    _print_table(console, sizes, ["result"], lambda name: [_result(name, results[name])])
-
-
-def results_page(results: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """The same as a table in Markdown, below `title`."""
-    lines = [f"# {title}", "", "Figures in %, with 95 % intervals; tokens as they are.", ""]
-    lines += ["| | n | result |", "|---|---:|---:|"]
-    for recipe, names in _sections(results):
-        lines += [f"| **{recipe}** | | |"] if recipe else []
-        for name in names:
-            estimate = results[f"{recipe}/{name}" if recipe else name]
-            lines.append(f"| {LABELS.get(name, name).strip()} | {estimate['n']:.0f} | {_result(name, estimate)} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_results(results: Mapping[str, Mapping[str, float]], folder: Path, title: str) -> None:
-    """Write `results.json`, and `results.md` for people."""
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "results.md").write_text(results_page(results, title), encoding="utf-8")
-
-
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print how much better the second of two evaluations, B, is than the first, A."""
-    table = Table(box=box.SIMPLE, title="Accuracy, % (95 % interval of the difference), n items", title_justify="left")
-    for header in ("", "n", "A", "B", "B - A", "p", "gained", "lost"):
-        table.add_column(header, justify="right" if header else "left", no_wrap=True)
-
-    def row(name: str, of: Difference) -> None:
-        values = (f"{100 * of.a:.1f}", f"{100 * of.b:.1f}", f"{100 * of.difference:+.1f}")
-        interval = f"({100 * of.low:+.1f} to {100 * of.high:+.1f})"
-        counts = (str(len(of.gained)), str(len(of.lost)))
-        table.add_row(name, str(of.n), *values[:2], f"{values[2]} {interval}", f"{of.p:.3f}", *counts)
-
-    for name, of in comparison.recipes.items():
-        row(name, of)
-    if len(comparison.recipes) > 1:
-        table.add_section()
-        row("macro mean", comparison.macro)
-    console.print(table)
-    alone = {name: (of.only_a, of.only_b) for name, of in comparison.recipes.items() if of.only_a or of.only_b}
-    for name, (only_a, only_b) in (alone | dict(comparison.apart)).items():
-        console.print(f"{name}: {only_a} items are in A alone, {only_b} in B", markup=False)
-
-
-def _result(name: str, estimate: Mapping[str, float]) -> str:
-    bounds = [estimate[key] for key in ("value", "low", "high")]
-    if name.rpartition("/")[2].startswith("tokens_"):
-        return "{:.0f} ({:.0f}-{:.0f})".format(*bounds)
-    return _cell(*bounds)
-
-
-def _print_table(
+def print_table(
     console: Console, sizes: Mapping[str, float], headers: Sequence[str], cells: Callable[[str], Iterable[str]]
 ) -> None:
     """Figures in rows: label, n (`sizes`), and the `cells` of the figure under `headers`."""
@@ -188,7 +133,7 @@ def _print_table(
     table.add_column("", no_wrap=True)
     for header in ("n", *headers):
         table.add_column(header, justify="right", no_wrap=True)
-    for recipe, names in _sections(sizes):
+    for recipe, names in sections(sizes):
         if recipe:
             table.add_section()
             table.add_row(recipe)
@@ -198,11 +143,11 @@ def _print_table(
     console.print(table)
 
 
-def _cell(value: float, low: float, high: float) -> str:
+def cell(value: float, low: float, high: float) -> str:
     return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def _sections(figures: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def sections(figures: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """("", names of the figures over all recipes), then (recipe, names of its own), each in the order of `LABELS`."""
     order = list(LABELS)
     by_recipe: dict[str, list[str]] = {}
@@ -217,7 +162,7 @@ def _cells(summary: Mapping[str, Any], name: str) -> Iterator[str]:
     """before, after, change; a figure that the first evaluation lacks has neither before nor change."""
     for side in ("before", "after"):
         if name in summary[side]:
-            yield _cell(summary[side][name], *summary["intervals"][side][name])
+            yield cell(summary[side][name], *summary["intervals"][side][name])
         else:
             yield ""
     yield f"{100 * (summary['after'][name] - summary['before'][name]):+.1f}" if name in summary["before"] else ""

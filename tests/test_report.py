@@ -13,13 +13,13 @@ from rich.console import Console
 
 from spark_vl.config import ConfigError
 from spark_vl.evaluation.figures import estimate
+from spark_vl.evaluation.tables import print_results
 from spark_vl.report import (
     LABELS,
     _smoothed,
     check_figure,
     plot_curves,
     print_files,
-    print_results,
     print_summary,
     summarize,
 )

@@ -27,12 +27,12 @@ from spark_vl.evaluation.preferences import judge_preferences
 from spark_vl.evaluation.prompts import BYTES_OF_A_PIXEL, MOST_PIXELS, in_chunks, row_order
 from spark_vl.evaluation.results import Line, key, results, unique
 from spark_vl.evaluation.samples import by_problem, groups_to_json
+from spark_vl.evaluation.tables import write_results
 from spark_vl.families.registry import check_recipes, find_family
 from spark_vl.log import Pace
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import PROMPTS_FILE
 from spark_vl.records import BadRecordError, PromptRecord, plain_text
-from spark_vl.report import write_results
 from spark_vl.reward import GenerativeReward
 from spark_vl.rollout.engine import Sampling, nothing
 from spark_vl.rollout.load import Loaded, load_sampler
