@@ -159,8 +159,12 @@ def check_eval_config(config: EvalConfig) -> None:
 def check_judge_config(config: JudgeConfig) -> None:
     """As `check_train_config`."""
     check_pixels(config.model)
-    if config.rollout.engine != "transformers":
-        raise ConfigError(f"rollout.engine: is {config.rollout.engine}, but a judge is asked by transformers alone")
+    _check_engine(config.rollout)
+    if config.rollout.engine == "openai" and config.probability == "labels":
+        raise ConfigError(
+            "probability: is labels, but with rollout.engine: openai the weights that score them are at the server; "
+            "set it to votes, with samples: 8 or so for graded ones"
+        )
 
 
 def check_pixels(model: ModelConfig) -> None:

@@ -22,7 +22,7 @@ from spark_vl.reward import Measurement, SelfJudge
 from spark_vl.rollout import Collector, Sampling
 from spark_vl.setup import load_trainer
 from tests.conftest import make_image, make_record
-from tests.test_reward import TEMPLATER, Scripted, against, in_favor, shown, votes
+from tests.test_reward import TEMPLATER, Refusing, Scripted, against, in_favor, shown, votes
 from tests.test_trainer import make_config, metrics, weights
 
 HALF = "spark_vl/demo/digits_half.yaml"
@@ -120,6 +120,13 @@ def test_what_is_too_long_to_ask_about_is_not_judged(processor, pool):
     stage = self_judge(processor, pool, lambda record, i: in_favor(record))
     [judged] = stage.verified([group_of(r"\boxed{7}", rf"\boxed{{{'7 ' * 5000}}}")], seed="s")
     assert judged.scores == [1.0, 1.0]
+    assert [verdict.status for verdict in judged.verdicts] == ["ok", "unparsable"]
+
+
+def test_what_the_engine_refuses_is_not_judged(processor, pool):
+    stage = self_judge(processor, pool, None)
+    stage.judge.engine = Refusing(processor, lambda record, i: in_favor(record))
+    [judged] = stage.verified([group_of(r"\boxed{7}", r"\boxed{bad}")], seed="s")
     assert [verdict.status for verdict in judged.verdicts] == ["ok", "unparsable"]
 
 

@@ -68,7 +68,7 @@ def find_saved(path: str, revision: str | None, name: str) -> Path | None:
         return None
 
 
-def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence[str]) -> Templater:
+def find_templater(prompts: PromptConfig, model: ModelConfig, reserved: Sequence[str] | None) -> Templater:
     """The prompts to ask a model with: those of `prompts`; if nothing is set there, those that the model was
     trained on, which a run saves in its folder, or repository, as `PROMPTS_FILE`.
 
