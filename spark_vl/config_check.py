@@ -62,6 +62,11 @@ def check_train_config(config: TrainConfig) -> None:
             "policy's weights nor its tokens; it can be asked by `spark-vl eval` and `spark-vl judge`"
         )
     _check_engine(config.rollout)
+    if config.self_judge.average is not None and config.rollout.engine != "transformers":
+        raise ConfigError(
+            f"self_judge.average: is {config.self_judge.average}, but rollout.engine: {config.rollout.engine} has the "
+            "policy's weights alone; set it to null, or take rollout.engine: transformers"
+        )
     if config.rollout.top_p < 1:
         raise ConfigError(
             f"rollout.top_p: is {config.rollout.top_p}, but training needs 1: log-probabilities and ratios are of "
