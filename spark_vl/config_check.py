@@ -18,6 +18,7 @@ from spark_vl.config import (
     RolloutConfig,
     TrainConfig,
     VLLMConfig,
+    blamed_on,
     read_token,
 )
 from spark_vl.records import KINDS
@@ -112,7 +113,9 @@ def _check_openai(settings: OpenAIConfig) -> None:
             "rollout.openai.base_url: is null; name the server, up to and with its version, e.g. "
             "http://localhost:8000/v1"
         )
-    url = urlsplit(settings.base_url)
+    with blamed_on("rollout.openai.base_url"):
+        url = urlsplit(settings.base_url)
+        _ = url.port  # raises where it is no number
     if "@" in url.netloc or url.query:  # not repeated: it may be a secret
         raise ConfigError(
             "rollout.openai.base_url: holds a user, password or query, which would be written down; put a key where "

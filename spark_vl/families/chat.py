@@ -34,6 +34,24 @@ def or_config_error(config: ModelConfig, make: Callable[[], P]) -> P:
     return processor
 
 
+def behind_thought(text: str, marks: tuple[str, str], *, begun: bool = False) -> int:
+    """Where in `text` the answer begins, behind the last chain of thought. One that does not end has no answer behind
+    it: the length of `text`.
+
+    Args:
+        marks: what begins and what ends a chain of thought.
+        begun: whether one has begun before `text`.
+    """
+    _, end, behind = text.rpartition(marks[1])
+    if _is_unfinished(text, marks) or (not end and begun):
+        return len(text)
+    return len(text) - len(behind.lstrip()) if end else 0
+
+
+def _is_unfinished(text: str, marks: tuple[str, str]) -> bool:
+    return text.rfind(marks[0]) > text.rfind(marks[1])
+
+
 class ChatProcessor(ABC):
     """The part of a `Processor` that needs no images.
 
@@ -73,7 +91,7 @@ class ChatProcessor(ABC):
         self.check_tokens("generation_config.json: eos_token_id", self.stop_token_ids)
         self.check_tokens("tokenizer_config.json: pad_token", [self.pad_token_id])
         asked = self.chat([Message("user", self.example)])
-        self._thinks_when_asked = self.thought is not None and self._unfinished_thought(asked)
+        self._thinks_when_asked = self.thought is not None and _is_unfinished(asked, self.thought)
 
     @abstractmethod
     def process(self, record: PromptRecord) -> ProcessedPrompt:
@@ -145,18 +163,8 @@ class ChatProcessor(ABC):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def answer_start(self, text: str) -> int:
-        """See `Processor.answer_start`. The answer stands behind the last thought. A thought that does not end, whether
-        the completion or already the chat template began it, has no answer behind it."""
-        if self.thought is None:
-            return 0
-        _, end, behind = text.rpartition(self.thought[1])
-        if self._unfinished_thought(text) or (not end and self._thinks_when_asked):
-            return len(text)
-        return len(text) - len(behind.lstrip()) if end else 0
-
-    def _unfinished_thought(self, text: str) -> bool:
-        begin, end = self.thought or ("", "")
-        return text.rfind(begin) > text.rfind(end)
+        """See `Processor.answer_start`."""
+        return behind_thought(text, self.thought, begun=self._thinks_when_asked) if self.thought else 0
 
     def render(self, prompt: ProcessedPrompt) -> str:
         """See `Processor.render`."""

@@ -20,6 +20,7 @@ from spark_vl.policy.packing import Pack
 from spark_vl.policy.policy import Policy, load_policy
 from spark_vl.policy.update import Updater
 from spark_vl.rollout.engine import RolloutEngine, Sampler, nothing
+from spark_vl.rollout.openai_engine import OpenAIEngine, RemotePrompts
 from spark_vl.rollout.transformers_engine import TransformersEngine
 from spark_vl.rollout.vllm_colocated import Colocated
 from spark_vl.rollout.vllm_engine import VLLMEngine
@@ -116,9 +117,9 @@ class Loaded:
     prompts: Prompts
     """Make the prompts that `sampler` takes."""
     processor: Processor | None
-    """`prompts`, where the model is in this process; None: it is at a server that knows its own tokens."""
+    """`prompts`, with the model's tokens; None: a server of `engine: openai` alone knows them."""
     policy: Policy | None
-    """The weights, in evaluation mode; None: they are at a server."""
+    """The weights, in evaluation mode; None: a server of `engine: openai` has them."""
 
 
 def load_sampler(
@@ -146,7 +147,7 @@ def load_sampler(
         EngineError: see `load_engine`.
     """
     if rollout.engine == "openai":
-        raise NotImplementedError
+        return Loaded(OpenAIEngine(rollout.openai, model.path), RemotePrompts(), None, None)
     processor = find_family(model).load_processor(model, max_prompt_tokens=max_prompt_tokens)
     policy = load_policy(
         model,
