@@ -21,6 +21,7 @@ from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
+    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
     restricted_number_type,
@@ -279,6 +280,11 @@ class SelfJudgeConfig:
     `pairwise`: each is compared with each in both orders, and its reward is the mean share of votes over the others."""
     votes: PositiveInt = 4
     """Judgments of each answer, or of each order of a pair, sampled as completions are."""
+    average: OpenUnitInterval | None = None
+    """The judge is an exponential average of the policy's weights over steps, of which this share remains in each step:
+    with 0.99 it is about the policy of a hundred steps ago, and follows its errors as late. It costs as much memory as
+    the trained weights have in float32; with `rollout.engine: transformers`, and weights that are not sharded. null:
+    the policy as it is, as cheap as it can be."""
 
 
 @dataclass

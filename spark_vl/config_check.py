@@ -65,6 +65,11 @@ def check_train_config(config: TrainConfig) -> None:
             "policy's weights nor its tokens; it can be asked by `spark-vl eval` and `spark-vl judge`"
         )
     _check_engine(config.rollout)
+    if config.self_judge.average is not None and config.rollout.engine != "transformers":
+        raise ConfigError(
+            f"self_judge.average: is {config.self_judge.average}, but rollout.engine: {config.rollout.engine} has the "
+            "policy's weights alone; set it to null, or take rollout.engine: transformers"
+        )
     if config.rollout.top_p < 1:
         raise ConfigError(
             f"rollout.top_p: is {config.rollout.top_p}, but training needs 1: log-probabilities and ratios are of "
@@ -173,8 +178,12 @@ def _check_baseline(evaluation: EvaluationConfig) -> None:
 def check_judge_config(config: JudgeConfig) -> None:
     """As `check_train_config`."""
     check_pixels(config.model)
-    if config.rollout.engine != "transformers":
-        raise ConfigError(f"rollout.engine: is {config.rollout.engine}, but a judge is asked by transformers alone")
+    _check_engine(config.rollout)
+    if config.rollout.engine == "openai" and config.probability == "labels":
+        raise ConfigError(
+            "probability: is labels, but with rollout.engine: openai the weights that score them are at the server; "
+            "set it to votes, with samples: 8 or so for graded ones"
+        )
 
 
 def check_pixels(model: ModelConfig) -> None:

@@ -29,7 +29,7 @@ from spark_vl.data.problems import open_recipe
 from spark_vl.data.recipes import load_recipes
 from spark_vl.data.sampler import PromptSampler
 from spark_vl.data.sources import RowLimits
-from spark_vl.distributed.launch import describe_launch, start_accelerator
+from spark_vl.distributed.launch import describe_launch, start_accelerator, strategy
 from spark_vl.distributed.stop import StopRequest
 from spark_vl.distributed.watch import Watch
 from spark_vl.families.base import Processor
@@ -41,7 +41,7 @@ from spark_vl.policy.check import LogprobCheck
 from spark_vl.policy.update import load_updater
 from spark_vl.prompts import Templater
 from spark_vl.records import BadRecordError, PromptRecord
-from spark_vl.reward import GenerativeReward, Measurement, SelfJudge
+from spark_vl.reward import AveragedWeights, GenerativeReward, Measurement, SelfJudge
 from spark_vl.rollout import Collector, Sampling, load_engine
 from spark_vl.rollout.distributed import DistributedEngine, DistributedVerifiers
 from spark_vl.run.paths import CHECKPOINTS, CONFIG, JUDGMENTS
@@ -93,6 +93,11 @@ def load_trainer(
     check_recipes("data.recipes", config.data.recipes, config.model)
     processor = family.load_processor(config.model, max_prompt_tokens=config.data.max_prompt_tokens)
     accelerator = start_accelerator(config, folder)
+    if config.self_judge.average is not None and (held := strategy(accelerator)) not in ("single", "ddp"):
+        raise ConfigError(
+            f"self_judge.average: is {config.self_judge.average}, but weights under {held} are sharded, or their "
+            "optimizer has copies of its own; set it to null"
+        )
     claim: AbstractContextManager[Any] = claim_folder(folder) if accelerator.is_main_process else nullcontext()
     set_seed(config.seed)
     # Before anything large is loaded.
@@ -173,6 +178,7 @@ def load_trainer(
             _held_out(config.self_judge, processor, templater, limits),
             measured,
             engine=engine,
+            average=AveragedWeights(updater.optimizer, config.self_judge.average),
             verifiers=verifiers,
             accelerator=accelerator,
             sampling=sampling,

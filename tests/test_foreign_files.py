@@ -34,11 +34,12 @@ from spark_vl.config import ConfigError, ModelConfig, dump_config, read_config
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.distributed.state import load_state, random_state, save_state, set_random_state
 from spark_vl.evaluation import rescore
-from spark_vl.evaluation.samples import append_samples
+from spark_vl.evaluation.samples import groups_to_json
 from spark_vl.families.registry import find_family, load_part
 from spark_vl.policy.policy import load_policy
 from spark_vl.records import BadRecordError, Rollout, RolloutGroup, Verdict
 from spark_vl.run.codec import record_from_json, record_to_json
+from spark_vl.run.jsonl import append_lines
 from spark_vl.run.manifest import find_damage, read_manifest, write_manifest
 from spark_vl.run.paths import LATEST, pointed
 from spark_vl.setup import load_trainer
@@ -331,7 +332,8 @@ def test_a_record_of_the_runs_own_verifier_comes_back():
 def test_a_sample_names_no_code(tmp_path, planted):
     record = make_record("r", verifier="planted:verify")
     group = RolloutGroup(record, (Rollout((), (), "5", "stop"),), (Verdict(1.0, "5"),))
-    append_samples(tmp_path / "samples.jsonl", {"reasoning_greedy": [group]})
+    line = {"recipe": "r", "row": 0, "id": "r", "groups": groups_to_json({"greedy": [group]})}
+    append_lines(tmp_path / "samples.jsonl", [line])
     with VerifierPool(1) as pool, pytest.raises(ValueError, match="record r: verifier: found 'planted:verify'"):
         rescore(tmp_path / "samples.jsonl", pool)
     assert not planted()

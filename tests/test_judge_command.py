@@ -19,7 +19,7 @@ from spark_vl.demo.warm_start import TEMPLATES
 from spark_vl.reward import judge_file
 from spark_vl.run.jsonl import read_lines
 from tests.conftest import make_image
-from tests.test_reward import against, in_favor, shown, votes
+from tests.test_reward import Refusing, against, in_favor, shown, votes
 
 
 def write_rows(folder: Path, rows) -> Path:
@@ -106,6 +106,7 @@ def test_a_kill_asks_nothing_twice(tmp_path, processor):
     lines = read_lines(output)[1:]
     assert [line["row"] for line in lines] == list(range(1, 41))
     assert [line["probability"] for line in lines] == [1.0, 0.0] * 20
+    assert judge.engine.closed
     judge_file(rows, config, load=lambda: pytest.fail("there is nothing left to ask"))
 
 
@@ -151,14 +152,26 @@ def test_the_command_judges_with_a_model(tmp_path, monkeypatch, capsys):
         assert line["probability"] == pytest.approx((first + second) / 2)
         assert 0 < first < 1
         assert 0 < second < 1
+    at_a_server = ["--rollout.engine=openai", "--rollout.openai.base_url=http://localhost:9/v1"]
     for arguments, message in [
         (["judge", "nowhere.jsonl"], "rows: there is no file nowhere.jsonl"),
         ([*command, "--media_root=nowhere"], "media_root: there is no folder nowhere"),
         ([*command, "--model.min_pixels=99999999"], "model.min_pixels: is 99999999"),
-        ([*command, "--rollout.engine=vllm"], "rollout.engine: is vllm, but a judge is asked by transformers alone"),
+        ([*command, "--rollout.engine=openai"], "rollout.openai.base_url: is null"),
+        ([*command, *at_a_server], "probability: is labels, but with rollout.engine: openai the weights"),
         ([*command, "--samples=2"], "(samples: 1 → 2); name another file, or add --overwrite"),
     ]:
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_the_engine_refuses_is_an_error_of_its_row(tmp_path, processor):
+    judge = votes(processor, None)
+    judge.engine = Refusing(processor, even)
+    config = JudgeConfig(output=str(tmp_path / "out.jsonl"))
+    counts = judge_file(write_rows(tmp_path, [*answers(2), {"question": "bad", "answer": "4"}]), config, lambda: judge)
+    assert (counts["ok"], counts["error"]) == (2, 1)
+    assert read_lines(tmp_path / "out.jsonl")[3]["error"] == "x: the server refuses it"
+    assert judge.as_trl_reward()(["Which?", "bad"], [r"\boxed{2}"] * 2) == [1.0, None]

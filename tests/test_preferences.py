@@ -24,9 +24,8 @@ from spark_vl.evaluation.preferences import (
     rescored,
 )
 from spark_vl.records import BadRecordError, Content, ImageRef, plain_text
-from spark_vl.rollout.engine import PromptsRefusedError, nothing
 from tests.test_benchmarks import cache, copy, preferences  # noqa: F401  # fixtures
-from tests.test_reward import Scripted, against, in_favor, shown, trained, votes  # noqa: F401
+from tests.test_reward import Refusing, Scripted, against, in_favor, shown, trained, votes  # noqa: F401
 
 FIXTURES = {"vl_rewardbench": 9, "multimodal_rewardbench": 9, "mmrb2": 8}
 """Benchmarks of two answers, with the rows of their fixtures."""
@@ -207,16 +206,6 @@ def test_an_item_that_cannot_be_asked_is_wrong(processor):
 
 
 def test_what_the_engine_refuses_is_an_error_of_its_item(processor):
-    class Refusing(Scripted):
-        def generate(self, prompts, n, sampling, progress=nothing, on_group=nothing):
-            groups = super().generate(prompts, n, sampling)
-            reasons = {
-                i: BadRecordError("x", "the server refuses it")
-                for i, prompt in enumerate(prompts)
-                if "bad" in shown(prompt.record)
-            }
-            raise PromptsRefusedError([None if i in reasons else group for i, group in enumerate(groups)], reasons)
-
     judge = votes(processor, None)
     judge.engine = Refusing(processor, lambda record, i: in_favor(record))
     items = [item("a", "p", "q"), item("b", "bad", "q"), item("c", "p", "q")]

@@ -23,14 +23,14 @@ from spark_vl.records import BadRecordError, Rollout, RolloutGroup, plain_text
 from spark_vl.reward import judge as judge_module
 from spark_vl.reward.labels import alternatives
 from spark_vl.rollout import Sampling
-from spark_vl.rollout.engine import nothing
+from spark_vl.rollout.engine import PromptsRefusedError, nothing
 from tests.conftest import make_image, make_record
 
 TEMPLATER = Templater.load([TEMPLATES], builtin=False, reasoning_suffix=REASONING_SUFFIX)
 
 
 class Scripted:
-    """A `RolloutEngine` that says `reply(record, i)` as sample `i`."""
+    """A `Sampler` that says `reply(record, i)` as sample `i`."""
 
     def __init__(self, processor, reply, finish_reason="stop"):
         self.processor, self.reply, self.finish_reason = processor, reply, finish_reason
@@ -45,9 +45,24 @@ class Scripted:
             on_group(i, groups[i])
         return groups
 
+    def close(self):
+        self.closed = True
+
     def _rollout(self, text):
         ids = (*self.processor.encode(text), *self.processor.stop_token_ids[:1])
         return Rollout(ids, (0.0,) * len(ids), text, self.finish_reason)
+
+
+class Refusing(Scripted):
+    """One that refuses the prompts that say "bad"."""
+
+    def generate(self, prompts, n, sampling, progress=nothing, on_group=nothing):
+        groups = super().generate(prompts, n, sampling)
+        reason = BadRecordError("x", "the server refuses it")
+        reasons = {i: reason for i, prompt in enumerate(prompts) if "bad" in shown(prompt.record)}
+        if reasons:
+            raise PromptsRefusedError([None if i in reasons else group for i, group in enumerate(groups)], reasons)
+        return groups
 
 
 def votes(processor, reply, templater=TEMPLATER, **settings):
@@ -326,9 +341,9 @@ def test_a_trained_model_is_asked_in_its_own_words_within_its_own_limits(trained
 
 
 def test_an_engine_of_ones_own_needs_no_weights_here(trained, processor, monkeypatch):
-    monkeypatch.setattr(judge_module, "load_policy", None)
+    monkeypatch.setattr(judge_module, "load_sampler", None)
     engine = Scripted(processor, lambda record, i: in_favor(record))
     judge = GenerativeReward.from_pretrained(str(trained), engine=engine, probability="votes")
     assert judge.pointwise("Which?", None, "7").probability == 1.0
-    with pytest.raises(ConfigError, match="engine: found 'vllm'"):
-        GenerativeReward.from_pretrained(str(trained), engine="vllm", probability="votes")
+    with pytest.raises(ConfigError, match="engine: found 'sglang'; allowed: transformers, vllm, openai, or a Sampler"):
+        GenerativeReward.from_pretrained(str(trained), engine="sglang")

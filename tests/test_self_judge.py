@@ -6,9 +6,12 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
+from spark_vl import setup
 from spark_vl.config import ConfigError, EvaluationConfig, RecycleConfig, RolloutConfig, SelfJudgeConfig
 from spark_vl.data.problems import check, open_recipe
 from spark_vl.data.recipes import load_recipe
@@ -18,11 +21,11 @@ from spark_vl.log import RunLog, group_metrics
 from spark_vl.offline import recycle_rollouts
 from spark_vl.records import Rollout, RolloutGroup, Verdict
 from spark_vl.recycle import recycle
-from spark_vl.reward import Measurement, SelfJudge
+from spark_vl.reward import AveragedWeights, Measurement, SelfJudge
 from spark_vl.rollout import Collector, Sampling
 from spark_vl.setup import load_trainer
 from tests.conftest import make_image, make_record
-from tests.test_reward import TEMPLATER, Scripted, against, in_favor, shown, votes
+from tests.test_reward import TEMPLATER, Refusing, Scripted, against, in_favor, shown, votes
 from tests.test_trainer import make_config, metrics, weights
 
 HALF = "spark_vl/demo/digits_half.yaml"
@@ -50,7 +53,7 @@ class Log:
         return total / weight
 
 
-def self_judge(processor, pool, reply, held_out=(), **settings):
+def self_judge(processor, pool, reply, held_out=(), average=None, **settings):
     """The stage, whose model says `reply(record, i)`."""
     config = SelfJudgeConfig(**settings)
     judge = votes(processor, reply, samples=config.votes)
@@ -59,6 +62,7 @@ def self_judge(processor, pool, reply, held_out=(), **settings):
         held_out,
         Measurement(),
         engine=judge.engine,
+        average=average or AveragedWeights(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), None),
         verifiers=pool,
         accelerator=Accelerator(),
         sampling=Sampling(max_new_tokens=8),
@@ -120,6 +124,13 @@ def test_what_is_too_long_to_ask_about_is_not_judged(processor, pool):
     stage = self_judge(processor, pool, lambda record, i: in_favor(record))
     [judged] = stage.verified([group_of(r"\boxed{7}", rf"\boxed{{{'7 ' * 5000}}}")], seed="s")
     assert judged.scores == [1.0, 1.0]
+    assert [verdict.status for verdict in judged.verdicts] == ["ok", "unparsable"]
+
+
+def test_what_the_engine_refuses_is_not_judged(processor, pool):
+    stage = self_judge(processor, pool, None)
+    stage.judge.engine = Refusing(processor, lambda record, i: in_favor(record))
+    [judged] = stage.verified([group_of(r"\boxed{7}", r"\boxed{bad}")], seed="s")
     assert [verdict.status for verdict in judged.verdicts] == ["ok", "unparsable"]
 
 
@@ -212,6 +223,76 @@ def test_while_it_is_not_allowed_its_prompts_are_left_out(processor, pool, tmp_p
         Collector(**settings).sample_and_verify(prompts, seed="s")
 
 
+# ── an averaged judge ──
+
+
+def steps(n, decay):
+    """A weight after each of `n` updates of a real optimizer, and what its average is then, with the optimizer."""
+    weight, frozen = torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight, frozen], lr=0.3)
+    average = AveragedWeights(optimizer, decay)
+    was = []
+    for _ in range(n):
+        optimizer.zero_grad()
+        (weight**3).sum().backward()
+        optimizer.step()
+        average.update()
+        was.append(weight.detach().clone())
+    return weight, was, average
+
+
+def test_the_average_is_that_of_the_weights_after_each_step():
+    weight, was, average = steps(4, 0.75)
+    expected = was[0]
+    for now in was[1:]:
+        expected = 0.75 * expected + 0.25 * now
+    storage = weight.data_ptr()
+    with average.in_use():
+        torch.testing.assert_close(weight.detach(), expected)
+    assert weight.equal(was[-1])
+    with pytest.raises(RuntimeError, match="stopped"), average.in_use():
+        raise RuntimeError("stopped")
+    assert weight.equal(was[-1])
+    assert weight.data_ptr() == storage
+    plain, _, none = steps(4, None)
+    assert plain.equal(weight), "the average changes no update"
+    with none.in_use():
+        assert plain.equal(weight)
+    average.decay = None
+    average.update()
+    assert all("average" not in state for state in average.optimizer.state.values())
+
+
+def test_the_average_judges_and_the_policy_answers(processor, pool):
+    weight, was, average = steps(3, 0.5)
+    seen = {"problem": set(), "pointwise": set()}
+
+    def reply(record, i):
+        seen[record.kind].add(tuple(weight.tolist()))
+        return replies(record, i, solves=lambda record: True, judges=lambda answer: answer != "77")
+
+    stage = self_judge(processor, pool, reply, known(2), average, every=1)
+    with average.in_use():
+        mean = tuple(weight.tolist())
+    assert stage.is_allowed()
+    stage.verified([group_of(r"\boxed{7}")], seed="s")
+    assert seen == {"problem": {tuple(was[-1].tolist())}, "pointwise": {mean}}
+    stage.on_metrics(4, {})
+    with average.in_use():
+        assert tuple(weight.tolist()) != mean, "the weights after a step are taken in"
+
+
+def test_where_there_is_no_average_it_is_said(tmp_path, monkeypatch, capsys):
+    settings = ["--self_judge.average=0.9", "--self_judge.recipes=[digits]", "--steps=1"]
+    served = ["--rollout.engine=vllm", "--rollout.vllm.mode=server", "--rollout.vllm.servers=[http://localhost:9]"]
+    with pytest.raises(SystemExit):
+        make_config(tmp_path, *settings, *served)
+    assert "self_judge.average: is 0.9, but rollout.engine: vllm has" in capsys.readouterr().err
+    monkeypatch.setattr(setup, "strategy", lambda accelerator: "fsdp2")
+    with pytest.raises(ConfigError, match=r"self_judge\.average: is 0\.9, but weights under fsdp2 are sharded"):
+        load_trainer(make_config(tmp_path, *settings))
+
+
 # ── what it is not ──
 
 
@@ -284,10 +365,12 @@ def test_a_weight_has_no_meaning_for_what_is_held_out(tmp_path):
         load_trainer(make_config(tmp_path, *settings))
 
 
-def test_a_run_judges_itself_and_resumes_as_if_it_had_not_stopped(tmp_path):
+@pytest.mark.parametrize("average", ["null", "0.5"])
+def test_a_run_judges_itself_and_resumes_as_if_it_had_not_stopped(tmp_path, average):
     settings = [f"--data.recipes=[{HALF}]", "--self_judge.recipes=[digits]", "--self_judge.problems=8"]
     settings += ["--self_judge.min_accuracy=0.1", "--self_judge.every=1", "--self_judge.votes=1", "--steps=2"]
     settings += ["--checkpoint.every=1", "--checkpoint.save_total_limit=2"]
+    settings.append(f"--self_judge.average={average}")
     load_trainer(make_config(tmp_path / "whole", *settings)).train()
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     first = str(tmp_path / "cut" / "checkpoints" / "step-000001")
@@ -296,6 +379,13 @@ def test_a_run_judges_itself_and_resumes_as_if_it_had_not_stopped(tmp_path):
     assert metrics(tmp_path / "cut") == whole
     for name, value in weights(tmp_path / "whole").items():
         assert value.equal(weights(tmp_path / "cut")[name]), name
+    kept = [
+        load_file(tmp_path / name / "checkpoints" / "step-000002" / "optimizer.safetensors")
+        for name in ("whole", "cut")
+    ]
+    averages = {name for name in kept[0] if name.endswith(".average")}
+    assert bool(averages) == (average != "null")
+    assert all(kept[0][name].equal(kept[1][name]) for name in averages)
     assert [line["self_judge/used"] for line in whole] == [1.0] * 2
     first, second = ((line["self_judge/balanced_accuracy"], line["self_judge/measured"]) for line in whole)
     assert first != second, "it is measured after each step"

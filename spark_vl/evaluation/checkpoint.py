@@ -23,7 +23,7 @@ from spark_vl.distributed.gather import any_process
 from spark_vl.distributed.launch import describe_launch, start_replicas
 from spark_vl.evaluation.evaluator import Evaluator
 from spark_vl.evaluation.figures import Estimate
-from spark_vl.evaluation.preferences import judge_preferences
+from spark_vl.evaluation.preferences import judge_preferences, plot_reliability
 from spark_vl.evaluation.prompts import BYTES_OF_A_PIXEL, MOST_PIXELS, in_chunks, row_order
 from spark_vl.evaluation.results import Line, key, results, unique
 from spark_vl.evaluation.samples import by_problem, groups_to_json
@@ -64,8 +64,9 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path, *, overwrite: bool = F
     What the folder holds of an evaluation under the same settings is not asked again.
 
     Args:
-        folder: gets `SAMPLES`, `results.json`, `results.md`, and what they were made with: `config.yaml`,
-            `recipes.json`, `environment.jsonl`, and `PROMPTS_FILE`, the prompts that were used.
+        folder: gets `SAMPLES`, `results.json`, `results.md`, reliability diagrams of reward benchmarks, and what they
+            were made with: `config.yaml`, `recipes.json`, `environment.jsonl`, and `PROMPTS_FILE`, the prompts that
+            were used.
         overwrite: whether what the folder holds of an evaluation is deleted first.
 
     Raises:
@@ -122,6 +123,9 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path, *, overwrite: bool = F
     found = results(lines, {name for recipe in recipes for name in recipe.own_verifiers})
     if accelerator.is_main_process:
         write_results(found, folder, config.model.path)
+        for recipe in compared if "pointwise" in config.ask else ():
+            judged = [line for line in lines if line["recipe"] == recipe.name and line.get("ask") == "pointwise"]
+            plot_reliability(judged, folder / f"reliability-{recipe.name}.png")
     return found
 
 

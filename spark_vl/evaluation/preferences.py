@@ -22,10 +22,10 @@ answers, 12 for four. Pointwise, each answer is shown alone. A reply has the fie
 
 from __future__ import annotations
 
-import random
+import logging
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, permutations
 from pathlib import Path
@@ -40,6 +40,8 @@ from spark_vl.evaluation.reward_benchmarks import OFFICIAL, Pick
 from spark_vl.records import BadRecordError
 from spark_vl.reward.judge import Asked, GenerativeReward
 from spark_vl.reward.judgment import Judgment, Reply, pairs
+
+logger = logging.getLogger(__name__)
 
 Ask = Literal["pairwise", "pointwise"]
 
@@ -113,7 +115,6 @@ def figures(recipe: str, lines: Sequence[Line]) -> dict[str, Estimate]:
     | `reward_pointwise_tied` | share of items where it and another one have the highest; they are wrong above |
     | `reward_brier` | mean squared distance from that probability to 1 (preferred) or 0, over all answers |
     | `reward_pointwise_unparsable`, `reward_pointwise_truncated` | as above |
-    | `reward_unusable` | share of items with a prompt that could not be asked |
 
     Of four answers all pairs are compared. The pick is the one with the highest mean probability of being better, over
     the others and both orders, where an unread order is a loss for both; where several have the highest, there is none.
@@ -129,9 +130,6 @@ def figures(recipe: str, lines: Sequence[Line]) -> dict[str, Estimate]:
         found |= _pairwise(recipe, pairwise)
     if pointwise := [line for line in lines if line["ask"] == "pointwise"]:
         found |= _pointwise(pointwise)
-    if lines:
-        unusable = {line["id"]: False for line in lines} | {line["id"]: True for line in lines if "error" in line}
-        found["unusable"] = estimate(fmean(unusable.values()), len(unusable))
     return {f"reward_{name}": figure for name, figure in found.items()}
 
 
@@ -290,8 +288,13 @@ def _pairwise(recipe: str, lines: Sequence[Line]) -> dict[str, Estimate]:
             found[name] = estimate(of_pairs[name]["value"], len(lines))
     del found["unparsable"]
     found |= _replied(lines)
-    if official := OFFICIAL.get(recipe):
-        found |= {f"official_{name}": value for name, value in _bootstrapped(items, official).items()}
+    if recipe in OFFICIAL:
+        try:
+            official = reward_benchmarks.official(recipe, items)
+        except ValueError as error:
+            logger.warning("%s: no official figure: %s", recipe, error)
+        else:
+            found |= {f"official_{name}": figure for name, figure in official.items()}
     return found
 
 
@@ -341,34 +344,6 @@ def _strictly_highest(scores: Sequence[float]) -> int | None:
 
 _ROUNDING = 1e-9
 """Sums of the same probabilities in another order may differ by less."""
-
-
-def _bootstrapped(
-    items: Sequence[Sequence[Pick]],
-    rule: Callable[[Sequence[Sequence[Pick]]], dict[str, float]],
-    resamples: int = 1000,
-) -> dict[str, Estimate]:
-    """The figures of a rule, with the range in which 95 % of them are when items are drawn anew; {}: it has none."""
-    try:
-        values = rule(items)
-    except ValueError:  # nothing can be counted
-        return {}
-    rng = random.Random(0)
-    drawn: dict[str, list[float]] = {name: [value] for name, value in values.items()}
-    for _ in range(resamples):
-        try:
-            again = rule(rng.choices(items, k=len(items)))
-        except ValueError:
-            continue
-        for name in drawn:
-            drawn[name].append(again[name])
-    return {name: {"value": values[name], **_range(found), "n": len(items)} for name, found in drawn.items()}
-
-
-def _range(values: Sequence[float]) -> dict[str, float]:
-    in_order = sorted(values)
-    last = len(in_order) - 1
-    return {"low": in_order[round(0.025 * last)], "high": in_order[round(0.975 * last)]}
 
 
 # ── one by one ──

@@ -1,5 +1,6 @@
 """The model as a judge: is this answer right, and which of two answers is better? (`docs/judging.md`)"""
 
+from spark_vl.reward.average import AveragedWeights
 from spark_vl.reward.judge import GenerativeReward
 from spark_vl.reward.judgment import Judgment, Ranking, Reply
 from spark_vl.reward.lines import judge_file
@@ -7,6 +8,7 @@ from spark_vl.reward.self_judge import Measurement, SelfJudge
 from spark_vl.reward.trl import JudgeReward
 
 __all__ = [
+    "AveragedWeights",
     "GenerativeReward",
     "JudgeReward",
     "Judgment",

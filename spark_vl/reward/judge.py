@@ -9,16 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, overload
-
-import torch
+from typing import Any, Literal, cast, overload
 
 from spark_vl.answers import match_label
-from spark_vl.config import ConfigError, JudgeConfig, ModelConfig, PromptConfig
+from spark_vl.config import ConfigError, JudgeConfig, ModelConfig, OpenAIConfig, PromptConfig, VLLMConfig
 from spark_vl.config_check import check_judge_config
-from spark_vl.families.base import ProcessedPrompt, Processor
+from spark_vl.families.base import ProcessedPrompt, Processor, Prompts
 from spark_vl.families.registry import find_family
-from spark_vl.policy.policy import Policy, load_policy
+from spark_vl.policy.policy import Policy
 from spark_vl.prompts import Templater
 from spark_vl.prompts.templater import Rendered
 from spark_vl.records import BadRecordError, Content, PromptRecord, RecycledKind, Rollout, RolloutGroup
@@ -27,7 +25,7 @@ from spark_vl.reward.judgment import Judgment, Ranking, Reply, pairs, ranked, ra
 from spark_vl.reward.labels import alternatives, label_probabilities
 from spark_vl.reward.trl import JudgeReward
 from spark_vl.rollout.engine import PromptsRefusedError, Sampler, Sampling
-from spark_vl.rollout.transformers_engine import TransformersEngine
+from spark_vl.rollout.load import Loaded, load_sampler
 from spark_vl.run.paths import model_folder
 from spark_vl.run.trained import find_templater, saved_limits
 
@@ -53,9 +51,11 @@ class GenerativeReward:
     A judge is shown an answer as it is given. Models are trained to judge final answers, such as `7`, unless
     `recycle.judge_sees` said otherwise.
 
+    `close` gives back what the engine holds.
+
     Args:
         engine: samples the judgments.
-        processor: of the model.
+        processor: makes the prompts that `engine` takes; with a `policy`, the processor of that model.
         templater: words the prompts, as the model was trained on them.
         sampling: how judgments are drawn.
         samples: judgments of each answer, and of each order of a pair; with a temperature of 0 more than one are alike.
@@ -70,7 +70,7 @@ class GenerativeReward:
     def __init__(
         self,
         engine: Sampler,
-        processor: Processor,
+        processor: Prompts,
         templater: Templater,
         *,
         sampling: Sampling,
@@ -92,7 +92,9 @@ class GenerativeReward:
         path: str,
         *,
         revision: str | None = None,
-        engine: Literal["transformers"] | Sampler = "transformers",
+        engine: Literal["transformers", "vllm", "openai"] | Sampler = "transformers",
+        vllm: VLLMConfig | None = None,
+        openai: OpenAIConfig | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         probability: Literal["labels", "votes"] = "labels",
         samples: int = 1,
@@ -102,17 +104,21 @@ class GenerativeReward:
         """The model in a folder (a run's, too) or on the Hub, on a GPU if there is one.
 
         It is asked in the words that it was trained on, and sees images as finely as then, if a run of this kit has
-        saved it (`spark_prompts.json`, `spark_training.json`).
+        saved it (`spark_prompts.json`, `spark_training.json`). A server of `openai` sees them as it does, and may have
+        another model: `path` says in whose words it is asked.
 
         Args:
-            engine: by name, or an engine that samples from the same model.
+            engine: by name, or a sampler that samples from the same model.
+            vllm, openai: settings of the engines of these names; `openai` needs a `base_url`.
             dtype: of the weights. None: the one that the model was trained in or, where that is not known, bfloat16.
-            probability, samples: see `JudgeConfig`. With `votes` and an engine of its own no weights are loaded here.
+            probability, samples: see `JudgeConfig`. With `votes` and a sampler of its own no weights are loaded here;
+                with `openai` none are, and `votes` is what is left.
             max_new_tokens: of a judgment. None: as many as in training or, where that is not known, 768.
             prompts: other words to ask in.
 
         Raises:
-            ConfigError: the model or its prompts cannot be used.
+            ConfigError: the model or its prompts cannot be used, or not with this engine.
+            EngineError: vLLM does not start.
         """
         model = model_folder(path)
         config = JudgeConfig(
@@ -128,54 +134,53 @@ class GenerativeReward:
             config.model.dtype = dtype
         if max_new_tokens is not None:
             config.rollout.max_new_tokens = max_new_tokens
-        return cls.from_config(config, engine)
+        config.rollout.vllm, config.rollout.openai = vllm or VLLMConfig(), openai or OpenAIConfig()
+        if not isinstance(engine, str):
+            return cls.from_config(config, engine)
+        if engine not in ("transformers", "vllm", "openai"):
+            raise ConfigError(f"engine: found {engine!r}; allowed: transformers, vllm, openai, or a Sampler")
+        config.rollout.engine = engine
+        return cls.from_config(config)
 
     @classmethod
-    def from_config(
-        cls, config: JudgeConfig, engine: Literal["transformers"] | Sampler = "transformers"
-    ) -> GenerativeReward:
+    def from_config(cls, config: JudgeConfig, engine: Sampler | None = None) -> GenerativeReward:
         """The judge that `config` describes.
 
         Args:
-            engine: see `from_pretrained`.
+            engine: samples from the same model. None: the engine of `config.rollout`.
 
         Raises:
-            ConfigError: see `from_pretrained`.
+            ConfigError, EngineError: see `from_pretrained`.
         """
-        if engine == "transformers":
+        if engine is None:
             check_judge_config(config)
-        family = find_family(config.model)
-        processor = family.load_processor(config.model, max_prompt_tokens=config.max_prompt_tokens)
-        templater = find_templater(config.prompts, config.model, family.reserved)
-        policy = None
-        if engine == "transformers" or config.probability == "labels":
-            policy = load_policy(
-                config.model,
-                dtype=getattr(torch, config.model.dtype),
-                temperature=1.0,
-                suppressed_token_ids=processor.suppressed_token_ids,
-            )
-            policy.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        if isinstance(engine, str):
-            if engine != "transformers":
-                raise ConfigError(f"engine: found {engine!r}; allowed: transformers, or a Sampler")
-            assert policy is not None
-            engine = TransformersEngine(policy, processor, decode_batch_size=config.rollout.decode_batch_size)
-        rollout, samples = config.rollout, config.samples
-        temperature = rollout.temperature if samples > 1 else 0.0
-        try:
-            return cls(
-                engine,
-                processor,
-                templater,
-                sampling=Sampling(temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
-                samples=samples,
-                policy=policy if config.probability == "labels" else None,
-                pointwise_template=config.pointwise_template,
-                pairwise_template=config.pairwise_template,
-            )
+        elsewhere = engine is None and config.rollout.engine == "openai"
+        templater = find_templater(
+            config.prompts, config.model, None if elsewhere else find_family(config.model).reserved
+        )
+        try:  # before the weights are loaded
+            names = {
+                "pointwise_template": _find_template(templater, "pointwise", config.pointwise_template),
+                "pairwise_template": _find_template(templater, "pairwise", config.pairwise_template),
+            }
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        loaded = _load(config, engine)
+        rollout, samples = config.rollout, config.samples
+        temperature = rollout.temperature if samples > 1 else 0.0
+        return cls(
+            loaded.sampler,
+            loaded.prompts,
+            templater,
+            sampling=Sampling(temperature, rollout.top_p, rollout.max_new_tokens, config.seed),
+            samples=samples,
+            policy=loaded.policy if config.probability == "labels" else None,
+            **names,
+        )
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self.engine.close()
 
     # ── what is asked ──
 
@@ -380,9 +385,10 @@ class GenerativeReward:
                 if labels[i] is not None:
                     probabilities[i] = float(labels[i] == prompt.record.gold)
         else:
-            found = {i: alternatives(*each, self.processor) for i, each in enumerate(sampled)}
+            processor = cast("Processor", self.processor)  # that of the policy
+            found = {i: alternatives(*each, processor) for i, each in enumerate(sampled)}
             asked = {i: each for i, each in found.items() if each is not None}
-            scored = label_probabilities(self.policy, list(asked.values()), padding=self.processor.padding)
+            scored = label_probabilities(self.policy, list(asked.values()), padding=processor.padding)
             for i, of_labels in zip(asked, scored, strict=True):
                 record = sampled[i][0].record
                 probabilities[i] = of_labels[record.choices.index(record.gold)]
@@ -402,6 +408,20 @@ class GenerativeReward:
     def _process(self, kind: RecycledKind, question: Content, rendered: Sequence[Rendered]) -> Asked:
         problem = PromptRecord("judge", "problem", (), question, gold="", verifier="judgment", recipe="judge")
         return tuple(self.processor.process(each.record(problem, kind, id="judge")) for each in rendered)
+
+
+def _load(config: JudgeConfig, engine: Sampler | None) -> Loaded:
+    """The model with `engine` or, None, that of the configuration."""
+    if engine is not None and config.probability == "votes":
+        processor = find_family(config.model).load_processor(config.model, max_prompt_tokens=config.max_prompt_tokens)
+        return Loaded(engine, processor, processor, None)
+    loaded = load_sampler(
+        config.model,
+        config.rollout if engine is None else replace(config.rollout, engine="transformers"),
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    return loaded if engine is None else replace(loaded, sampler=engine)
 
 
 def _judgment(orders: Sequence[tuple[Reply, ...] | BadRecordError]) -> Judgment | BadRecordError:

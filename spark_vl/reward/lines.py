@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from spark_vl.reward.judgment import Judgment
 from spark_vl.run.jsonl import append_lines, read_lines
 
 _FREE = {"output", "media_root", "rows_at_once", "rollout.decode_batch_size"}
+_FREE |= {f"rollout.openai.{name}" for name in ("token_from", "concurrency", "timeout_s", "retries")}
 """Settings that change no judgment."""
 
 
@@ -38,7 +40,7 @@ def judge_file(
     Rows that the output has lines of are not asked again: a run that was killed goes on where it was.
 
     Args:
-        load: makes the judge; called only where there is something to judge.
+        load: makes the judge, which is closed at the end; called only where there is something to judge.
         progress: is told how many more rows have their line.
 
     Returns:
@@ -62,33 +64,41 @@ def judge_file(
 
     root = rows.parent if config.media_root is None else Path(config.media_root)
     left = _left(rows, done, output)
-    judge = None
-    while batch := list(islice(left, config.rows_at_once)):
-        judge = judge or load()
-        asked: list[Asked] = []
-        written: list[dict[str, Any]] = []
-        for number, digest, line in batch:
-            head: dict[str, Any] = {"row": number, "digest": digest}
-            try:
-                row = _row(line)
-                head |= {"id": row["id"]} if "id" in row else {}
-                kind, prompts = _ask(judge, row, root)
-                asked.append(prompts)
-                head |= {"kind": kind}
-            except (ValueError, RecursionError) as error:  # a `BadRecordError`, too
-                head |= _error(error)
-            written.append(head)
-        judged = iter(judge.judge(asked))
-        judge.processor.forget_images()
-        for head in written:
-            if "kind" in head:
-                found = next(judged)
-                head |= _facts(found) if isinstance(found, Judgment) else _error(found)
-            counts[_outcome(head)] += 1
-            counts["truncated"] += head.get("truncated", False)
-        append_lines(output, written)
-        progress(len(batch))
+    with ExitStack() as stack:
+        judge = None
+        while batch := list(islice(left, config.rows_at_once)):
+            judge = judge or stack.enter_context(closing(load()))
+            written = _judged(judge, batch, root)
+            append_lines(output, written)
+            for line in written:
+                counts[_outcome(line)] += 1
+                counts["truncated"] += line.get("truncated", False)
+            progress(len(batch))
     return {name: counts[name] for name in ("ok", "unparsable", "truncated", "error")} | {"before": len(done)}
+
+
+def _judged(judge: GenerativeReward, batch: Sequence[tuple[int, str, bytes]], root: Path) -> list[dict[str, Any]]:
+    """The lines of rows."""
+    asked: list[Asked] = []
+    lines: list[dict[str, Any]] = []
+    for number, digest, row_text in batch:
+        line: dict[str, Any] = {"row": number, "digest": digest}
+        try:
+            row = _row(row_text)
+            line |= {"id": row["id"]} if "id" in row else {}
+            kind, prompts = _ask(judge, row, root)
+            asked.append(prompts)
+            line |= {"kind": kind}
+        except (ValueError, RecursionError) as error:  # a `BadRecordError`, too
+            line |= _error(error)
+        lines.append(line)
+    judged = iter(judge.judge(asked))
+    judge.processor.forget_images()
+    for line in lines:
+        if "kind" in line:
+            found = next(judged)
+            line |= _facts(found) if isinstance(found, Judgment) else _error(found)
+    return lines
 
 
 def _left(rows: Path, done: Mapping[int, str], output: Path) -> Iterator[tuple[int, str, bytes]]:

@@ -27,6 +27,7 @@ from spark_vl.answers import last_boxed, normalized
 from spark_vl.config import SelfJudgeConfig
 from spark_vl.log import RunLog
 from spark_vl.records import BadRecordError, PromptRecord, Rollout, RolloutGroup, Verdict
+from spark_vl.reward.average import AveragedWeights
 from spark_vl.reward.judge import Asked, GenerativeReward
 from spark_vl.reward.judgment import Judgment, pairs, ranked_by_pairs
 from spark_vl.rollout.distributed import DistributedEngine, DistributedVerifiers
@@ -62,6 +63,7 @@ class SelfJudge(Sink):
         last: the last measurement, which a checkpoint keeps.
         held_out: verified problems that are not trained on, the same on all processes.
         engine: samples from the policy, for the judge, too.
+        average: of the policy's weights, which judges.
         verifiers: verify the answers to them.
         accelerator: knows the other processes.
         sampling: how completions of problems are drawn.
@@ -77,6 +79,7 @@ class SelfJudge(Sink):
         last: Measurement,
         *,
         engine: RolloutEngine,
+        average: AveragedWeights,
         verifiers: VerifierPool,
         accelerator: Accelerator,
         sampling: Sampling,
@@ -84,7 +87,7 @@ class SelfJudge(Sink):
         log: RunLog,
         seed: int,
     ) -> None:
-        self.judge, self.held_out, self.last = judge, held_out, last
+        self.judge, self.held_out, self.last, self.average = judge, held_out, last, average
         self.sampling, self.config, self.log, self.seed = sampling, config, log, seed
         # Measures: all processes ask the same.
         self._accelerator = accelerator
@@ -107,7 +110,8 @@ class SelfJudge(Sink):
         return allowed
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Measure anew, with the weights after `step`, where it is time. Collective."""
+        """Take the weights after `step` into the average, and measure anew where it is time. Collective."""
+        self.average.update()
         if step % self.config.every == 0:
             self._measure(step)
 
@@ -132,7 +136,7 @@ class SelfJudge(Sink):
                 if found := self._ask(group.record, answers):
                     asked.append(found)
                     truths.append(truth)
-        with self._accelerator.autocast():
+        with self._accelerator.autocast(), self.average.in_use():
             judged = [_read(each) for each in self._together.judge(asked, seed=sampling.seed)]
         credit: dict[bool, list[float]] = {truth: [] for truth in truths}
         for truth, judgment in zip(truths, judged, strict=True):
@@ -152,7 +156,8 @@ class SelfJudge(Sink):
             for group, of_group in zip(groups, answers, strict=True)
         ]
         found = [each for of_group in asked for each in of_group if each]
-        judged = iter(self.judge.judge(found, seed=_crc(f"{seed}/self_judge")))
+        with self.average.in_use():
+            judged = iter(self.judge.judge(found, seed=_crc(f"{seed}/self_judge")))
         verified = []
         for group, of_group, prompts in zip(groups, answers, asked, strict=True):
             judgments = [_read(next(judged)) if each else _NOT_ASKED for each in prompts]
