@@ -22,10 +22,10 @@ answers, 12 for four. Pointwise, each answer is shown alone. A reply has the fie
 
 from __future__ import annotations
 
-import random
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, permutations
 from pathlib import Path
@@ -36,7 +36,7 @@ from spark_vl.answers import match_label
 from spark_vl.data.preferences import Preference
 from spark_vl.evaluation import reward_benchmarks
 from spark_vl.evaluation.figures import Estimate, estimate
-from spark_vl.evaluation.reward_benchmarks import OFFICIAL, Pick
+from spark_vl.evaluation.reward_benchmarks import Pick
 from spark_vl.records import BadRecordError
 from spark_vl.reward.judge import Asked, GenerativeReward
 from spark_vl.reward.judgment import Judgment, Reply, pairs
@@ -276,8 +276,8 @@ def _replied(lines: Sequence[Line]) -> dict[str, Estimate]:
 
 
 def _pairwise(recipe: str, lines: Sequence[Line]) -> dict[str, Estimate]:
-    items = [_picks(line) for line in lines]
-    found = reward_benchmarks.figures(chain.from_iterable(items))
+    picks = list(chain.from_iterable(map(_picks, lines)))
+    found = reward_benchmarks.figures(picks)
     of_pairs = reward_benchmarks.figures(chain.from_iterable(map(_pair_picks, lines)))
     for name in ("consistency", "first_place"):
         found.pop(name, None)
@@ -285,8 +285,9 @@ def _pairwise(recipe: str, lines: Sequence[Line]) -> dict[str, Estimate]:
             found[name] = estimate(of_pairs[name]["value"], len(lines))
     del found["unparsable"]
     found |= _replied(lines)
-    if official := OFFICIAL.get(recipe):
-        found |= {f"official_{name}": value for name, value in _bootstrapped(items, official).items()}
+    if recipe in reward_benchmarks.OFFICIAL:
+        with suppress(ValueError):  # nothing can be counted
+            found |= {f"official_{name}": each for name, each in reward_benchmarks.official(recipe, picks).items()}
     return found
 
 
@@ -336,34 +337,6 @@ def _strictly_highest(scores: Sequence[float]) -> int | None:
 
 _ROUNDING = 1e-9
 """Sums of the same probabilities in another order may differ by less."""
-
-
-def _bootstrapped(
-    items: Sequence[Sequence[Pick]],
-    rule: Callable[[Sequence[Sequence[Pick]]], dict[str, float]],
-    resamples: int = 1000,
-) -> dict[str, Estimate]:
-    """The figures of a rule, with the range in which 95 % of them are when items are drawn anew; {}: it has none."""
-    try:
-        values = rule(items)
-    except ValueError:  # nothing can be counted
-        return {}
-    rng = random.Random(0)
-    drawn: dict[str, list[float]] = {name: [value] for name, value in values.items()}
-    for _ in range(resamples):
-        try:
-            again = rule(rng.choices(items, k=len(items)))
-        except ValueError:
-            continue
-        for name in drawn:
-            drawn[name].append(again[name])
-    return {name: {"value": values[name], **_range(found), "n": len(items)} for name, found in drawn.items()}
-
-
-def _range(values: Sequence[float]) -> dict[str, float]:
-    in_order = sorted(values)
-    last = len(in_order) - 1
-    return {"low": in_order[round(0.025 * last)], "high": in_order[round(0.975 * last)]}
 
 
 # ── one by one ──

@@ -6,8 +6,10 @@ cannot be read is wrong. The official rule of each benchmark is beside it where 
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -163,6 +165,32 @@ OFFICIAL: Mapping[str, Callable[[Sequence[Sequence[Pick]]], dict[str, float]]] =
     "rewardbench2": rewardbench2,
 }
 """Recipe → its official figures, of the picks of each item. They raise a ValueError where nothing can be counted."""
+
+
+def official(recipe: str, picks: Iterable[Pick], *, resamples: int = 1000) -> dict[str, Estimate]:
+    """The official figures of a reward benchmark, with the range of 95 % of their values when items are drawn anew.
+
+    Raises:
+        ValueError: the picks do not define them.
+    """
+    votes: dict[str, list[Pick]] = defaultdict(list)
+    for pick in picks:
+        votes[pick.item].append(pick)
+    rule, items = OFFICIAL[recipe], list(votes.values())
+    values = rule(items)
+    drawn: dict[str, list[float]] = {name: [value] for name, value in values.items()}
+    rng = random.Random(0)
+    for _ in range(resamples):
+        with suppress(ValueError):  # none of these can be counted
+            for name, value in rule(rng.choices(items, k=len(items))).items():
+                drawn[name].append(value)
+    return {name: {"value": value, **_range(drawn[name]), "n": len(items)} for name, value in values.items()}
+
+
+def _range(values: Sequence[float]) -> dict[str, float]:
+    in_order = sorted(values)
+    last = len(in_order) - 1
+    return {"low": in_order[round(0.025 * last)], "high": in_order[round(0.975 * last)]}
 
 
 def _score(pick: Pick, unread: float) -> float:
