@@ -204,16 +204,18 @@ def test_official_figures_of_reward_benchmarks_have_intervals() -> None:
     """An item that is drawn twice is two items, with all its votes: with one vote each, it is an accuracy."""
     rng = np.random.default_rng(0)
     right = rng.random(120) < 0.7
-    votes = [[Pick(str(n), "abc"[n % 3], 0, (0, 1), 0 if r else 1)] for n, r in enumerate(right)]
+    votes = [Pick(str(n), "abc"[n % 3], 0, (0, 1), 0 if r else 1) for n, r in enumerate(right)]
     found = reward_benchmarks.official("vl_rewardbench", votes)
-    assert {name: figure["value"] for name, figure in found.items()} == reward_benchmarks.vl_rewardbench(votes)
+    assert {name: figure["value"] for name, figure in found.items()} == reward_benchmarks.vl_rewardbench(
+        [[vote] for vote in votes]
+    )
     expected = stats.bootstrap((right,), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
     assert (found["overall"]["low"], found["overall"]["high"]) == pytest.approx((expected.low, expected.high), abs=0.02)
     assert (found["dropped"]["low"], found["dropped"]["high"], found["overall"]["n"]) == (0, 0, 120)
     # Of three votes two decide, also where the item is drawn again.
-    three = [3 * picks for picks in votes]
+    three = [pick for pick in votes for _ in range(3)]
     assert reward_benchmarks.official("vl_rewardbench", three)["overall"] == found["overall"]
-    unread = [[Pick("a", "x", 0, (0, 1), None)], [Pick("b", "x", 0, (0, 1), 0)]]
+    unread = [Pick("a", "x", 0, (0, 1), None), Pick("b", "x", 0, (0, 1), 0)]
     assert reward_benchmarks.official("mmrb2", unread)["overall"] == {"value": 1, "low": 1, "high": 1, "n": 2}
     with pytest.raises(ValueError, match="no verdict can be read"):
         reward_benchmarks.official("mmrb2", unread[:1])

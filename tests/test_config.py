@@ -26,13 +26,14 @@ from spark_vl.config import (
     save_config,
 )
 from spark_vl.config_check import check_eval_config, check_train_config
-from spark_vl.config_cli import parse_train_config
-from spark_vl.data.recipes import load_recipe
+from spark_vl.config_cli import Parser, add_config_arguments, instantiate, parse_train_config
+from spark_vl.data.recipes import load_recipe, recipes, usage
 from spark_vl.prompts import Templater
 from spark_vl.records import KINDS
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "scripts" / "configs").rglob("*.yaml"))
+SHIPPED = sorted((ROOT / "scripts" / "configs").glob("*/*.yaml"))
+BENCHMARKS = ROOT / "scripts" / "configs" / "benchmarks.yaml"
 RECIPE = "--data.recipes=[digits]"
 
 
@@ -357,6 +358,26 @@ def test_every_shipped_configuration_is_complete(file, monkeypatch):
         assert split in load_recipe(name).splits
     assert Templater.load(config.prompts.templates, builtin=config.prompts.builtin_templates).templates
     assert config.model.path.startswith("Qwen/Qwen2.5-") or Path(config.model.path, "config.json").is_file()
+
+
+def test_the_benchmarks_are_evaluated_as_the_released_evaluation_does():
+    """2048 tokens, penalty 1.05, greedy, whole sets; and with its test-time reflection, as the comment says."""
+    reflection = re.findall(r"^  #   (\w+): (\w+)$", BENCHMARKS.read_text(), re.MULTILINE)
+    assert [name for name, _ in reflection] == [
+        *("samples", "reflection_rounds", "reflection_claim", "unreadable_judgment")
+    ]
+    for changes in ((), reflection):
+        parser = Parser()
+        add_config_arguments(parser, EvalConfig)
+        arguments = ["--config", str(BENCHMARKS), *(f"--evaluation.{name}={value}" for name, value in changes)]
+        config = instantiate(parser, parser.parse_args(arguments), EvalConfig)
+        check_eval_config(config)
+    config = instantiate(parser, parser.parse_args(["--config", str(BENCHMARKS)]), EvalConfig)
+    asked = config.evaluation
+    assert (asked.max_new_tokens, asked.repetition_penalty, asked.problems, asked.samples) == (2048, 1.05, None, 0)
+    to_train_on = {"digits", "judgments", "geometry3k", "gsm8k"}
+    tests = {name for name in recipes() if "test" in load_recipe(usage(name)).splits}
+    assert set(asked.recipes) == tests - to_train_on
 
 
 def test_the_control_of_the_demo_differs_in_recycling_alone(monkeypatch):

@@ -100,7 +100,7 @@ def test_what_is_generated_stays_in_its_folder_whatever_its_name(tmp_path):
     results = {"reasoning_greedy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}}
     model = SimpleNamespace(
         evaluation={}, step=4, evaluations=[{"step": 4, "results": results}], config={"evaluation": {"split": "test"}},
-        evaluated_on=[FACTS | {"name": "../../escaped", "dataset": DATASET, "splits": {"test": "test"}}],
+        benchmarks=(), evaluated_on=[FACTS | {"name": "../../escaped", "dataset": DATASET, "splits": {"test": "test"}}],
     )  # fmt: skip
     (tmp_path / "generated").mkdir()
     with pytest.raises(ReleaseError, match="would be written outside"):

@@ -77,7 +77,7 @@ def rows(recipe):
 
 # ── judges on the fixtures ──
 
-NOTHING_WRONG = {"unparsable": 0.0, "truncated": 0.0, "unusable": 0.0}
+NOTHING_WRONG = {"unparsable": 0.0, "truncated": 0.0}
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -199,7 +199,6 @@ def test_an_item_that_cannot_be_asked_is_wrong(processor):
     assert all("replies" not in line for line in lines[1:])
     found = {name: figure["value"] for name, figure in figures("mmrb2", lines).items()}
     assert (found["reward_accuracy"], found["reward_consistency"]) == (1 / 4, 1 / 9)  # of 1 + 1 + 1 + 6 pairs
-    assert found["reward_unusable"] == 3 / 4
     assert found["reward_unparsable"] == 0.0
     assert found["reward_official_overall"] == 1.0  # of those that can be read
     assert [rescored(line) for line in lines] == lines
@@ -245,7 +244,6 @@ def test_answers_one_by_one_by_hand(one_by_one):
             "brier": (0.25**2 * 2 + 0.75**2 * 2 + 0.5**2 * 2 + (0 + 1) + (1 + 1)) / 10,
             "pointwise_unparsable": 4 / 32,
             "pointwise_truncated": 0.0,
-            "unusable": 1 / 5,
         }
     )
     found = calibration(one_by_one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shutil
 from itertools import permutations
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from spark_vl import GenerativeReward, Ranking, Templater
-from spark_vl.config import ConfigError, JudgeConfig, ModelConfig
+from spark_vl.config import ConfigError, JudgeConfig, ModelConfig, OpenAIConfig
 from spark_vl.demo import digits
 from spark_vl.demo.tiny import CHECKPOINT
 from spark_vl.demo.warm_start import REASONING_SUFFIX, TEMPLATES
@@ -25,6 +26,7 @@ from spark_vl.reward.labels import alternatives
 from spark_vl.rollout import Sampling
 from spark_vl.rollout.engine import PromptsRefusedError, nothing
 from tests.conftest import make_image, make_record
+from tests.test_openai_engine import Said, reply, serving
 
 TEMPLATER = Templater.load([TEMPLATES], builtin=False, reasoning_suffix=REASONING_SUFFIX)
 
@@ -347,3 +349,35 @@ def test_an_engine_of_ones_own_needs_no_weights_here(trained, processor, monkeyp
     assert judge.pointwise("Which?", None, "7").probability == 1.0
     with pytest.raises(ConfigError, match="engine: found 'sglang'; allowed: transformers, vllm, openai, or a Sampler"):
         GenerativeReward.from_pretrained(str(trained), engine="sglang")
+
+
+def test_a_server_is_asked_in_the_models_words_and_votes(trained):
+    """One that speaks OpenAI's chat completions: 7 is right, and better than all; a question about 13 is refused."""
+
+    def answer(body):
+        text = json.dumps(body["messages"])
+        if 'Answer: \\"13' in text:
+            raise Said(400, "too long")
+        asked = re.search(r'A: \\"(\d+)\\" B: \\"(\d+)\\"', text)
+        said = ("A" if asked[1] == "7" else "B") if asked else ("Yes" if 'Answer: \\"7\\"' in text else "No")
+        return reply(rf"so \boxed{{{said}}}", tokens=5)
+
+    with serving(answer) as server:
+        settings = {"engine": "openai", "openai": OpenAIConfig(base_url=server.url, retries=0)}
+        judge = GenerativeReward.from_pretrained(str(trained), probability="votes", samples=2, **settings)
+        found = judge.pointwise(["Which?"] * 2, [[make_image(1)], None], ["7", "3"])
+        assert [judgment.probability for judgment in found] == [1.0, 0.0]
+        assert {said.tokens for judgment in found for order in judgment.orders for said in order} == {5}
+        assert judge.rank("Which?", None, ["3", "7"]).order == (1, 0)
+        with pytest.raises(BadRecordError, match="too long"):
+            judge.pointwise("Which?", None, "13")
+        judge.close()
+        asked = len(server.asked)
+        with pytest.raises(ConfigError, match=r"probability: is labels, but with rollout\.engine: openai"):
+            GenerativeReward.from_pretrained(str(trained), **settings)
+        assert len(server.asked) == asked
+    first = server.asked[0]
+    assert (first["model"], first["max_tokens"], first["temperature"]) == (str(trained), 32, 1.0)
+    assert {part["type"] for part in first["messages"][-1]["content"]} == {"image_url", "text"}
+    with pytest.raises(ConfigError, match=r"rollout\.openai\.base_url: is null"):
+        GenerativeReward.from_pretrained(str(trained), engine="openai", probability="votes")

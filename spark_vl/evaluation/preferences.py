@@ -36,7 +36,7 @@ from spark_vl.answers import match_label
 from spark_vl.data.preferences import Preference
 from spark_vl.evaluation import reward_benchmarks
 from spark_vl.evaluation.figures import Estimate, estimate
-from spark_vl.evaluation.reward_benchmarks import OFFICIAL, Pick
+from spark_vl.evaluation.reward_benchmarks import Pick
 from spark_vl.records import BadRecordError
 from spark_vl.reward.judge import Asked, GenerativeReward
 from spark_vl.reward.judgment import Judgment, Reply, pairs
@@ -279,8 +279,8 @@ def _replied(lines: Sequence[Line]) -> dict[str, Estimate]:
 
 
 def _pairwise(recipe: str, lines: Sequence[Line]) -> dict[str, Estimate]:
-    items = [_picks(line) for line in lines]
-    found = reward_benchmarks.figures(chain.from_iterable(items))
+    picks = list(chain.from_iterable(map(_picks, lines)))
+    found = reward_benchmarks.figures(picks)
     of_pairs = reward_benchmarks.figures(chain.from_iterable(map(_pair_picks, lines)))
     for name in ("consistency", "first_place"):
         found.pop(name, None)
@@ -288,9 +288,9 @@ def _pairwise(recipe: str, lines: Sequence[Line]) -> dict[str, Estimate]:
             found[name] = estimate(of_pairs[name]["value"], len(lines))
     del found["unparsable"]
     found |= _replied(lines)
-    if recipe in OFFICIAL:
+    if recipe in reward_benchmarks.OFFICIAL:
         try:
-            official = reward_benchmarks.official(recipe, items)
+            official = reward_benchmarks.official(recipe, picks)
         except ValueError as error:
             logger.warning("%s: no official figure: %s", recipe, error)
         else:

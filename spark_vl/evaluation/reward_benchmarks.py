@@ -166,15 +166,15 @@ OFFICIAL: Mapping[str, Callable[[Sequence[Sequence[Pick]]], dict[str, float]]] =
 """Recipe → its official figures, of the picks of each item. They raise a ValueError where nothing can be counted."""
 
 
-def official(recipe: str, items: Sequence[Sequence[Pick]]) -> dict[str, Estimate]:
+def official(recipe: str, picks: Iterable[Pick]) -> dict[str, Estimate]:
     """The official figures of a reward benchmark, with intervals over resampled items (`bootstrap`).
-
-    Args:
-        items: the picks of each.
 
     Raises:
         ValueError: the picks do not define them.
     """
+    votes: dict[str, list[Pick]] = defaultdict(list)
+    for pick in picks:
+        votes[pick.item].append(pick)
     rule = OFFICIAL[recipe]
 
     def figures_of(drawn: Sequence[Sequence[Pick]]) -> Mapping[str, float]:
@@ -183,8 +183,8 @@ def official(recipe: str, items: Sequence[Sequence[Pick]]) -> dict[str, Estimate
         except ValueError:  # none of these can be counted; that of all items is raised below
             return {}
 
-    rule(items)
-    return bootstrap_figures({str(number): picks for number, picks in enumerate(items)}, figures_of)
+    rule(list(votes.values()))
+    return bootstrap_figures(votes, figures_of)
 
 
 def _score(pick: Pick, unread: float) -> float:
