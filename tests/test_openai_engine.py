@@ -52,6 +52,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 64
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

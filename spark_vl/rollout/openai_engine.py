@@ -89,6 +89,8 @@ class OpenAIEngine:
         self.settings, self.model = settings, settings.model or model
         self.url = str(settings.base_url).rstrip("/")
         self.key = read_token(settings.token_from, "rollout.openai.token_from") if settings.token_from else None
+        self.extended: bool | None = None
+        """Whether it is one of `_EXTENDED`; None: it has not been asked."""
 
     def generate(
         self,
@@ -205,7 +207,6 @@ class _Call:
         self.taken: set[bool] = set()
         """Whether a prompt that was taken has images."""
         self.refused: set[int] = set()
-        self.extended = False
         self.probing = asyncio.Lock()
 
     async def run(self) -> None:
@@ -217,7 +218,8 @@ class _Call:
             timeout=httpx.Timeout(settings.timeout_s, connect=min(settings.timeout_s, _CONNECT_S), pool=None),
             limits=httpx.Limits(max_connections=many, max_keepalive_connections=many),
         ) as self.client:
-            self.extended = await self._is_extended()
+            if self.engine.extended is None:
+                self.engine.extended = await self._is_extended()
             jobs = iter(product(range(len(self.prompts)), range(self.n)))
             workers = [asyncio.create_task(self._work(jobs)) for _ in range(many)]
             try:
@@ -286,9 +288,9 @@ class _Call:
         }
         if sampling.temperature:
             fields["seed"] = seed
-        if self.extended:
+        if self.engine.extended:
             fields |= {"top_k": -1, "min_p": 0.0}
-        if self.extended or sampling.repetition_penalty != 1:
+        if self.engine.extended or sampling.repetition_penalty != 1:
             fields["repetition_penalty"] = sampling.repetition_penalty
         return fields
 
@@ -348,7 +350,8 @@ class _Call:
         except httpx.RequestError as error:
             raise _TryAgainError(f"{type(error).__name__}: {error}") from error
         status = response.status_code
-        if status in _TRY_AGAIN or status >= 500:
+        # A list of models that fails with 500 is not there (transformers 5.19 where nothing is in the Hub's cache).
+        if status in _TRY_AGAIN or status > 500 or (status == 500 and body):
             wait_s = _seconds(response.headers.get("Retry-After", ""))
             raise _TryAgainError(f"status {status}: {response.text}", limited=status == 429, wait_s=wait_s)
         if not response.is_success:
