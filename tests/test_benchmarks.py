@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,49 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "chartqa": {**dict.fromkeys(("type", "question", "answer"), TEXT), "image": IMAGE},
     "countbenchqa": {"image": IMAGE, "text": TEXT, "question": TEXT, "number": WHOLE},
+    "mmbench": {
+        "index": WHOLE,
+        **dict.fromkeys(("question", "hint", "answer", "A", "B", "C", "D", "category"), TEXT),
+        "image": IMAGE,
+        **dict.fromkeys(("source", "L2-category", "comment", "split"), TEXT),
+    },
+    "scienceqa": {
+        "image": IMAGE,
+        "question": TEXT,
+        "choices": TEXTS,
+        "answer": Value("int8"),
+        **dict.fromkeys(
+            ("hint", "task", "grade", "subject", "topic", "category", "skill", "lecture", "solution"), TEXT
+        ),
+    },
+    "pope": {
+        **dict.fromkeys(("id", "question_id", "question", "answer", "image_source"), TEXT),
+        "image": IMAGE,
+        "category": TEXT,
+    },
+    "seedbench": {
+        **dict.fromkeys(("answer", "choice_a", "choice_b", "choice_c", "choice_d", "data_id", "data_type"), TEXT),
+        **dict.fromkeys(("question", "question_id"), TEXT),
+        "question_type_id": Value("int16"),
+        "image": List(IMAGE),
+        "segment": List(WHOLE),
+    },
+    "realworldqa": {"image": IMAGE, **dict.fromkeys(("image_path", "question", "answer"), TEXT)},
+    "ai2d": {"question": TEXT, "options": TEXTS, "answer": TEXT, "image": IMAGE},
+    "docvqa": {
+        **dict.fromkeys(("questionId", "question"), TEXT),
+        "question_types": TEXTS,
+        "image": IMAGE,
+        "docId": WHOLE,
+        **dict.fromkeys(("ucsf_document_id", "ucsf_document_page_no"), TEXT),
+        "answers": TEXTS,
+        "data_split": TEXT,
+    },
+    "hallusionbench": {
+        **dict.fromkeys(("category", "subcategory", "visual_input", "set_id", "figure_id", "sample_note"), TEXT),
+        **dict.fromkeys(("question_id", "question", "gt_answer_details", "gt_answer", "filename"), TEXT),
+        "image": IMAGE,
+    },
     "vl_rewardbench": {
         **dict.fromkeys(("id", "query", "judge", "rationale", "query_source", "ground_truth"), TEXT),
         "response": TEXTS,
@@ -189,7 +233,8 @@ def test_a_benchmark_reads_its_schema(name: str, opened, pool, processor) -> Non
     problems, rows = opened(name), rows_of(name)
     assert 8 <= len(rows) <= 20
     assert set(rows[0]) == set(SCHEMAS[name])
-    assert len(problems) == len(rows)
+    videos = sum(row.get("data_type") == "video" for row in rows)
+    assert len(problems) == len(rows) - videos
     for row in check(problems, pool):
         assert isinstance(row, PromptRecord), row
         check_gold(row)
@@ -199,7 +244,7 @@ def test_a_benchmark_reads_its_schema(name: str, opened, pool, processor) -> Non
             assert run_verifier(r"\boxed{no such answer}", row).score == 0
         kept = record_from_json(json.loads(json.dumps(record_to_json(row))))
         assert (kept.tags, kept.settings) == (row.tags, row.settings)  # so that samples are scored again alike
-    assert len({record.id for record in problems}) == len(rows)
+    assert len({record.id for record in problems}) == len(problems)
     assert "settings" not in problems.unused
     assert problems.fingerprint["digest"] == opened(name).fingerprint["digest"]
 
@@ -210,7 +255,8 @@ def test_every_adapter_has_a_recipe_and_every_revision_can_be_pinned() -> None:
     for name in SCHEMAS:
         assert load_recipe(f"{name}?revision=abc").source.revision == "abc"
     pinned = {name for name in SCHEMAS if re.fullmatch(r"[0-9a-f]{40}", load_recipe(name).source.revision or "")}
-    assert pinned == {"wemath", "dynamath"}
+    unpinned = {"mathverse", "mathvision", "logicvista", "countbenchqa"}  # nobody was found to name one
+    assert pinned == set(SCHEMAS) - unpinned - {"multimodal_rewardbench", "mmrb2", "rewardbench2"}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +281,16 @@ def test_every_adapter_has_a_recipe_and_every_revision_can_be_pinned() -> None:
         ("chartqa", 0, ("100", "number", {"relative": 0.05, "percent": "fraction"})),
         ("chartqa", 3, ("Yes", "text", {})),
         ("countbenchqa", 0, ("2", "count", {})),
+        ("mmbench", 1, ("B", "choice", {"letter_first": True})),
+        ("scienceqa", 1, ("C", "choice", {"letter_first": True})),
+        ("pope", 1, ("no", "text", {})),
+        ("seedbench", 2, ("C", "choice", {"letter_first": True})),
+        ("realworldqa", 0, ("C", "choice", {})),
+        ("realworldqa", 1, ("3", "number", {})),
+        ("realworldqa", 3, ("Downhill", "text", {})),
+        ("ai2d", 2, ("A", "choice", {"letter_first": True})),
+        ("docvqa", 1, ('["J. R. Smith"]', "text", {"mode": "anls"})),
+        ("hallusionbench", 1, ("yes", "text", {})),
     ],
 )
 def test_rows_have_the_verifier_of_their_kind(name: str, row: int, expected: Any, opened) -> None:
@@ -260,6 +316,23 @@ def test_options_in_one_text_become_choices(opened) -> None:
     assert opened("wemath")[4].choices == ("3", "4", "5")
     assert opened("wemath")[6].choices == ("1:2", "2:3", "(2, 3)", "No correct answer")
     assert plain_text(opened("wemath")[4].question).endswith("\nA. 3\nB. 4\nC. 5")
+
+
+def test_options_in_columns_and_hints_stand_in_the_question(opened) -> None:
+    rotated, two, hinted = (opened("mmbench")[row] for row in (1, 4, 6))
+    assert rotated.choices == ("under it", "in a box", "nowhere", "on the table")
+    assert plain_text(two.question) == "<image>Is the lamp on?\nA. yes\nB. no"
+    assert plain_text(hinted.question) == "<image>The shirt is the left one.\nWhich letter is on the shirt?"
+    assert dict(rotated.tags)["question"] == "0"
+    assert dict(rotated.tags)["rotation"] == "1"
+    assert plain_text(opened("scienceqa")[0].question) == (
+        "<image>Two magnets are placed as shown.\nWill these magnets attract or repel?\nA. attract\nB. repel"
+    )
+    assert opened("seedbench")[4].choices == ("12", "13", "14", "15")
+    assert plain_text(opened("realworldqa")[4].question).count("A. The tree") == 1
+    assert dict(opened("hallusionbench")[6].tags) == {
+        **{"figure": "VS/chart/0/2", "question": "VS/chart/0/0", "category": "VS", "subcategory": "chart"}
+    }
 
 
 @pytest.mark.parametrize("option", ["6 cm; 8 cm", "B. 1; A. 2", "A. 1", "A. ; B. 2", "x A. 1; B. 2"])
@@ -306,6 +379,11 @@ def test_lists_that_are_texts_of_python_are_not_run(options: str) -> None:
             "the answer 'c' is none of the options",
         ),
         ("mathverse", {"question_type": "proof"}, "'question_type' is 'proof'; allowed: multi-choice, free-form"),
+        ("mmbench", {"index": "x", "question": "?", "answer": "A"}, "'index' is str 'x'; a whole number is allowed"),
+        ("mmbench", {"index": 1, "question": "?", "answer": "A", "A": 5}, "'A' is int 5; text is allowed"),
+        ("scienceqa", {"question": "?", "choices": ["a", "b"], "answer": 2}, "'answer' is 2, of 2 options, which are"),
+        ("ai2d", {"options": ["a", "b"], "answer": "-1"}, "'answer' is str '-1'; a whole number is allowed"),
+        ("hallusionbench", {"gt_answer": "2"}, "'gt_answer' is '2'; allowed: 0, 1"),
         (
             "mmmu",
             {"question": "<image 2>?", "options": "[]", "question_type": "open", "answer": "1"},
@@ -418,6 +496,28 @@ def test_settings_of_a_row_are_checked_and_replace_those_of_the_recipe(tmp_path:
         ("chartqa", 4, "1950", 1),
         ("chartqa", 1, "dark blue", 1),
         ("chartqa", 1, "blue", 0),
+        # MMBench and AI2D: a bare letter is that of the option; else its text
+        ("mmbench", 6, "B", 1),
+        ("mmbench", 7, "A", 1),
+        ("mmbench", 0, "in a box", 1),
+        ("mmbench", 0, "B", 0),
+        ("ai2d", 2, "A", 1),
+        ("ai2d", 2, "B", 0),
+        ("ai2d", 3, "4", 1),
+        ("scienceqa", 6, "B", 1),
+        ("seedbench", 0, "a 0", 1),
+        ("seedbench", 0, "B", 0),
+        # yes and no as words
+        ("pope", 0, "Yes.", 1),
+        ("pope", 0, "no", 0),
+        ("hallusionbench", 0, "No", 1),
+        ("realworldqa", 1, "three", 1),
+        ("realworldqa", 3, "downhill", 1),
+        ("realworldqa", 3, "uphill", 0),
+        # ANLS: one of eleven characters is wrong; more than half are
+        ("docvqa", 1, "J. R. Smiht", 1 - 2 / 11),
+        ("docvqa", 1, "Jones", 0),
+        ("docvqa", 2, "1250", 1),
         ("chartqa", 5, "57%", 1),
         ("chartqa", 7, "0.2", 1),
         ("chartqa", 8, "0", 1),
@@ -541,6 +641,70 @@ def test_mathverse_by_version() -> None:
     }
     assert benchmarks.figures("mmstar", [tagged(1)]) == {}
     assert benchmarks.figures("mmstar", [tagged(1, row=str(n)) for n in range(51)]) == {}
+
+
+def asked(score: float, choices: int = 0, **tags: str) -> tuple[PromptRecord, float]:
+    record, _ = tagged(score, **tags)
+    return replace(record, choices=tuple("abcd"[:choices])), score
+
+
+def test_mmbench_by_hand() -> None:
+    rights = {"1": [1, 1, 1, 1], "2": [1, 1], "3": [1, 0, 1], "4": [0, 1, 1, 1], "5": [1, 1]}
+    options = {"1": 4, "2": 2, "3": 3, "4": 4, "5": 4}  # two rows of the last are missing
+    scored = [
+        asked(right, options[name], question=name, rotation=str(rotation))
+        for name, of in rights.items()
+        for rotation, right in enumerate(of)
+    ]
+    found = benchmarks.mmbench(scored)
+    assert (found["circular"]["value"], found["circular"]["n"]) == (2 / 4, 4)
+    assert (found["vanilla"]["value"], found["vanilla"]["n"]) == (4 / 5, 5)
+    assert found["incomplete"]["value"] == pytest.approx(1 / 5)
+    with pytest.raises(ValueError, match="no question of MMBench has a row for each order"):
+        benchmarks.mmbench(scored[-2:])
+    with pytest.raises(ValueError, match=r"r: tags: found {'question': '1'}; rotation is missing"):
+        benchmarks.mmbench([asked(1, question="1")])
+
+
+def test_pope_by_hand() -> None:
+    """Of 5 things that are there 4 are seen; of 5 that are not, 1 is."""
+    said = [("yes", 1)] * 4 + [("yes", 0)] + [("no", 1)] * 4 + [("no", 0)]
+    scored = [(replace(tagged(score)[0], gold=gold), score) for gold, score in said]
+    found = benchmarks.pope(scored)
+    assert {name: figure["value"] for name, figure in found.items()} == pytest.approx(
+        {"yes": 0.5, "precision": 4 / 5, "recall": 4 / 5, "f1": 0.8}
+    )
+    assert all(figure["low"] <= figure["value"] <= figure["high"] and figure["n"] == 10 for figure in found.values())
+    assert 0.3 < found["f1"]["low"] < 0.6
+    never = benchmarks.pope([(replace(tagged(1)[0], gold="no"), 1.0)] * 3)
+    assert {name: figure["value"] for name, figure in never.items()} == {"yes": 0}
+    with pytest.raises(ValueError, match="gold: found '5'; allowed: yes, no"):
+        benchmarks.pope([tagged(1)])
+
+
+def test_hallusionbench_by_hand() -> None:
+    rights = {("f1", "q1"): 1, ("f1", "q2"): 1, ("f2", "q1"): 0, ("f2", "q2"): 1, ("f3", "q3"): 1}
+    found = benchmarks.hallusionbench(
+        [tagged(right, figure=figure, question=question) for (figure, question), right in rights.items()]
+    )
+    expected = {"all": 4 / 5, "figures": 2 / 3, "questions": 2 / 3, "average": (4 / 5 + 2 / 3 + 2 / 3) / 3}
+    assert {name: figure["value"] for name, figure in found.items()} == pytest.approx(expected)
+    assert [figure["n"] for figure in found.values()] == [5, 3, 3, 5]
+    with pytest.raises(ValueError, match="there are no records"):
+        benchmarks.hallusionbench([])
+
+
+@pytest.mark.parametrize("name", sorted(benchmarks.OFFICIAL))
+def test_official_figures_are_made_of_the_rows_of_the_benchmark(name: str, opened) -> None:
+    found = benchmarks.figures(name, [(record, 1.0) for record in opened(name)])
+    assert {figure["value"] for label, figure in found.items() if label not in LESS_THAN_ONE} == {1}
+
+
+LESS_THAN_ONE = {
+    *("incomplete", "yes", "insufficient_knowledge", "inadequate_generalization"),
+    *("rote_memorization_strict", "rote_memorization_loose"),
+}
+"""Shares of something else than what is right."""
 
 
 # ── reward benchmarks ──

@@ -196,7 +196,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"no recipe 'geometry' \(did you mean geometry3k\?\); allowed: chartqa, countbenchqa, dapo"
+        ValueError, match=r"no recipe 'geometry' \(did you mean geometry3k\?\); allowed: ai2d, chartqa, countbenchqa"
     ):
         load_recipe("geometry")
     with pytest.raises(ValueError, match="this recipe file does not exist"):

@@ -15,7 +15,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from spark_vl.answers import parse_quantity
-from spark_vl.data.cells import answer, cell, items, optional, text, type_name
+from spark_vl.data.cells import answer, cell, items, optional, text, type_name, unicode
 from spark_vl.data.sources import DigestedRows, Row, Rows, digest_rows, read_column
 
 
@@ -189,6 +189,82 @@ def _chartqa(row: Row) -> dict[str, Any]:
     return {"verifier": "number" if abs(number) < float("inf") else "text"}
 
 
+def _number(row: Row, column: str) -> int:
+    """A whole number, or one that is written as a text."""
+    value = cell(row, column)
+    if isinstance(value, str) and value.isdecimal() and value.isascii():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{column!r} is {type_name(value)}; a whole number is allowed")
+    return value
+
+
+def _numbered(row: Row, options: Sequence[str]) -> str:
+    """The answer that a row names by its place, counted from 0, as a letter with the text of its option."""
+    place = _number(row, "answer")
+    if place >= len(options):
+        raise ValueError(f"'answer' is {place}, of {len(options)} options, which are counted from 0")
+    return _lettered(ascii_uppercase[place], options)
+
+
+def _hinted(row: Row) -> str:
+    """The question, behind its hint if it has one; tables write none as "nan"."""
+    hint = optional(row, "hint")
+    shown = "" if hint is None else unicode(hint, "hint").strip()
+    return text(row, "question") if shown in ("", "nan") else f"{shown}\n{text(row, 'question')}"
+
+
+ROTATION = 1_000_000
+"""Added to the index of a question of MMBench, as often as its options were rotated."""
+
+
+def _mmbench(row: Row) -> dict[str, Any]:
+    """Options in columns, and the question that a row is a rotation of."""
+    index = _number(row, "index")
+    found = [optional(row, letter) for letter in "ABCD"]
+    choices = [unicode(each, "ABCD"[place]) for place, each in enumerate(found) if each is not None and each != "nan"]
+    return {
+        "question": _hinted(row),
+        "choices": choices,
+        "answer": _lettered(text(row, "answer"), choices),
+        "base": str(index % ROTATION),
+        "rotation": str(index // ROTATION),
+    }
+
+
+def _scienceqa(row: Row) -> dict[str, Any]:
+    return {"question": _hinted(row), "answer": _numbered(row, items(cell(row, "choices")))}
+
+
+def _ai2d(row: Row) -> dict[str, Any]:
+    return {"answer": _numbered(row, items(cell(row, "options")))}
+
+
+def _seedbench(row: Row) -> dict[str, Any]:
+    choices = [text(row, f"choice_{letter}") for letter in "abcd"]
+    return {"choices": choices, "answer": _lettered(text(row, "answer"), choices)}
+
+
+def _realworldqa(row: Row) -> dict[str, Any]:
+    """A letter of an option, a number, or words."""
+    gold = text(row, "answer").strip()
+    return {"verifier": "choice" if gold in tuple("ABCD") else "number" if gold.isdecimal() else "text"}
+
+
+def _hallusionbench(row: Row) -> dict[str, Any]:
+    """The answer as a word, and what the row has in common with others: its figure, its question."""
+    answers = {"0": "no", "1": "yes"}
+    gold = text(row, "gt_answer").strip()
+    if gold not in answers:
+        raise ValueError(f"'gt_answer' is {gold!r:.80}; allowed: 0, 1")
+    of_set = "/".join(text(row, column) for column in ("category", "subcategory", "set_id"))
+    return {
+        "answer": answers[gold],
+        "figure": f"{of_set}/{text(row, 'figure_id')}",
+        "asked": f"{of_set}/{text(row, 'question_id')}",
+    }
+
+
 ADAPTERS: dict[str, Adapter] = {
     "mathvista": Adapter(
         ("question_type", "answer_type", "precision", "choices", "answer"),
@@ -211,6 +287,20 @@ ADAPTERS: dict[str, Adapter] = {
         _mmmu,
     ),
     "chartqa": Adapter(("answer",), ("verifier",), _chartqa),
+    "mmbench": Adapter(
+        ("index", "hint", "question", "A", "B", "C", "D", "answer"),
+        ("question", "choices", "answer", "base", "rotation"),
+        _mmbench,
+    ),
+    "scienceqa": Adapter(("hint", "question", "choices", "answer"), ("question", "answer"), _scienceqa),
+    "seedbench": Adapter(("choice_a", "choice_b", "choice_c", "choice_d", "answer"), ("choices", "answer"), _seedbench),
+    "realworldqa": Adapter(("answer",), ("verifier",), _realworldqa),
+    "ai2d": Adapter(("options", "answer"), ("answer",), _ai2d),
+    "hallusionbench": Adapter(
+        ("category", "subcategory", "set_id", "figure_id", "question_id", "gt_answer"),
+        ("answer", "figure", "asked"),
+        _hallusionbench,
+    ),
 }
 """By the name that a recipe gives."""
 

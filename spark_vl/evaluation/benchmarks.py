@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
+from spark_vl.evaluation.bootstrap import bootstrap_figures
 from spark_vl.evaluation.figures import Estimate, estimate, macro_mean
 from spark_vl.records import PromptRecord
 
@@ -143,10 +144,109 @@ def mathverse(scored: Iterable[Scored]) -> dict[str, Estimate]:
     return {"versions": macro_mean(list(by_tag(scored, "version").values()))}
 
 
+def mmbench(scored: Iterable[Scored]) -> dict[str, Estimate]:
+    """`circular`, the share of questions that are answered right in each order of their options, which is the official
+    figure (arXiv 2307.06281), and `vanilla`, the accuracy in the first order. A question has as many rows as options;
+    one with fewer is left out of `circular`, and is counted in `incomplete`.
+
+    Args:
+        scored: records with the tags `question` and `rotation`, and their choices.
+
+    Raises:
+        ValueError: a record has no such tags, or there is no complete question.
+    """
+    questions: dict[str, list[Scored]] = defaultdict(list)
+    first: list[float] = []
+    for record, score in scored:
+        question, rotation = _tags(record, "question", "rotation")
+        questions[question].append((record, score))
+        if rotation == "0":
+            first.append(score)
+    complete = [of for of in questions.values() if len(of) == len(of[0][0].choices)]
+    if not complete:
+        raise ValueError("no question of MMBench has a row for each order of its options")
+    right = [all(is_right(score) for _, score in of) for of in complete]
+    return {
+        "circular": estimate(fmean(right), len(right)),
+        **({"vanilla": estimate(fmean(first), len(first))} if first else {}),
+        "incomplete": estimate(1 - len(complete) / len(questions), len(questions)),
+    }
+
+
+def pope(scored: Iterable[Scored]) -> dict[str, Estimate]:
+    """`precision`, `recall` and `f1` of the answer yes, and the share of `yes` (arXiv 2305.10355). A reply that cannot
+    be read counts as the wrong answer; the authors' script takes it for yes. A figure whose denominator is 0 is left
+    out. Intervals are bootstrapped.
+
+    Args:
+        scored: records whose gold is yes or no.
+
+    Raises:
+        ValueError: a gold is another, or there are no records.
+    """
+    items: dict[str, tuple[bool, bool]] = {}
+    for record, score in scored:
+        if record.gold not in ("yes", "no"):
+            raise ValueError(f"{record.id}: gold: found {record.gold!r:.80}; allowed: yes, no")
+        gold = record.gold == "yes"
+        items[f"{len(items)}"] = gold, gold == is_right(score)
+    return bootstrap_figures(items, _yes_no)
+
+
+def _yes_no(answers: Sequence[tuple[bool, bool]]) -> dict[str, float]:
+    """Of pairs: whether yes is right, whether it was said."""
+    counts = Counter(answers)
+    both = counts[True, True]
+    said, right = both + counts[False, True], both + counts[True, False]
+    figures = {"yes": said / len(answers)}
+    if said:
+        figures["precision"] = both / said
+    if right:
+        figures["recall"] = both / right
+    if said + right:
+        figures["f1"] = 2 * both / (said + right)
+    return figures
+
+
+def hallusionbench(scored: Iterable[Scored]) -> dict[str, Estimate]:
+    """The accuracies of HallusionBench (arXiv 2310.14566): `all` (aAcc), `figures` (fAcc) and `questions` (qAcc), the
+    shares of figures, and of questions of a set, all of whose rows are right, and `average`, the mean of the three.
+
+    Args:
+        scored: records with the tags `figure` and `question`.
+
+    Raises:
+        ValueError: a record has no such tags, or there are no records.
+    """
+    groups: dict[str, dict[str, list[bool]]] = {"figures": defaultdict(list), "questions": defaultdict(list)}
+    rights: list[bool] = []
+    for record, score in scored:
+        rights.append(is_right(score))
+        for group, name in zip(groups.values(), _tags(record, "figure", "question"), strict=True):
+            group[name].append(rights[-1])
+    if not rights:
+        raise ValueError("there are no records")
+    found = {"all": estimate(fmean(rights), len(rights))}
+    found |= {name: estimate(fmean(map(all, group.values())), len(group)) for name, group in groups.items()}
+    # They share their rows. The mean of their bounds is wide enough however strongly they are correlated.
+    average = {bound: fmean(each[bound] for each in found.values()) for bound in ("value", "low", "high")}
+    return found | {"average": average | {"n": len(rights)}}
+
+
+def _tags(record: PromptRecord, *names: str) -> list[str]:
+    tags = dict(record.tags)
+    if missing := [name for name in names if name not in tags]:
+        raise ValueError(f"{record.id}: tags: found {tags}; {', '.join(missing)} is missing")
+    return [tags[name] for name in names]
+
+
 OFFICIAL: Mapping[str, Callable[[Sequence[Scored]], dict[str, Estimate]]] = {
     "wemath": wemath,
     "dynamath": dynamath,
     "mathverse": mathverse,
+    "mmbench": mmbench,
+    "pope": pope,
+    "hallusionbench": hallusionbench,
 }
 """Recipe → its official figures, where they are not the accuracy over all rows."""
 
@@ -160,7 +260,7 @@ def figures(recipe: str, scored: Sequence[Scored]) -> dict[str, Estimate]:
         scored: of that recipe alone.
 
     Raises:
-        ValueError: see `wemath` and `dynamath`.
+        ValueError: the figures of the recipe are not defined for these (see `OFFICIAL`).
     """
     found = OFFICIAL[recipe](scored) if recipe in OFFICIAL else {}
     for tag in dict.fromkeys(name for record, _ in scored for name, _ in record.tags):

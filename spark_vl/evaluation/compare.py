@@ -169,25 +169,26 @@ def _by_cluster(differences: Sequence[float], names: Sequence[str]) -> tuple[np.
 
 
 def _resampled(sums: np.ndarray, sizes: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """The mean difference of items in clusters that are drawn with replacement, [R]."""
-    parts = []
-    for rows in _portions(resamples, len(sums)):
-        chosen = rng.integers(len(sums), size=(rows, len(sums)))
-        parts.append(sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1))
-    return np.concatenate(parts)
+    """The mean difference of items in clusters that are drawn with replacement, [R].
+
+    How often clusters that are alike are drawn is all that counts, and scores of 0 and 1 make three kinds of them.
+    """
+    kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+    drawn = np.concatenate(
+        [rng.multinomial(len(sums), counts / len(sums), size=rows) @ kinds for rows in _portions(resamples, len(kinds))]
+    )
+    return drawn[:, 0] / drawn[:, 1]
 
 
 def _sign_flip(gains: np.ndarray, resamples: int, rng: np.random.Generator) -> float:
     """The share of random signs of `gains`, [C], with which their sum is at least as far from 0; the signs that they
-    have are one of them, so that it is never 0."""
-    gains = gains[gains != 0]
+    have are one of them, so that it is never 0. As above, those of one size are drawn together."""
+    sizes, counts = np.unique(np.abs(gains[gains != 0]), return_counts=True)
     least = abs(gains.sum()) - 1e-12  # sums of the same numbers differ by rounding
-    if not len(gains):
-        return 1.0
     as_far = 0
-    for rows in _portions(resamples, len(gains)):
-        signs = 2 * rng.integers(2, size=(rows, len(gains)), dtype=np.int8) - 1
-        as_far += int((np.abs(signs @ gains) >= least).sum())
+    for rows in _portions(resamples, max(1, len(sizes))):
+        positive = rng.binomial(counts, 0.5, size=(rows, len(sizes)))
+        as_far += int((np.abs((2 * positive - counts) @ sizes) >= least).sum())
     return (1 + as_far) / (1 + resamples)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 from spark_vl.evaluation.bootstrap import bootstrap_figures
@@ -29,12 +30,12 @@ class Pick:
     place: int | None
     """The place of the answer that the judge picked; None: it picked none, or several, or cannot be read."""
 
-    @property
+    @cached_property
     def picked(self) -> int | None:
         """The answer that the judge picked, as the item counts them."""
         return None if self.place is None else self.order[self.place]
 
-    @property
+    @cached_property
     def is_right(self) -> bool:
         """Whether it picked the best one."""
         return self.picked == self.preferred
