@@ -92,7 +92,7 @@ def _check_filled(parsed: Namespace, config_class: type, prefix: str = "") -> No
             if not isinstance(value, Namespace):
                 raise ConfigError(f"{path}: is {value!r:.200}; allowed is a mapping of settings")
             _check_filled(value, setting.default_factory, f"{path}.")
-        elif value is None and setting.default is not None:
+        elif value is None and setting.default is not None and "None" not in str(setting.type):
             raise ConfigError(f"{path}: is null; allowed is {setting.type}")
 
 

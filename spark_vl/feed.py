@@ -293,6 +293,7 @@ class PromptFeed:
         `n` may differ."""
         prompts: list[ProcessedPrompt] = []
         unused_in_a_row = 0
+        most = max(self.sampler.rows, len(self.sampler))
         while any(wanted := each_process(self.accelerator, n - len(prompts))):
             for row in self.sampler.draw(wanted, self.accelerator.process_index):
                 try:
@@ -304,7 +305,7 @@ class PromptFeed:
                         self.quarantine.seen(1)
                         self.quarantine.add(error)
                     unused_in_a_row += 1
-                    if unused_in_a_row > len(self.sampler):  # any share of bad rows may be allowed
+                    if unused_in_a_row > most:  # any share of bad rows may be allowed
                         raise TooManyBadRowsError(f"none of {unused_in_a_row} rows can be used: {error}") from error
                 else:
                     self.quarantine.seen(1)

@@ -126,30 +126,35 @@ def print_files(run: Path, console: Console) -> None:
 
 
 def print_table(
-    console: Console, sizes: Mapping[str, float], headers: Sequence[str], cells: Callable[[str], Iterable[str]]
+    console: Console,
+    sizes: Mapping[str, float],
+    headers: Sequence[str],
+    cells: Callable[[str], Iterable[str]],
+    labels: Mapping[str, str] = LABELS,
 ) -> None:
     """Figures in rows: label, n (`sizes`), and the `cells` of the figure under `headers`."""
     table = Table(box=box.SIMPLE, title="Held-out evaluation, % (95 % interval), n problems", title_justify="left")
     table.add_column("", no_wrap=True)
     for header in ("n", *headers):
         table.add_column(header, justify="right", no_wrap=True)
-    for recipe, names in sections(sizes):
+    for recipe, names in sections(sizes, labels):
         if recipe:
             table.add_section()
             table.add_row(recipe)
         for name in names:
             key = f"{recipe}/{name}" if recipe else name
-            table.add_row(LABELS.get(name, name), str(sizes[key]), *cells(key))
+            table.add_row(labels.get(name, name), str(sizes[key]), *cells(key))
     console.print(table)
 
 
 def cell(value: float, low: float, high: float) -> str:
+    """A share and its interval, in percent."""
     return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def sections(figures: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """("", names of the figures over all recipes), then (recipe, names of its own), each in the order of `LABELS`."""
-    order = list(LABELS)
+def sections(figures: Iterable[str], labels: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """("", names of the figures over all recipes), then (recipe, names of its own), each in the order of `labels`."""
+    order = list(labels)
     by_recipe: dict[str, list[str]] = {}
     for key in figures:
         recipe, _, name = key.rpartition("/")

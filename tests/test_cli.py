@@ -87,7 +87,7 @@ def test_a_checkpoint_that_is_none_is_named(capsys, tmp_path):
         ((*GOOD, "--config=broken.yaml"), "rollout: is [8]; allowed is a mapping of settings"),
         (
             ("train", "--data.recipes=[digit]"),
-            "data.recipes: no recipe 'digit' (did you mean digits?); allowed: chartqa, countbenchqa, ",
+            "data.recipes: no recipe 'digit' (did you mean digits?); allowed: ai2d, chartqa, ",
         ),
         (("train", "--data.recipes=[mine.yaml]"), "data.recipes: mine.yaml: description: is missing"),
         (("train", "--data.recipes=[mathvista]"), "data.recipes: mathvista has no split 'train'; allowed: test"),
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_is_none_is_named(capsys, tmp_path):
         ((*EVAL, "--config=no_yaml.yaml"), "Problems parsing config"),
         ((*EVAL, "--config=nulls.yaml"), "model: is None; allowed is a mapping of settings"),
         ((*EVAL, "--model.path=/"), "model.path: / holds no model: there is no config.json in it or in its model/"),
-        (("recipes", "digit"), "no recipe 'digit' (did you mean digits?); allowed: chartqa, countbenchqa"),
+        (("recipes", "digit"), "no recipe 'digit' (did you mean digits?); allowed: ai2d, chartqa"),
         (("recipes", "digits", "--split=dev"), "recipe digits: splits: found 'dev'; allowed: train, validation, test"),
         (("recipes", "no_rows.yaml"), "recipe no_rows: source: no file 'train.jsonl'"),
         (("recipes", "no_rows.yaml", "--split=test"), "recipe no_rows: splits: test: 'empty.jsonl' has no rows"),

@@ -237,6 +237,7 @@ class Rows:
     recipes = frozenset({"test"})
     fingerprints = ()
     epoch = 0.0
+    rows = 10
 
     def __init__(self, *, filters=True):
         self.filters, self.place = filters, 0

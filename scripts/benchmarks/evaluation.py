@@ -53,18 +53,11 @@ def write_problems(folder: Path, images: int) -> Path:
     return path
 
 
-class Watch(threading.Thread):
-    """Notes the most resident memory of this process, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.process, self.most = psutil.Process(), 0
-        self.ended = threading.Event()
-
-    def run(self) -> None:
-        """See `threading.Thread`."""
-        while not self.ended.wait(0.02):
-            self.most = max(self.most, self.process.memory_info().rss)
+def watch(ended: threading.Event, most: list[int]) -> None:
+    """Note the most resident memory of this process, in bytes, in `most`, until `ended`."""
+    process = psutil.Process()
+    while not ended.wait(0.02):
+        most[0] = max(most[0], process.memory_info().rss)
 
 
 def main() -> None:
@@ -85,15 +78,15 @@ def main() -> None:
             ),
         )
         config.model.max_pixels = SIDE * SIDE
-        watch = Watch()
-        before = watch.process.memory_info().rss
-        watch.start()
+        before = psutil.Process().memory_info().rss
+        ended, most = threading.Event(), [before]
+        threading.Thread(target=watch, args=(ended, most), daemon=True).start()
         started = time.monotonic()
         found = evaluate_checkpoint(config, folder / "evaluation")
         seconds = time.monotonic() - started
-        watch.ended.set()
+        ended.set()
     print(f"{found['reasoning_greedy']['n']} images of {SIDE * SIDE:,} pixels in {seconds:.0f} s")
-    print(f"most resident memory beside the libraries: {(watch.most - before) / MIB:,.0f} MiB")
+    print(f"most resident memory beside the libraries: {(most[0] - before) / MIB:,.0f} MiB")
     print(f"decoded images and patches that may be held: {MOST_PIXELS / MIB:,.0f} MiB")
     print(f"all of them at once: {options.images * SIDE * SIDE * BYTES_OF_A_PIXEL / MIB:,.0f} MiB")
 

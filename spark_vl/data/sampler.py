@@ -50,6 +50,11 @@ class PromptSampler:
         return [problems.fingerprint for problems in self._sets]
 
     @property
+    def rows(self) -> int:
+        """All rows, each once."""
+        return self._ends[-1]
+
+    @property
     def filters(self) -> bool:
         """Whether a recipe leaves out rows when they are drawn (`FilteredRowError`)."""
         return any(problems.recipe.pixels is not None for problems in self._sets)

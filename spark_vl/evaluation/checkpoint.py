@@ -124,7 +124,7 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path, *, overwrite: bool = F
     if accelerator.is_main_process:
         write_results(found, folder, config.model.path)
         for recipe in compared if "pointwise" in config.ask else ():
-            judged = [line for line in lines if line["recipe"] == recipe.name and line.get("ask") == "pointwise"]
+            judged = [line for line in lines if line["recipe"] == recipe.name and "answers" in line]
             plot_reliability(judged, folder / f"reliability-{recipe.name}.png")
     return found
 

@@ -117,9 +117,10 @@ def draw_problems(
             else:
                 logger.warning("left out of the evaluation: %s", fault)
     if not usable:
+        left_out = f" ({filtered} have images of other sizes than the recipe's pixels want)" if filtered else ""
         raise ConfigError(
             f"evaluation.recipes: {problems.recipe.name}/{problems.split}: none of its {drawn} rows can be evaluated "
-            "on; the warnings say why"
+            f"on; the warnings say why{left_out}"
         )
     return usable, drawn - filtered
 

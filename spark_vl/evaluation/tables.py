@@ -13,22 +13,45 @@ from rich.table import Table
 from spark_vl.evaluation.compare import Comparison, Difference
 from spark_vl.report import LABELS, cell, print_table, sections
 
+_MORE_LABELS = {
+    "tokens_greedy": "tokens of a greedy answer",
+    "tokens_sampled": "tokens of a sampled answer",
+    "tokens_test_time_reflection": "tokens of test-time reflection",
+    "tokens_test_time_majority": "tokens of the majority",
+    "reward_accuracy": "preferred answer, of a pair",
+    "reward_macro": "  mean over categories",
+    "reward_consistency": "  same in both orders",
+    "reward_all_orders": "  right in both orders",
+    "reward_first_place": "  picks the first",
+    "reward_unparsable": "  no verdict",
+    "reward_truncated": "  cut off",
+    "reward_official_overall": "  official rule",
+    "reward_official_macro": "  official rule, categories",
+    "reward_official_dropped": "  left out by it",
+    "reward_pointwise": "preferred answer, each alone",
+    "reward_pointwise_tied": "  as good as another",
+    "reward_brier": "  Brier score",
+    "reward_pointwise_unparsable": "  no verdict",
+    "reward_pointwise_truncated": "  cut off",
+}
+_LABELS = LABELS | _MORE_LABELS
+
 
 def print_results(results: Mapping[str, Mapping[str, float]], console: Console) -> None:
     """Print one evaluation: name → `value`, `low`, `high`, `n`."""
     sizes = {name: e["n"] for name, e in results.items()}
-    print_table(console, sizes, ["result"], lambda name: [_result(name, results[name])])
+    print_table(console, sizes, ["result"], lambda name: [_result(name, results[name])], _LABELS)
 
 
 def results_page(results: Mapping[str, Mapping[str, float]], title: str) -> str:
     """The same as a table in Markdown, below `title`."""
     lines = [f"# {title}", "", "Figures in %, with 95 % intervals; tokens as they are.", ""]
     lines += ["| | n | result |", "|---|---:|---:|"]
-    for recipe, names in sections(results):
+    for recipe, names in sections(results, _LABELS):
         lines += [f"| **{recipe}** | | |"] if recipe else []
         for name in names:
             estimate = results[f"{recipe}/{name}" if recipe else name]
-            lines.append(f"| {LABELS.get(name, name).strip()} | {estimate['n']:.0f} | {_result(name, estimate)} |")
+            lines.append(f"| {_LABELS.get(name, name).strip()} | {estimate['n']:.0f} | {_result(name, estimate)} |")
     return "\n".join(lines) + "\n"
 
 

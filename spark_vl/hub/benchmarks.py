@@ -13,7 +13,10 @@ from spark_vl.hub.release import ReleaseError
 from spark_vl.run.paths import CONFIG
 from spark_vl.run.reader import recipe_facts
 
-_OFFICIAL = {"mathverse": "versions", "wemath": "strict", "dynamath": "average"}
+_OFFICIAL = {
+    **{"mathverse": "versions", "wemath": "strict", "dynamath": "average"},
+    **{"mmbench": "circular", "hallusionbench": "all"},
+}
 """Recipe → the figure that stands for it, where that is not the accuracy of greedy answers."""
 
 
