@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,37 @@ def test_chunks_hold_no_more_images_than_they_may(tmp_path, monkeypatch):
     chunks = [len(chunk) for chunk in prompts.in_chunks(records, processor, lambda problem: [])]
     processor.forget_images()
     assert chunks == [3, 3, 3, 1]
+
+
+class Watched:
+    """Prompts whose decoded images are counted while they are held."""
+
+    def __init__(self, made):
+        self.made, self.held, self.most = made, weakref.WeakSet(), 0
+
+    def process(self, record):
+        prompt = self.made.process(record)
+        self.held.update(prompt.images)
+        self.most = max(self.most, len(self.held))
+        return prompt
+
+    def forget_images(self):
+        self.made.forget_images()
+
+
+def test_the_images_of_a_chunk_are_gone_before_those_of_the_next_come(tmp_path, monkeypatch):
+    watched = []
+
+    def watching(*arguments, **options):
+        loaded = load_sampler(*arguments, **options)
+        watched.append(Watched(loaded.prompts))
+        return replace(loaded, prompts=watched[0])
+
+    monkeypatch.setattr(checkpoint, "load_sampler", watching)
+    monkeypatch.setattr(prompts, "MOST_PROBLEMS", 3)
+    evaluate_checkpoint(settings(tmp_path, samples=0), tmp_path / "out")
+    assert watched[0].most == 3  # of ten, each with an image of its own
+    assert not watched[0].held
 
 
 # ── killed, and started again ──

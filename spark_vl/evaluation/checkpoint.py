@@ -182,6 +182,7 @@ def _solve(
             else:
                 lines.append(line | {"unusable": "the engine refuses its prompt; a warning says why"})
         shares.add(lines)
+        problems.clear()  # their images go before those of the next ones come
 
 
 def _judge(config: EvalConfig, model: Loaded, templater: Templater, sampling: Sampling) -> GenerativeReward:
