@@ -344,7 +344,11 @@ def test_a_model_behind_a_server_is_evaluated_without_weights_and_resumed(tmp_pa
         image = server.asked[0]["messages"][-1]["content"][0]
         assert image["image_url"]["url"].startswith("data:image/")
         left[0] = 0
+        config.rollout.openai.concurrency = 1
         assert evaluate_checkpoint(config, out) == found
+        config.rollout.openai.model = "another one's"
+        with pytest.raises(ConfigError, match=r"rollout\.openai\.model: \"somebody's\" → \"another one's\""):
+            evaluate_checkpoint(config, out)
     golds = [line["groups"]["greedy"][0]["gold"] for line in lines]
     assert found["reasoning_greedy"]["value"] == pytest.approx(golds.count("7") / 6)
     assert found["tokens_greedy"]["value"] == 4

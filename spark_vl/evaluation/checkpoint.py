@@ -44,7 +44,10 @@ _ROWS_AT_ONCE = 64
 _TIMEOUT_S = 24 * 3600.0
 """Processes wait for each other at the end: some have longer answers."""
 
-_FREE = ("output", "rollout.decode_batch_size", "rollout.vllm", "rollout.openai", "verifier.workers")
+_FREE = (
+    *("output", "rollout.decode_batch_size", "rollout.vllm", "verifier.workers"),
+    *(f"rollout.openai.{name}" for name in ("base_url", "token_from", "concurrency", "timeout_s", "retries")),
+)
 """Settings that change no answer."""
 
 
