@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -66,8 +67,16 @@ def command(*modules: str, environment: dict[str, str] | None = None) -> Iterato
 
 def serve() -> None:
     """Run the command once for each line of stdin, in a child, and print the child's exit status."""
-    from spark_vl.cli import main
+    import docstring_parser
 
+    from spark_vl.cli import main
+    from spark_vl.config import EvalConfig, JudgeConfig, OfflineConfig, TrainConfig
+    from spark_vl.config_cli import Parser, add_config_arguments
+
+    # The help of all settings is read from their source once, not in each child.
+    docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
+    for config_class in (TrainConfig, EvalConfig, JudgeConfig, OfflineConfig):
+        add_config_arguments(Parser(), config_class)
     for name in sys.argv[1:]:
         importlib.import_module(name)
     for line in sys.stdin:
