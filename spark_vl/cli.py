@@ -416,6 +416,7 @@ def judge(rows: str, config: JudgeConfig, *, overwrite: bool = False) -> bool:
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     from spark_vl.reward import GenerativeReward, judge_file
+    from spark_vl.rollout.engine import EngineError
 
     def load() -> GenerativeReward:
         print(f"asks {config.model.path}", flush=True)
@@ -423,7 +424,10 @@ def judge(rows: str, config: JudgeConfig, *, overwrite: bool = False) -> bool:
 
     with Progress(TextColumn("{task.completed} rows judged"), TimeElapsedColumn()) as bar:
         task = bar.add_task("", total=None)
-        counts = judge_file(Path(rows), config, load, lambda done: bar.advance(task, done))
+        try:
+            counts = judge_file(Path(rows), config, load, lambda done: bar.advance(task, done))
+        except EngineError as error:
+            raise SystemExit(visible(f"spark-vl: stopped: {error}; the same command goes on from here")) from error
     for name, n in counts.items():
         print(f"{name:12}{n:>10,}")
     print(f"judgments are in {config.output}")

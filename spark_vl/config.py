@@ -357,7 +357,7 @@ class EvaluationConfig:
     """Limit on a completion of the evaluation; null: rollout.max_new_tokens. The released evaluation: 2048."""
     repetition_penalty: PositiveFloat = 1.0
     """Divides the logits of tokens that are there already. 1: none, as rollouts are sampled. The released evaluation:
-    1.05, which Qwen2.5-VL's generation configuration asks for."""
+    1.05, which the generation configuration of its model asks for."""
     reflection_rounds: NonNegativeInt = 1
     """Test-time reflection: how often an answer may be judged and, if judged wrong, revised. It stops at the first
     verdict "correct", or after so many rounds; all is greedy. One, since each round costs a judgment and a new answer;

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,7 +15,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
+from spark_vl.config import EvalConfig, EvaluationConfig, ModelConfig, RolloutConfig
 from spark_vl.data.images import load_image
+from spark_vl.evaluation import evaluate_checkpoint
+from spark_vl.hub.benchmarks import read_benchmarks
 from spark_vl.hub.cards import write_eval_results, write_model_card
 from spark_vl.hub.release import ReleaseError
 from spark_vl.hub.run import find_model
@@ -223,3 +227,43 @@ def test_the_snippets_run(finished_run, tmp_path):
     assert answer.removeprefix("answer: ").strip()
     assert verdict in ("judged right: True", "judged right: False")
     assert reflection.removeprefix("after reflection: ").strip()
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished_run, tmp_path_factory) -> Path:
+    """The folder of an evaluation of the run's model on more problems than in the run."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    config = EvalConfig(
+        model=ModelConfig(path=str(finished_run / "model"), dtype="float32", max_pixels=50176),
+        rollout=RolloutConfig(max_new_tokens=4),
+        evaluation=EvaluationConfig(
+            recipes=["digits"], problems=9, samples=0, judging=False, reflection_rounds=0, repetition_penalty=1.05
+        ),
+    )
+    evaluate_checkpoint(config, folder)
+    return folder
+
+
+def test_an_evaluation_outside_of_the_run_is_in_card_and_results(run, evaluated, tmp_path):
+    evaluation = shutil.copytree(evaluated, tmp_path / "evaluation")
+    dataset = {"id": "org/problems", "config": None, "revision": "a" * 40}
+    for folder in (run, evaluation):
+        change(folder, "recipes.json", lambda facts: facts["digits"].update(dataset=dataset))
+    model = find_model(run)
+    with pytest.raises(ReleaseError, match=r"is an evaluation of .*tiny-run/model, not of"):  # that of the run copied
+        read_benchmarks(evaluation, model.folder)
+    change(evaluation, "config.yaml", lambda config: config["model"].update(path=str(run / "model")))
+    found = read_benchmarks(evaluation, model.folder)
+    measured = json.loads((evaluation / "results.json").read_text())["reasoning_greedy"]
+    [benchmark] = found
+    assert (benchmark.result, benchmark.figure, benchmark.split) == (measured, "reasoning_greedy", "test")
+    model = replace(model, benchmarks=found)
+    write_eval_results(model, tmp_path / ".eval_results")
+    [entry] = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "digits.yaml").read_text()))
+    assert entry.value == pytest.approx(100 * measured["value"], abs=0.005)
+    assert entry.notes.startswith("greedy, at most 4 new tokens, repetition penalty 1.05, 9 problems of split test")
+    write_model_card(model, tmp_path / "README.md", model_id="org/tiny", name="tiny")
+    text = (tmp_path / "README.md").read_text()
+    assert f"| digits | test | 9 | reasoning_greedy | {100 * measured['value']:.1f} (" in text
+    with pytest.raises(ReleaseError, match="is not a finished evaluation"):
+        read_benchmarks(run, model.folder)

@@ -128,6 +128,18 @@ def test_wilson_equals_scipy(k, n):
     assert all(0 <= bound <= 1 for bound in wilson(k / n, n))
 
 
+def test_what_was_cut_off_in_one_recipe_counts_in_the_mean_over_all():
+    def group(recipe, i, finish):
+        record = replace(make_record(f"{recipe}/{i}", "q"), recipe=recipe)
+        return RolloutGroup(record, (Rollout((), (), "", finish),), (Verdict(0.0, "x"),))
+
+    whole = [group(recipe, i, "stop") for recipe in "ab" for i in range(4)]
+    assert not [name for name in score({"greedy": whole}) if "truncated" in name]
+    results = score({"greedy": [*whole[:7], group("b", 3, "length")]})
+    shares = {name: figure["value"] for name, figure in results.items() if "truncated" in name}
+    assert shares == {"reasoning_truncated": (0 + 1 / 4) / 2, "b/reasoning_truncated": 1 / 4}
+
+
 def test_several_recipes_give_a_macro_mean_whose_interval_is_that_of_independent_estimates():
     def group(recipe, i, right):
         record = replace(make_record(f"{recipe}/{i}", "q"), recipe=recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from spark_vl.config import (
     EvalConfig,
     EvaluationConfig,
     ModelConfig,
+    OpenAIConfig,
     PromptConfig,
     RolloutConfig,
     VerifierConfig,
@@ -40,6 +42,7 @@ from spark_vl.verifiers import VerifierPool
 from tests.command import command
 from tests.conftest import make_record
 from tests.test_benchmarks import SCHEMAS, picture, rows_of
+from tests.test_openai_engine import Said, reply, serving
 
 DEMO = Path(spark_vl.demo.__file__).parent
 SUFFIX = " Answer in \\boxed{}."
@@ -122,6 +125,37 @@ def test_chunks_hold_no_more_images_than_they_may(tmp_path, monkeypatch):
     chunks = [len(chunk) for chunk in prompts.in_chunks(records, processor, lambda problem: [])]
     processor.forget_images()
     assert chunks == [3, 3, 3, 1]
+
+
+class Watched:
+    """Prompts whose decoded images are counted while they are held."""
+
+    def __init__(self, made):
+        self.made, self.held, self.most = made, weakref.WeakSet(), 0
+
+    def process(self, record):
+        prompt = self.made.process(record)
+        self.held.update(prompt.images)
+        self.most = max(self.most, len(self.held))
+        return prompt
+
+    def forget_images(self):
+        self.made.forget_images()
+
+
+def test_the_images_of_a_chunk_are_gone_before_those_of_the_next_come(tmp_path, monkeypatch):
+    watched = []
+
+    def watching(*arguments, **options):
+        loaded = load_sampler(*arguments, **options)
+        watched.append(Watched(loaded.prompts))
+        return replace(loaded, prompts=watched[0])
+
+    monkeypatch.setattr(checkpoint, "load_sampler", watching)
+    monkeypatch.setattr(prompts, "MOST_PROBLEMS", 3)
+    evaluate_checkpoint(settings(tmp_path, samples=0), tmp_path / "out")
+    assert watched[0].most == 3  # of ten, each with an image of its own
+    assert not watched[0].held
 
 
 # ── killed, and started again ──
@@ -272,6 +306,49 @@ def test_every_benchmark_runs_offline_and_can_be_scored_again(tmp_path, copies, 
     with VerifierPool(workers=1):
         again, differences = rescore_folder(out, config.verifier)
     assert (again, differences) == (found, [])
+
+
+# ── by a server ──
+
+
+def by_server(tmp_path, server) -> EvalConfig:
+    config = settings(tmp_path, samples=2, problems=6)
+    config.rollout.engine = "openai"
+    config.rollout.openai = OpenAIConfig(base_url=server.url, model="somebody's", retries=0)
+    return config
+
+
+def test_a_model_behind_a_server_is_evaluated_without_weights_and_resumed(tmp_path, monkeypatch):
+    """It says 7 to everything, and goes away after so many requests."""
+    left = [50]
+
+    def answer(body):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Said(401, "gone")
+        return reply(r"\boxed{7}", tokens=4)
+
+    monkeypatch.setattr(prompts, "MOST_PROBLEMS", 1)
+    out = tmp_path / "out"
+    with serving(answer) as server:
+        config = by_server(tmp_path, server)
+        with pytest.raises(EngineError, match="401"):
+            evaluate_checkpoint(config, out)
+        finished = {line["id"]: line for line in read_lines(out / "samples.jsonl")}
+        assert 0 < len(finished) < 6
+        left[0], server.asked[:] = 10**6, []
+        found = evaluate_checkpoint(config, out)
+        lines = read_lines(out / "samples.jsonl")
+        assert [line for line in lines if line["id"] in finished] == list(finished.values())
+        assert len(lines) == 6
+        image = server.asked[0]["messages"][-1]["content"][0]
+        assert image["image_url"]["url"].startswith("data:image/")
+        left[0] = 0
+        assert evaluate_checkpoint(config, out) == found
+    golds = [line["groups"]["greedy"][0]["gold"] for line in lines]
+    assert found["reasoning_greedy"]["value"] == pytest.approx(golds.count("7") / 6)
+    assert found["tokens_greedy"]["value"] == 4
+    assert found["pointwise_greedy"]["value"] == 0  # 7 is no verdict
 
 
 # ── figures of the samples ──

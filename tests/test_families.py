@@ -21,8 +21,8 @@ FREE = ("families", "demo", "doctor")
 """The demo's model is one of a family, and the doctor tries one."""
 NAMES = (
     r"qwen(?!-vl-utils)|llava|gemma|internvl|mistral",  # qwen-vl-utils: a package whose version a run notes
-    # What tokens are called, and their spelling.
-    r"<\\?\||\|>|<｜|tool_call|im_(start|end)|endoftext|(vision|box|object_ref)_(start|end|pad)|(image|video)_(pad|token_)",
+    # What tokens are called, and their spelling; "tool_calls" is a word of OpenAI's protocol.
+    r"<\\?\||\|>|<｜|tool_call(?!s\b)|im_(start|end)|endoftext|(vision|box|object_ref)_(start|end|pad)|(image|video)_(pad|token_)",
     # What a model's modules, their inputs and settings are called.
     r"\bmodel\.model\b|\.model\.model|language_model|\.visual\b|get_image_features|get_rope_index|rope_deltas|_proj\b",
     r"image_grid_thw|mm_token_type_ids|deepstack|visual_pos_masks|\.text_config\b",

@@ -45,13 +45,24 @@ def evaluate(run: Path, output: Path, *settings: str) -> tuple[dict, dict]:
     return json.loads((output / "results.json").read_text()), yaml.safe_load((output / "config.yaml").read_text())
 
 
+def finish_reasons(folder: Path) -> set[str]:
+    return {
+        completion["finish_reason"]
+        for line in read_lines(folder / "samples.jsonl")
+        for groups in line["groups"].values()
+        for group in groups
+        for completion in group["completions"]
+    }
+
+
 def test_an_evaluation_under_the_settings_of_a_run_gives_its_figures(finished_run, tmp_path, capsys):
     """Of the model that it has trained, which nobody has to name."""
     cli.main(["eval", f"--config={finished_run / 'config.yaml'}", f"--output={tmp_path / 'out'}"])
     assert f"evaluates {finished_run / 'model'}\n" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     asked = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    assert results == read_lines(finished_run / "evaluations.jsonl")[-1]["results"]
+    expected = read_lines(finished_run / "evaluations.jsonl")[-1]["results"]
+    assert {name: results[name] for name in expected} == expected
     run = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert asked["max_prompt_tokens"] == run["data"]["max_prompt_tokens"] != 8192
     assert asked["model"] == run["model"] | {"path": str(finished_run / "model")}
@@ -63,15 +74,13 @@ def test_the_folder_of_a_run_brings_its_limits_and_options_go_first(finished_run
     results, asked = evaluate(finished_run, tmp_path / "out", *few, "--rollout.max_new_tokens=3")
     assert (asked["max_prompt_tokens"], asked["model"]["dtype"]) == (512, "float32")
     assert asked["rollout"]["max_new_tokens"] == 3
-    samples = read_lines(tmp_path / "out" / "samples.jsonl")
-    assert {each["finish_reason"] for group in samples for each in group["completions"]} == {"length"}
+    assert finish_reasons(tmp_path / "out") == {"length"}
     with pytest.raises(SystemExit, match="2"):
-        evaluate(finished_run, tmp_path / "out", *few)
+        evaluate(finished_run, tmp_path / "out", *few)  # under other settings: of the run, 24 new tokens
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     _, asked = evaluate(finished_run, tmp_path / "out", *few, "--evaluation.max_new_tokens=2", "--overwrite")
     assert asked["rollout"]["max_new_tokens"] == 24
-    samples = read_lines(tmp_path / "out" / "samples.jsonl")
-    assert {each["finish_reason"] for group in samples for each in group["completions"]} == {"length"}
+    assert finish_reasons(tmp_path / "out") == {"length"}
 
 
 @pytest.mark.parametrize("text", ['{"limits": {"model.path": "other"}}', '{"limits": 3}', "[", "7"])

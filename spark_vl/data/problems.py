@@ -72,7 +72,8 @@ def open_recipe(
         )
     if isinstance(recipe.columns, PreferenceColumns):
         raise ValueError(
-            f"recipe {recipe.name}: is a reward benchmark: its rows are answers to compare, not problems to solve"
+            f"recipe {recipe.name}: is a reward benchmark: its rows are answers to compare, not problems to solve; "
+            "`spark-vl eval` asks it"
         )
     check_verifiers(recipe)
     rows, root = open_split(recipe, split, limits)

@@ -107,6 +107,7 @@ class Evaluator:
             for mode, found in self.ask(engine, processor, verifiers, problems, done, progress).items():
                 groups[mode] += found
             done += len(problems)
+            problems.clear()  # their images go before those of the next ones come
         return score(groups) | {"unusable": estimate(1 - len(self._problems) / self._drawn, self._drawn)}
 
     def about(self, problem: PromptRecord) -> list[RecycledRecord]:

@@ -83,10 +83,16 @@ def joined(by_recipe: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Estimat
     """The figures of several recipes: a plain name is the macro mean over those that have it, `recipe/name` the figure
     of one. Those of one recipe are what they are."""
     if len(by_recipe) == 1:
-        return dict(next(iter(by_recipe.values())))
-    names = dict.fromkeys(name for figures in by_recipe.values() for name in figures)
-    macro = {name: macro_mean([f[name] for f in by_recipe.values() if name in f]) for name in names}
-    return macro | {f"{recipe}/{name}": figures[name] for recipe, figures in by_recipe.items() for name in figures}
+        found = dict(next(iter(by_recipe.values())))
+    else:
+        names = dict.fromkeys(name for figures in by_recipe.values() for name in figures)
+        found = {name: macro_mean([f[name] for f in by_recipe.values() if name in f]) for name in names}
+        found |= {f"{recipe}/{name}": figures[name] for recipe, figures in by_recipe.items() for name in figures}
+    return {
+        name: figure
+        for name, figure in found.items()
+        if figure["value"] > 0 or name.rpartition("/")[2] not in ("reasoning_truncated", "reasoning_failed")
+    }
 
 
 def figures_of(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estimate]:
@@ -106,10 +112,8 @@ def figures_of(groups: Mapping[str, Sequence[RolloutGroup]]) -> dict[str, Estima
     add("reasoning_greedy", _accuracy, "greedy", "problem")
     add("reasoning_sampled", _accuracy, "sampled", "problem")
     add("reasoning_unparsable", _unparsable, "greedy", "problem")
-    for name, measure in (("reasoning_truncated", _truncated), ("reasoning_failed", _failed)):
-        add(name, measure, "greedy", "problem")
-        if name in results and results[name]["value"] == 0:
-            del results[name]
+    add("reasoning_truncated", _truncated, "greedy", "problem")
+    add("reasoning_failed", _failed, "greedy", "problem")
     add("pointwise_greedy", _accuracy, "greedy", "pointwise")
     add("pointwise_sampled", _accuracy, "sampled", "pointwise")
     add("pointwise_says_correct", _says_correct, "greedy", "pointwise")

@@ -91,7 +91,7 @@ def test_an_evaluation_has_the_greedy_figures_of_the_transformers_engine(server,
     plain, vllm = results
     assert plain.keys() == vllm.keys()
     greedy = [name for name in plain if name.endswith("_greedy") or name == "test_time_reflection"]
-    assert len(greedy) == 5
+    assert len(greedy) == 6
     assert {name: vllm[name] for name in greedy} == {name: plain[name] for name in greedy}
 
 
