@@ -14,6 +14,13 @@ from tests.hub.driver import Driver, driver
 from tests.hub.server import HubServer
 
 ROOT = Path(__file__).parents[2]
+IMPATIENT = """
+from spark_vl.cli import main
+from spark_vl.hub import client
+client._WAITS_S = tuple(wait / 10 for wait in client._WAITS_S)
+main()
+"""
+"""`spark-vl` that tries again ten times as soon."""
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +57,7 @@ def spark_vl(server) -> Iterator[Callable[..., Ended]]:
         ) -> Ended:
             if imported is None:
                 return forked(folder, *map(str, arguments), **environment)
-            start = [sys.executable, "-m", "spark_vl", *map(str, arguments)]
+            start = [sys.executable, "-c", IMPATIENT, *map(str, arguments)]
             settings = {"env": server.environment(PYTHONPATH=str(ROOT), **imported, **environment), "cwd": folder}
             done = subprocess.run(start, **settings, capture_output=True, text=True)
             return Ended(done.returncode, done.stdout, done.stderr, set())
