@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # Before torch is imported: two processes of a test must not fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import docstring_parser
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,9 @@ from spark_vl.records import ImageRef, Message, Origin, PromptRecord, RecycledRe
 from spark_vl.verifiers import VerifierPool
 
 torch.set_num_threads(1)
+
+# The help of all settings is read from their source once, not for each command line that a test reads.
+docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
 
 # The same examples in each run: what fails once fails everywhere. `--hypothesis-profile=default` draws others.
 settings.register_profile("same", derandomize=True)

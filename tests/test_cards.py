@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,13 +214,12 @@ def test_what_is_no_model_of_a_run_is_refused(finished_run, tmp_path):
         find_model(tmp_path / "moved")
 
 
-def test_the_snippets_run(finished_run, tmp_path):
+def test_the_snippets_run(forked, finished_run, tmp_path):
     code = re.findall(r"```python\n(.*?)```", (finished_run / "model" / "README.md").read_text(), flags=re.DOTALL)
     assert len(code) == 3
     load_image(make_image(1)).save(tmp_path / "picture.png")
-    done = subprocess.run(
-        [sys.executable, "-c", "".join(code)], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = forked.python(tmp_path, "-c", "".join(code))
+    assert done.returncode == 0, done.stderr
     answer, verdict, reflection = done.stdout.strip().splitlines()
     assert answer.removeprefix("answer: ").strip()
     assert verdict in ("judged right: True", "judged right: False")

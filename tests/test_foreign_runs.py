@@ -28,6 +28,7 @@ from spark_vl.prompts import Templater
 from spark_vl.run.paths import pointed
 from spark_vl.run.reader import recipe_facts
 from spark_vl.run.shards import find_shards
+from tests.hub.driver import drawing_once
 from tests.test_cards import change
 
 FACTS = {"name": "digits", "description": "d", "license": "MIT", "dataset": None, "splits": {"train": "train"}}
@@ -233,8 +234,12 @@ def test_words_are_words(tmp_path, words, monkeypatch):
     assert shapes[0] == shapes[1]
 
 
+DRAW = drawing_once(publish.plot_diagnostics)
+
+
 @pytest.mark.parametrize("words", HOSTILE)
-def test_a_card_of_a_foreign_run_has_the_form_of_any_card(run, tmp_path, words):
+def test_a_card_of_a_foreign_run_has_the_form_of_any_card(run, tmp_path, words, monkeypatch):
+    monkeypatch.setattr(publish, "plot_diagnostics", DRAW)
     assert prepared(run, tmp_path / "before").card
     change(run, "recipes.json", lambda facts: facts["digits"].update(license=words))
     config = yaml.safe_load((run / "config.yaml").read_text())

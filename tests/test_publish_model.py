@@ -167,14 +167,12 @@ def test_the_command_shows_a_manifest_and_uploads_only_then(hub, spark_vl, finis
     assert f"{hub.url}/org/tiny  commit {hub.repo('model', 'org/tiny').at().oid}" in done.stdout
 
 
-def test_the_published_model_loads_and_its_card_runs(hub, call, finished_run, tmp_path):
+def test_the_published_model_loads_and_its_card_runs(forked, hub, call, finished_run, tmp_path):
     call("publish_model", checkpoint=finished_run, repo="org/tiny")
     card = hub.repo("model", "org/tiny").at().files["README.md"].content.decode()
     code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     load_image(make_image(1)).save(tmp_path / "picture.png")
-    done = subprocess.run(
-        [sys.executable, "-c", "".join(code)], env=hub.environment(), cwd=tmp_path, capture_output=True, text=True
-    )
+    done = forked.python(tmp_path, "-c", "".join(code))
     assert done.returncode == 0, done.stderr
     assert re.search(r"answer: .*\njudged right: (True|False)\nafter reflection: ", done.stdout)
 

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import re
 import shlex
-import subprocess
 import sys
 from typing import get_args
 
@@ -26,7 +25,7 @@ from tests.hub.fixtures import ROOT
 FREE = ("LOG.md",)
 
 
-def test_train_publish_and_load(hub, spark_vl, finished_run):
+def test_train_publish_and_load(hub, spark_vl, forked, finished_run):
     section = re.search(r"^## Publish\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)[1]
     section = section.replace("runs/digits", str(finished_run)).replace("ORG/NAME", "org/tiny")
     typed = re.findall(r"^    (spark-vl .*)$", section, flags=re.MULTILINE)
@@ -42,7 +41,7 @@ def test_train_publish_and_load(hub, spark_vl, finished_run):
             assert not hub.repos
     assert set(hub.repos) == {("model", "org/tiny"), ("dataset", "org/tiny-judgments"), ("space", "org/tiny-demo")}
     [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], env=hub.environment(), capture_output=True, text=True)
+    done = forked.python(ROOT, "-c", code)
     assert done.returncode == 0, done.stderr
     assert re.search(r"(Which digit is \w+|By how much).*\?.* [AB] \[<PIL\.", done.stdout)
 
