@@ -6,6 +6,7 @@ the import alone loads counts as loaded, too.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -87,6 +88,7 @@ def serve() -> None:
         add_config_arguments(Parser(), config_class)
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.freeze()  # else each child goes through all that was imported, which copies it
     for line in sys.stdin:
         program, files, folder, arguments, environment = json.loads(line)
         if child := os.fork():
