@@ -382,14 +382,8 @@ def compare(a: str, b: str, *, changed: str | None = None) -> None:
         print(f"asked otherwise: {setting}")
     items = changes(comparison, *lines)
     for item in items[:_CHANGES_SHOWN]:
-        print(
-            visible("{change}  {id}".format(**item))
-            + (
-                ""
-                if "gold" not in item
-                else visible(f": {item['a']!r:.80} → {item['b']!r:.80}, gold {item['gold']!r:.80}")
-            )
-        )
+        answers = f": {item['a']!r:.80} → {item['b']!r:.80}, gold {item['gold']!r:.80}" if "gold" in item else ""
+        print(visible(f"{item['change']}  {item['id']}{answers}"))
     if len(items) > _CHANGES_SHOWN and changed is None:
         print(f"and {len(items) - _CHANGES_SHOWN} more; --changed FILE writes all")
     if changed is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -611,12 +611,24 @@ def config_differences(old: dict[str, Any], new: TrainConfig) -> list[str]:
 
     Those that do not change what a run computes are left out.
     """
-    was, now = flat(old), flat(asdict(new))
-    return [
-        f"{path}: {was.get(path)!r} → {now.get(path)!r}"
+    changed = differences(flat(old), flat(asdict(new)), free=_FREE_TO_CHANGE)
+    return [f"{path}: {was!r} → {now!r}" for path, (was, now) in changed.items()]
+
+
+def differences(
+    was: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Path of each setting in which `flat` settings differ → both values; one that is not there is None.
+
+    Args:
+        free: settings, and groups of settings, that may differ.
+    """
+    groups = tuple(f"{name}." for name in free)
+    return {
+        path: (was.get(path), now.get(path))
         for path in dict.fromkeys([*was, *now])
-        if was.get(path) != now.get(path) and not {path, path.split(".")[0]} & {*_FREE_TO_CHANGE}
-    ]
+        if was.get(path) != now.get(path) and not f"{path}.".startswith(groups)
+    }
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -674,6 +686,7 @@ __all__ = [
     "VerifierConfig",
     "blamed_on",
     "config_differences",
+    "differences",
     "dump_config",
     "flat",
     "read_token",

@@ -3,7 +3,6 @@ from where it was when it was killed."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -11,7 +10,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
-from spark_vl.config import ConfigError, EvalConfig, blamed_on, flat, read_config, save_config
+from spark_vl.config import ConfigError, EvalConfig, blamed_on, differences, flat, read_config, save_config
 from spark_vl.data.preferences import Preference, PreferenceSet, open_preferences
 from spark_vl.data.problems import FilteredRowError, ProblemSet
 from spark_vl.data.recipes import PreferenceColumns, load_recipes
@@ -154,11 +153,11 @@ def _solve(
                 rows_by_id[record.id] = row
                 yield record
 
-    rows = shares.rows(problem_set)
+    rows, drawn = shares.rows(problem_set), shares.drawn(problem_set)
     if evaluator.config.judging and rows:
         # Wrong answers are the right ones of other problems, also of those that are asked elsewhere or were before.
         light = []
-        for record in usable(shares.drawn(problem_set), nothing):
+        for record in usable(drawn, nothing):
             try:
                 record = model.prompts.process(record).record
             except BadRecordError:
@@ -166,7 +165,7 @@ def _solve(
             light.append(replace(record, messages=(), question=(plain_text(record.question),)))
             model.prompts.forget_images()
         evaluator.find_wrong_answers(light, verifiers)
-    position = {row: number for number, row in enumerate(shares.drawn(problem_set))}
+    position = {row: number for number, row in enumerate(drawn)}
     chunks = in_chunks(
         usable(rows, unusable),
         model.prompts,
@@ -230,14 +229,9 @@ def _check_same(config: EvalConfig, folder: Path) -> None:
     """Check that what the folder holds was evaluated as `config` says. Raises `ConfigError`."""
     if not any(folder.glob("samples*.jsonl")) or not (folder / CONFIG).exists():
         return
-    was, now = flat(read_config(folder / CONFIG)), flat(json.loads(json.dumps(asdict(config))))
-    different = [
-        f"{name}: {was.get(name)!r} → {now.get(name)!r}"
-        for name in dict.fromkeys([*was, *now])
-        if was.get(name) != now.get(name) and not f"{name}.".startswith(tuple(f"{free}." for free in _FREE))
-    ]
-    if different:
+    if changed := differences(flat(read_config(folder / CONFIG)), flat(asdict(config)), free=_FREE):
+        changes = "; ".join(f"{name}: {was!r} → {now!r}" for name, (was, now) in changed.items())
         raise ConfigError(
-            f"output: {folder} holds an evaluation under other settings ({'; '.join(different)}); name another folder, "
-            "or add --overwrite"
+            f"output: {folder} holds an evaluation under other settings ({changes}); name another folder, or add "
+            "--overwrite"
         )

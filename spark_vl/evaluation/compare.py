@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spark_vl.config import flat, read_config
+from spark_vl.config import differences, flat, read_config
 from spark_vl.evaluation import preferences
 from spark_vl.evaluation.benchmarks import CLUSTERS
 from spark_vl.evaluation.bootstrap import interval
@@ -216,35 +216,37 @@ def values_of(lines: Sequence[Line]) -> tuple[dict[str, dict[str, float]], dict[
             continue
         if line.get("ask") == "pairwise":
             values[line["recipe"]][line["id"]] = preferences.value(line)
-        for group in line.get("groups", {}).get("greedy", ()):
-            if group["id"] == line["id"]:
-                values[line["recipe"]][line["id"]] = fmean(each["score"] for each in group["completions"])
-                for name in CLUSTERS:
-                    if name in group["tags"]:
-                        clusters[line["id"]] = f"{line['recipe']}/{group['tags'][name]}"
+        if group := _greedy(line):
+            values[line["recipe"]][line["id"]] = fmean(each["score"] for each in group["completions"])
+            for name in CLUSTERS:
+                if name in group["tags"]:
+                    clusters[line["id"]] = f"{line['recipe']}/{group['tags'][name]}"
     return dict(values), clusters
+
+
+def _greedy(line: Line) -> dict[str, Any]:
+    """The greedy answer of the problem itself, not those of the prompts about it; {}: the line is of no problem."""
+    groups = line.get("groups", {}).get("greedy", ())
+    return next((group for group in groups if group["id"] == line["id"]), {})
 
 
 def changes(comparison: Comparison, a: Sequence[Line], b: Sequence[Line]) -> list[dict[str, Any]]:
     """The items that changed, as they were answered: `recipe`, `id`, `change`, and of problems `gold`, `a` and `b`."""
-    answers = [{line["id"]: _answer(line) for line in lines} for lines in (a, b)]
-    found = []
-    for recipe, difference in comparison.recipes.items():
-        for change, items in (("gained", difference.gained), ("lost", difference.lost)):
-            for item in items:
-                of_a, of_b = (of.get(item, {}) for of in answers)
-                found.append(
-                    {"recipe": recipe, "id": item, "change": change}
-                    | ({"gold": of_a["gold"], "a": of_a["answer"], "b": of_b["answer"]} if of_a and of_b else {})
-                )
-    return found
+    of_a, of_b = ({line["id"]: _greedy(line) for line in lines} for lines in (a, b))
 
+    def changed(recipe: str, item: str, change: str) -> dict[str, Any]:
+        found = {"recipe": recipe, "id": item, "change": change}
+        if before := of_a[item]:
+            answers = [group["completions"][0]["parsed"] for group in (before, of_b[item])]
+            found |= {"gold": before["gold"], "a": answers[0], "b": answers[1]}
+        return found
 
-def _answer(line: Line) -> dict[str, Any]:
-    for group in line.get("groups", {}).get("greedy", ()):
-        if group["id"] == line["id"]:
-            return {"gold": group["gold"], "answer": group["completions"][0]["parsed"]}
-    return {}
+    return [
+        changed(recipe, item, change)
+        for recipe, difference in comparison.recipes.items()
+        for change, items in (("gained", difference.gained), ("lost", difference.lost))
+        for item in items
+    ]
 
 
 def different_settings(a: Path, b: Path) -> list[str]:
@@ -254,22 +256,15 @@ def different_settings(a: Path, b: Path) -> list[str]:
     Raises:
         ConfigError: a folder has no configuration.
     """
-    of_a, of_b = (flat(read_config(folder / CONFIG)) for folder in (a, b))
-    return [
-        f"{name}: {of_a.get(name)!r} in A, {of_b.get(name)!r} in B"
-        for name in dict.fromkeys([*of_a, *of_b])
-        if of_a.get(name) != of_b.get(name) and not name.startswith(_OF_MODEL)
-    ]
+    changed = differences(*(flat(read_config(folder / CONFIG)) for folder in (a, b)), free=_OF_MODEL)
+    return [f"{name}: {of_a!r} in A, {of_b!r} in B" for name, (of_a, of_b) in changed.items()]
 
 
 _OF_MODEL = (
-    "output",
-    "model.path",
-    "model.revision",
-    "rollout.openai",
-    "rollout.decode_batch_size",
-    "verifier.workers",
+    *("output", "model.path", "model.revision"),
+    *("rollout.openai", "rollout.decode_batch_size", "verifier.workers"),
 )
+"""Settings that say which model was asked, or change no answer."""
 
 
 def compare_evaluations(a: Path, b: Path) -> tuple[Comparison, tuple[list[Line], list[Line]]]:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spark_vl.config import ConfigError, JudgeConfig, flat
+from spark_vl.config import ConfigError, JudgeConfig, differences, flat
 from spark_vl.data.cells import items, optional, text
 from spark_vl.data.problems import image_of, place_images
 from spark_vl.records import Content
@@ -120,8 +120,8 @@ def _left(rows: Path, done: Mapping[int, str], output: Path) -> Iterator[tuple[i
 def _check_settings(was: Any, now: Mapping[str, Any], output: Path) -> None:
     if not isinstance(was, Mapping):
         raise ConfigError(f"output: {output} is not a file of judgments; name another file")
-    if different := [name for name in dict.fromkeys([*was, *now]) if was.get(name) != now.get(name)]:
-        changes = "; ".join(f"{name}: {was.get(name)!r} → {now.get(name)!r}" for name in different)
+    if changed := differences(was, now):
+        changes = "; ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in changed.items())
         raise ConfigError(
             f"output: {output} was written under other settings ({changes}); name another file, or add --overwrite"
         )
