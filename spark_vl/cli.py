@@ -334,6 +334,9 @@ def evaluate(config: EvalConfig, *, overwrite: bool = False) -> None:
         results = evaluate_checkpoint(config, Path(config.output), overwrite=overwrite)
     except EngineError as error:
         raise SystemExit(visible(f"spark-vl: stopped: {error}; the same command goes on from here")) from error
+    except OSError as error:  # of a disk that is full, most likely
+        where = error.filename or config.output
+        raise SystemExit(visible(f"spark-vl: stopped: {where}: {error}; the same command goes on from here")) from error
     if os.environ.get("RANK", "0") == "0":
         print_results(results, Console())
         print(f"results are in {config.output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import weakref
@@ -16,6 +17,7 @@ from datasets import Dataset, Features
 from scipy.stats import binomtest
 
 import spark_vl.demo
+from spark_vl import cli
 from spark_vl.config import (
     ConfigError,
     EvalConfig,
@@ -28,7 +30,7 @@ from spark_vl.config import (
     save_config,
 )
 from spark_vl.data.recipes import load_recipe
-from spark_vl.evaluation import Evaluator, checkpoint, evaluate_checkpoint, prompts, rescore_folder
+from spark_vl.evaluation import Evaluator, checkpoint, evaluate_checkpoint, prompts, rescore_folder, shares
 from spark_vl.evaluation.results import pass_at, sample_figures
 from spark_vl.families.registry import find_family
 from spark_vl.policy.policy import load_policy
@@ -432,3 +434,13 @@ def test_two_evaluations_are_compared_item_by_item(tmp_path, run):
     assert len(changed) == solved
     assert {item["change"] for item in changed} == {"lost"}
     assert all(item["a"] == item["gold"] and item["b"] is None for item in changed)
+
+
+def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
+    def no_space(path, lines):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shares, "append_lines", no_space)
+    config = settings(tmp_path, samples=0, judging=False, reflection_rounds=0)
+    with pytest.raises(SystemExit, match=r"stopped: .*/out: .*No space left on device; the same command goes on"):
+        cli.evaluate(config)
